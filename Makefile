@@ -1,0 +1,41 @@
+# The two commands are `make demo` and `make test`; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+STAMP := .venv/.stamp
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# One thread per rank: ranks that share cores slow each other down otherwise.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+DEMO = accelerate launch --config_file configs/accelerate/ddp_cpu_2.yaml launch/train.py --use_cpu \
+	--optim galore_adamw --optim_target_modules attn mlp --optim_args "rank=32, update_proj_gap=50, scale=1.0" \
+	--learning_rate 2e-3 --max_steps 300 --output_dir runs/demo --overwrite_output_dir
+
+help: ## list the targets
+	@grep -E "^[a-z]+:.*##" Makefile | sed -E "s/:.*## /\t/" | expand -t 8
+
+demo: $(STAMP) ## train a small Llama with galore_adamw on two CPU ranks, about 3 minutes; output in runs/demo
+	@printf '+ %s\n' '$(DEMO)'
+	@$(DEMO)
+
+test: lint ## every check: lint, types, tests on CPU ranks, tests under torchrun with 2 ranks
+	@echo "+ pytest tests"
+	@pytest tests
+	@echo "+ torchrun --standalone --nproc_per_node 2 -m pytest tests_multigpu"
+	@torchrun --standalone --nproc_per_node 2 -m pytest tests_multigpu
+
+lint: $(STAMP) ## ruff and mypy
+	@echo "+ ruff check ."
+	@ruff check .
+	@echo "+ mypy dist_optim launch"
+	@mypy dist_optim launch
+
+clean: ## remove the environment, the caches and the runs
+	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt .ci/environment
+	@.ci/environment
