@@ -1,0 +1,75 @@
+"""Ranks shared by all tests, and the summary of what was skipped and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dist_optim.testing import RankPool
+
+_pools: dict[int, RankPool] = {}
+
+# One thread, as in the ranks: a reference computed here then sums in the same order as the subject does there.
+torch.set_num_threads(1)
+
+
+def _shared_pool(world_size: int) -> RankPool:
+    return _pools.setdefault(world_size, RankPool(world_size))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _close_pools_at_the_end() -> Iterator[None]:
+    yield
+    for pool in _pools.values():
+        pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_is_left_dead() -> Iterator[None]:
+    """Blame the test after which a shared rank is gone, not the innocent one that would meet it next."""
+    yield
+    for world_size, pool in _pools.items():
+        if dead := pool.dead_ranks:
+            pool.close()
+            pytest.fail(f"This test left dead ranks in the pool of {world_size} (rank: exit code): {dead}")
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> RankPool:
+    """A pool of one rank; it starts at its first use."""
+    return _shared_pool(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> RankPool:
+    """A pool of two ranks; it starts at its first use."""
+    return _shared_pool(2)
+
+
+@pytest.fixture(scope="session")
+def three_ranks() -> RankPool:
+    """A pool of three ranks: a world size that divides little."""
+    return _shared_pool(3)
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> RankPool:
+    """A pool of four ranks; it starts at its first use."""
+    return _shared_pool(4)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the skipped tests by reason, always: a skip nobody sees is a test nobody runs."""
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    if reasons:
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped: {reasons.total()} ({listed})")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """The text given to skip: pytest keeps it as (file, line, "Skipped: text")."""
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+    return text.removeprefix("Skipped: ")
