@@ -1,0 +1,133 @@
+"""What `launch/train.py` leaves behind: metrics, plot, model and summary, never a half-written one.
+
+Everything is written to `OUTPUT_DIR/.unfinished` and renamed into place at the end, the summary last. A run that is
+interrupted therefore leaves an earlier run in the same folder as it was. Only rank 0 uses this module's classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train_arguments import UsageError
+
+__all__ = ["RunDirectory", "peak_memory_bytes", "print_summary"]
+
+FINISHED_NAMES = ("model", "metrics.jsonl", "loss.png", "summary.json")
+
+
+class RunDirectory:
+    """One run's folder: `open` it, `add` lines of metrics as they come, then `finish`."""
+
+    def __init__(self, output_dir: str, overwrite: bool) -> None:
+        """Name the folder; nothing is written yet.
+
+        Raises:
+            UsageError: It holds a run and ``overwrite`` is false.
+        """
+        self.path = Path(output_dir)
+        self.unfinished = self.path / ".unfinished"
+        self.rows: list[dict[str, Any]] = []
+        held = [name for name in FINISHED_NAMES if (self.path / name).exists()]
+        if held and not overwrite:
+            raise UsageError(
+                f"--output_dir {output_dir!r} already holds a run ({', '.join(held)}). Choose another folder, or add "
+                "--overwrite_output_dir to replace that run once the new one has finished."
+            )
+
+    def open(self) -> UsageError | None:
+        """Make room for the results, or say why that cannot be done; an earlier unfinished run is dropped."""
+        try:
+            self.discard()
+            self.unfinished.mkdir(parents=True)
+        except OSError as error:
+            return UsageError(f"--output_dir {str(self.path)!r} cannot be written: {error}. Choose another folder.")
+        return None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one line to the metrics; it is on disk when this returns."""
+        self.rows.append(row)
+        with open(self.unfinished / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+
+    def finish(self, model: Any, state_dict: dict[str, Any], tokenizer: Any, summary: dict[str, Any]) -> None:
+        """Write the rest and move everything into place."""
+        model.save_pretrained(self.unfinished / "model", state_dict=state_dict)
+        tokenizer.save_pretrained(self.unfinished / "model")
+        _plot(self.rows, self.unfinished / "loss.png")
+        text = json.dumps(_finite(summary), indent=2) + "\n"
+        (self.unfinished / "summary.json").write_text(text, encoding="utf-8")
+        (self.path / "summary.json").unlink(missing_ok=True)
+        for name in FINISHED_NAMES:
+            old = self.path / name
+            if old.is_dir():
+                old.rename(self.unfinished / f"old_{name}")
+            (self.unfinished / name).replace(old)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what is unfinished."""
+        if self.unfinished.exists():
+            shutil.rmtree(self.unfinished)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as strict JSON can hold it: NaN and infinity become null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def _plot(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = list(rows)
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for key, style in (("loss", "-"), ("eval_loss", "o--")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot([step for step, _ in points], [value for _, value in points], style, label=key)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: allocated on its GPU, or resident in the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def print_summary(summary: dict[str, Any], output_dir: str) -> None:
+    """Show the run's result as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{summary['optim']} on {summary['world_size']} rank(s), {summary['strategy']}", show_header=False
+    )
+    table.add_row("steps", f"{summary['steps']}")
+    table.add_row("training loss", f"{summary['train_loss_first']:.4f} → {summary['train_loss_last']:.4f}")
+    table.add_row("validation loss", f"{summary['eval_loss_first']:.4f} → {summary['eval_loss_last']:.4f}")
+    table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("optimizer state, by rank", _in_mib(summary["optimizer_state_bytes_per_rank"]))
+    table.add_row("peak memory, by rank", _in_mib(summary["peak_memory_bytes_per_rank"]))
+    table.add_row("output", output_dir)
+    Console().print(table)
+
+
+def _in_mib(sizes: list[int]) -> str:
+    return ", ".join(f"{size / 2**20:.1f} MiB" for size in sizes)
