@@ -215,7 +215,7 @@ def _refuse(error: DistOptimError, accelerator: Accelerator) -> NoReturn:
 
 
 def _end_group(accelerator: Accelerator) -> None:
-    """Leave the process group. Whoever still refers to it goes first: its threads must end before the interpreter does."""
+    """Leave the process group, after all that refers to it: its threads must end before the interpreter does."""
     accelerator.free_memory()
     accelerator.end_training()
 
