@@ -144,9 +144,9 @@ class RankPool:
         __tracebackhide__ = True
         if self._workers:
             return
-        # The fork server imports torch once; a rank is then a fork of a process without threads or CUDA context.
+        # The fork server imports torch and us once; a rank is then a fork of a process without threads or CUDA context.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context.set_forkserver_preload(["torch.distributed", worker_main.__module__])
         self._directory = Path(tempfile.mkdtemp(prefix="rank-pool-"))
         try:
             self._workers = [self._start_worker(context, rank, self._directory) for rank in range(self.world_size)]
