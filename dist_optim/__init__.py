@@ -1,0 +1,34 @@
+"""Memory-efficient optimizers with their one-process trajectory under every sharding.
+
+Reading order: ``registry`` (what an optimizer is), ``layouts`` (which part of a tensor a rank holds), ``exchange.plan``
+and ``exchange.transfer`` (who owns what, and how it moves), ``instance`` (one upstream optimizer with ghosts),
+``optimizer`` (the step), ``build`` (from a model and a name), then ``integrations``.
+
+Importing this package needs torch alone; upstream packages and frameworks are imported on use.
+"""
+
+from dist_optim import optimizers as _optimizers  # noqa: F401  registers the families
+from dist_optim.build import build_optimizer
+from dist_optim.errors import DistOptimError
+from dist_optim.hyperparameters import Hyperparameter, Scope, parse_optim_args
+from dist_optim.optimizer import DistributedOptimizer
+from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass, get_spec, names, register
+from dist_optim.upstream import UpstreamDriver
+
+__all__ = [
+    "DistOptimError",
+    "DistributedOptimizer",
+    "Hyperparameter",
+    "OptimizerSpec",
+    "Scope",
+    "Trait",
+    "UpstreamClass",
+    "UpstreamDriver",
+    "build_optimizer",
+    "get_spec",
+    "names",
+    "parse_optim_args",
+    "register",
+]
+
+__version__ = "0.1.0"

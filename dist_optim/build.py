@@ -1,0 +1,202 @@
+"""``build_optimizer``: from a placed model and a name to a ``DistributedOptimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_optim.agreement import own_rank, raise_together
+from dist_optim.audit import route_audit
+from dist_optim.errors import DistOptimError, HyperparameterError, ParameterError, TargetModulesError, UnsupportedError
+from dist_optim.hyperparameters import Scope, check_hyperparameters
+from dist_optim.layouts.detect import PlacedParameter, detect
+from dist_optim.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
+from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
+from dist_optim.targets import select_matrices
+from dist_optim.upstream import ParamGroup
+
+__all__ = ["build_optimizer"]
+
+
+def build_optimizer(
+    model: nn.Module,
+    optimizer: str | type[Optimizer],
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    no_decay: Iterable[str] = (),
+    process_group: dist.ProcessGroup | None = None,
+    resident_parameters: bool = False,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    print_audit: bool = True,
+    **hyperparameters: Any,
+) -> DistributedOptimizer:
+    """Build an optimizer on a model that is already on its device and wrapped by its engine.
+
+    Collective: every rank of ``process_group`` calls it with the same arguments. A mistake raises on all ranks
+    together, before anything is trained. Rank 0 prints the route audit: which algorithm got which tensors.
+
+    Args:
+        model: The model as it will be trained (plain, DistributedDataParallel, or sharded by fully_shard).
+        optimizer: A registered name (``dist_optim.names()``), or an optimizer class.
+        target_modules: For low-rank optimizers, which linear layers are trained in a low-rank space: ``"all-linear"``,
+            or parts of module names, or regular expressions. Their weights go into param groups of their own, after
+            the others, as transformers' Trainer arranges them.
+        params: Parameters, or param groups with hyperparameters of their own, instead of all of the model's. A group
+            that names ``rank`` itself is low-rank as it stands.
+        no_decay: Names of parameters that get ``weight_decay=0``, in a group of their own.
+        process_group: The ranks that train the model together; the default group when None.
+        resident_parameters: Owners keep full copies of what they own, in sharded layouts: a third less traffic.
+        bucket_bytes: Bytes of parameters that one owner takes in one round of the exchange.
+        print_audit: Whether rank 0 prints the route audit.
+        **hyperparameters: ``lr``, ``weight_decay``, and everything else under upstream's own names.
+
+    Raises:
+        UnknownOptimizerError, HyperparameterError, TargetModulesError, MissingPackageError, ParameterError,
+        UnsupportedError: See ``dist_optim.errors``; on all ranks together.
+        RanksDisagreeError: Ranks gave different models or arguments.
+    """
+    error: DistOptimError | None = None
+    try:
+        spec = _resolve(optimizer)
+        values = spec.check(hyperparameters)
+        placed = detect(model, process_group)
+        groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
+        group = _one_process_group(placed.values(), process_group)
+    except DistOptimError as caught:
+        error = caught
+    raise_together(error, process_group)
+    arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
+    built = DistributedOptimizer(
+        spec,
+        groups,
+        {**arguments, **spec.forced},
+        process_group=group,
+        resident_parameters=resident_parameters,
+        bucket_bytes=bucket_bytes,
+    )
+    if print_audit and own_rank(group) == 0:
+        print(route_audit(built), flush=True)
+    return built
+
+
+def _resolve(optimizer: str | type[Optimizer]) -> OptimizerSpec:
+    if isinstance(optimizer, str):
+        spec = get_spec(optimizer)
+    elif isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        spec = spec_of_class(optimizer)
+    else:
+        raise ParameterError(
+            f"optimizer={optimizer!r} is neither a registered name nor a subclass of torch.optim.Optimizer. "
+            "Pass one of dist_optim.names(), or the class itself (not an instance)."
+        )
+    if spec.refusal:
+        raise UnsupportedError(f"{spec.name}: {spec.refusal}")
+    spec.load_class()
+    return spec
+
+
+def _make_groups(
+    model: nn.Module,
+    spec: OptimizerSpec,
+    values: Mapping[str, Any],
+    placed: Mapping[str, PlacedParameter],
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None,
+    no_decay: set[str],
+    target_modules: str | Sequence[str] | None,
+) -> list[ParamGroup]:
+    """Param groups with checked values, ``params`` as placed parameters; low-rank groups after the others."""
+    groups = _given_groups(spec, placed, params)
+    groups = [part for group in groups for part in _split(group, no_decay, {"weight_decay": 0.0}) if part["params"]]
+    if Trait.LOW_RANK not in spec.traits:
+        if target_modules is not None:
+            raise TargetModulesError(
+                f"{spec.name} has no low-rank matrices to select: leave target_modules out, or choose an optimizer "
+                "that takes it (galore_adamw, for example)."
+            )
+        return groups
+    matrix_values = {key: values[key] for key in spec.in_scope(Scope.MATRIX)}
+    if target_modules is None and any("rank" in group for group in groups):
+        return [{**matrix_values, **group} if "rank" in group else group for group in groups]
+    targets = set(select_matrices(model, target_modules, spec.name))
+    halves = [_split(group, targets, matrix_values) for group in groups]
+    arranged = [rest for rest, _ in halves] + [low_rank for _, low_rank in halves]
+    arranged = [group for group in arranged if group["params"]]
+    trained = [p for group in arranged if "rank" in group for p in group["params"] if p.parameter.requires_grad]
+    if not trained:
+        raise TargetModulesError(
+            f"target_modules={target_modules!r} selects only layers that are frozen or outside `params`, so "
+            f"{spec.name} would own nothing. Select layers that are trained."
+        )
+    return arranged
+
+
+def _given_groups(
+    spec: OptimizerSpec,
+    placed: Mapping[str, PlacedParameter],
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None,
+) -> list[ParamGroup]:
+    if params is None:
+        return [{"params": list(placed.values())}]
+    listed: list[Any] = list(params)
+    given = listed if listed and isinstance(listed[0], Mapping) else [{"params": listed}]
+    by_id = {id(p.parameter): p for p in placed.values()}
+    seen: set[int] = set()
+    groups: list[ParamGroup] = []
+    for number, group in enumerate(given):
+        members = group["params"] if isinstance(group, Mapping) and "params" in group else None
+        if members is None:
+            raise ParameterError(f"params: group {number} is {group!r:.80}, not a dict with the key 'params'.")
+        members = [members] if isinstance(members, Tensor) else list(members)
+        for at, parameter in enumerate(members):
+            if id(parameter) not in by_id:
+                raise ParameterError(
+                    f"params: parameter {at} of group {number} (shape {tuple(getattr(parameter, 'shape', ()))}) is not "
+                    "a parameter of the model. Wrapping or sharding a model can replace its parameters: build the "
+                    "groups from the wrapped model, and the optimizer last."
+                )
+            if id(parameter) in seen:
+                raise ParameterError(f"params: {by_id[id(parameter)].fqn!r} is listed twice. List it in one group.")
+            seen.add(id(parameter))
+        own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append({**_check_group(spec, own), "params": [by_id[id(parameter)] for parameter in members]})
+    if not seen:
+        raise ParameterError("params is empty: there is nothing to optimize. Pass the model's parameters.")
+    return groups
+
+
+def _check_group(spec: OptimizerSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    if spec.hyperparameters is None:
+        return dict(values)
+    fixed = [key for key in values if key in spec.in_scope(Scope.CONSTRUCTOR)]
+    if fixed:
+        raise HyperparameterError(
+            f"{spec.name} has one value of {fixed[0]!r} for all groups. "
+            "Pass it to build_optimizer itself, not in a group."
+        )
+    return check_hyperparameters(spec.name, spec.hyperparameters, values)
+
+
+def _split(group: ParamGroup, names: set[str], chosen: Mapping[str, Any]) -> tuple[ParamGroup, ParamGroup]:
+    """The group without the named parameters, and the group of the named ones, which gets the ``chosen`` values."""
+    inside = [placed for placed in group["params"] if placed.fqn in names]
+    outside = [placed for placed in group["params"] if placed.fqn not in names]
+    return {**group, "params": outside}, {**group, **chosen, "params": inside}
+
+
+def _one_process_group(
+    placed: Iterable[PlacedParameter], process_group: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
+    """The group that all ranks of the plan share: the shard group of the sharded parameters, where there are any."""
+    sharded = [p for p in placed if not p.layout.is_replicated]
+    groups = {p.process_group for p in sharded}
+    if len(groups) > 1:
+        raise UnsupportedError(
+            "Parameters are sharded over different process groups. Shard the model over one mesh axis, or build one "
+            "optimizer for each part with params=."
+        )
+    return groups.pop() if groups else process_group

@@ -1,0 +1,70 @@
+"""The exceptions of dist_optim: every one says what happened, why, and what to do.
+
+```
+DistOptimError
+├── UnknownOptimizerError   (ValueError)           no optimizer has that name
+├── HyperparameterError     (ValueError)           unknown key, wrong type, or value out of range
+├── TargetModulesError      (ValueError)           `target_modules` is missing or selects nothing
+├── ParameterError          (ValueError)           a parameter is stale, foreign, or listed twice
+├── StateDictError          (ValueError)           a state dict does not belong to this optimizer or rank
+├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
+│   └── UnsupportedLayoutError                     a sharding that cannot be served
+├── MissingPackageError     (ImportError)          the upstream package is not installed
+└── RanksDisagreeError      (RuntimeError)         ranks hold different values where they must be equal
+```
+
+A built-in base in parentheses lets callers catch what they already catch. Nothing here imports torch.
+"""
+
+__all__ = [
+    "DistOptimError",
+    "HyperparameterError",
+    "MissingPackageError",
+    "ParameterError",
+    "RanksDisagreeError",
+    "StateDictError",
+    "TargetModulesError",
+    "UnknownOptimizerError",
+    "UnsupportedError",
+    "UnsupportedLayoutError",
+]
+
+
+class DistOptimError(Exception):
+    """Root of every error that dist_optim raises for something the user can change."""
+
+
+class UnknownOptimizerError(DistOptimError, ValueError):
+    """No registered optimizer has the given name."""
+
+
+class HyperparameterError(DistOptimError, ValueError):
+    """A hyperparameter has an unknown name, a wrong type or a value out of range."""
+
+
+class TargetModulesError(DistOptimError, ValueError):
+    """`target_modules` is missing where it is required, or selects no matrix."""
+
+
+class ParameterError(DistOptimError, ValueError):
+    """A parameter does not belong to the model, is listed twice, or was replaced after the optimizer was built."""
+
+
+class StateDictError(DistOptimError, ValueError):
+    """A state dict does not fit this optimizer: other parameters, another algorithm, or another rank's share."""
+
+
+class UnsupportedError(DistOptimError, NotImplementedError):
+    """The request is sound, but serving it now would break the promise of an equal trajectory."""
+
+
+class UnsupportedLayoutError(UnsupportedError):
+    """A parameter is sharded in a way that cannot be served."""
+
+
+class MissingPackageError(DistOptimError, ImportError):
+    """The upstream package of an optimizer is not installed."""
+
+
+class RanksDisagreeError(DistOptimError, RuntimeError):
+    """Ranks hold different values where the algorithm needs equal ones."""

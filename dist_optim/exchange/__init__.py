@@ -1,0 +1,1 @@
+"""From plan to action: `plan` says who owns what, `transfer` moves it."""

@@ -1,0 +1,144 @@
+"""From a placed model to ``{fqn: PlacedParameter}``: the only reader of DTensors and of engine wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dist_optim.agreement import num_ranks
+from dist_optim.errors import UnsupportedLayoutError
+from dist_optim.layouts.layout import DimShard, Layout, Replicated
+
+__all__ = ["PlacedParameter", "clean_name", "detect", "local_of"]
+
+# Modules that engines and transforms put around the user's own; they add a name part that the logical name lacks.
+_WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedParameter:
+    """One logical parameter and where it is stored.
+
+    ``fqn`` is the name in the user's own model, without wrappers; ``shape`` is the logical, unsharded one.
+    """
+
+    fqn: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    layout: Layout
+    process_group: dist.ProcessGroup | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return local_of(self.parameter).device
+
+    def local(self) -> Tensor:
+        """This rank's part of the parameter, as a plain tensor on the parameter's own storage."""
+        return local_of(self.parameter.data)
+
+    def local_gradient(self) -> Tensor | None:
+        """This rank's part of the gradient, as a plain tensor; None where there is none."""
+        gradient = self.parameter.grad
+        return None if gradient is None else local_of(gradient)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The plain local tensor of a DTensor, on the same storage; any other tensor is returned as it is."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            return tensor.to_local()
+    return tensor
+
+
+def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> dict[str, PlacedParameter]:
+    """Read the layout of every parameter of a placed and wrapped model; tied parameters appear once.
+
+    Args:
+        model: As it will be trained: on its device, wrapped by its engine.
+        process_group: The ranks that replicate plain parameters; the default group when None.
+
+    Raises:
+        UnsupportedLayoutError: A parameter is sharded in a way that cannot be served.
+    """
+    _refuse_unserved_wrappers(model)
+    placed: dict[str, PlacedParameter] = {}
+    for name, parameter in named_parameters(model):
+        if isinstance(parameter, DTensor):
+            layout, group = _layout_of_dtensor(name, parameter)
+        else:
+            layout, group = Replicated(), process_group
+        placed[name] = PlacedParameter(name, parameter, parameter.shape, layout, group)
+    return placed
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's parameters, each once, under their logical names."""
+    for name, parameter in model.named_parameters():
+        yield clean_name(model, name), parameter
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules under their logical names; wrappers themselves are left out."""
+    for name, module in model.named_modules():
+        if not _is_wrapper(module):
+            yield clean_name(model, name), module
+
+
+def clean_name(model: nn.Module, name: str) -> str:
+    """Drop the parts of a dotted name that wrappers added (``module.`` of DDP, ``_orig_mod.`` of torch.compile)."""
+    kept, at = [], model
+    for part in name.split(".") if name else []:
+        if not (part in _WRAPPER_ATTRIBUTES and _is_wrapper(at)):
+            kept.append(part)
+        at = getattr(at, part)
+    return ".".join(kept)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """A module of an engine or transform, which has the user's module as its child under a known attribute."""
+    package = type(module).__module__.split(".")[0]
+    return package in ("torch", "deepspeed", "accelerate") and any(
+        attribute in getattr(module, "_modules", {}) for attribute in _WRAPPER_ATTRIBUTES
+    )
+
+
+def _layout_of_dtensor(name: str, parameter: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if mesh.ndim != 1 or len(placements) != 1:
+        raise UnsupportedLayoutError(
+            f"{name!r} lies on a {mesh.ndim}-D mesh {tuple(mesh.shape)} with placements {placements}. Parameters over "
+            "one shard axis are served. Shard the model with a 1-D mesh (fully_shard without replicas or tensor "
+            "parallelism)."
+        )
+    (placement,) = placements
+    if type(placement) is Replicate:
+        return Replicated(), mesh.get_group()
+    if type(placement) is Shard:
+        return DimShard(placement.dim, num_ranks(mesh.get_group())), mesh.get_group()
+    raise UnsupportedLayoutError(
+        f"{name!r} has the placement {placement!r}. Shard(dim) and Replicate() are served. Reshard the parameter, or "
+        "train it in another param group with torch's own optimizer."
+    )
+
+
+def _refuse_unserved_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ == "FullyShardedDataParallel" and kind.__module__.startswith("torch.distributed.fsdp"):
+            raise UnsupportedLayoutError(
+                "The model is wrapped by FSDP1 (FullyShardedDataParallel), which flattens parameters and is not served "
+                "yet. Use FSDP2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate), or DDP."
+            )
+        if kind.__name__ == "DeepSpeedEngine":
+            raise UnsupportedLayoutError(
+                "The model is a DeepSpeed engine, which is not served yet. Use DDP or FSDP2, or one process."
+            )

@@ -1,0 +1,97 @@
+"""How an unmodified upstream optimizer is constructed, stepped, and its state read and written.
+
+``UpstreamDriver`` suits every optimizer that keeps to torch's conventions. A family that does not (objects in its
+state, state outside ``optimizer.state``, arguments that must be forced) overrides the one method concerned, in the
+family's file under ``dist_optim/optimizers/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dist_optim.errors import StateDictError
+
+__all__ = ["ParamGroup", "UpstreamDriver", "tensors_in"]
+
+ParamGroup = dict[str, Any]
+
+
+class UpstreamDriver:
+    """The seam between dist_optim and one upstream class; the default for classes that keep to torch's conventions."""
+
+    ghosts_have_gradients: bool = False
+    """A parameter that is stepped elsewhere is present as an empty ghost. Where upstream counts only parameters *with*
+    a gradient (GrokAdamW's decay by position), the ghost must carry an empty one."""
+
+    def construct(
+        self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
+    ) -> Optimizer:
+        """Build the upstream optimizer on ``param_groups``; ``arguments`` are its constructor's keywords."""
+        return optimizer_class(param_groups, **arguments)
+
+    def runs_on_slices(self, group: Mapping[str, Any]) -> bool:
+        """Whether, with this param group's hyperparameters, any slice of a tensor may be stepped on its own.
+
+        Asked only of optimizers with ``Trait.ELEMENTWISE``. GaLore's plain groups are elementwise, its low-rank ones
+        are not.
+        """
+        return "rank" not in group
+
+    def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        """One upstream step. ``parameters`` are those that are really stepped here (no ghosts)."""
+        optimizer.step()
+
+    def step_cost(self, shape: torch.Size, group: Mapping[str, Any]) -> float:
+        """Estimated cost of one step of a tensor, in units of an elementwise pass over one element."""
+        return float(shape.numel())
+
+    # State as logical tensors -------------------------------------------------------------------------------------
+
+    def read_state(self, optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+        """Upstream's own state of one parameter; empty before its first step."""
+        return optimizer.state.get(parameter, {})
+
+    def write_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Install state as upstream keeps it.
+
+        It goes around ``Optimizer.load_state_dict``, which casts fp32 state of a bf16 parameter to bf16.
+        """
+        optimizer.state[parameter] = state
+
+    def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Upstream's state of one parameter as a flat dict of plain tensors, numbers, strings and None."""
+        for key, value in state.items():
+            if not isinstance(value, (Tensor, int, float, str, bool, type(None))):
+                raise StateDictError(
+                    f"State {key!r} is a {type(value).__name__}, which cannot be saved as plain tensors. "
+                    "Register the optimizer with a driver whose encode_state and decode_state translate it."
+                )
+        return dict(state)
+
+    def decode_state(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of ``encode_state``; ``group`` is the parameter's upstream group."""
+        return dict(encoded)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor reachable from upstream state: through dicts, sequences, tensor subclasses and plain objects."""
+    if isinstance(value, Tensor):
+        inner_names = getattr(value, "__tensor_flatten__", None)
+        if inner_names is not None:
+            for name in inner_names()[0]:
+                yield from tensors_in(getattr(value, name))
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))

@@ -1,0 +1,199 @@
+"""The parity body: upstream in one process against dist_optim under a placement, with equal injected gradients.
+
+A ``Case`` is data. ``run_case`` runs on every rank of a pool: it builds the reference with the upstream class alone
+(no code of dist_optim), builds the subject with ``build_optimizer`` on a placed model, gives both the same full
+gradients (the subject's cut by its layout), and compares every parameter after every step, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import dist_optim
+
+
+class Net(nn.Module):
+    """Shapes chosen to hurt: wide, tall and square matrices, odd sizes, one row, more ranks than rows, 0-D and 1-D."""
+
+    def __init__(self, linear: Sequence[tuple[int, int]], extra: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(cols, rows, bias=at % 2 == 0) for at, (rows, cols) in enumerate(linear))
+        self.extra = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in extra)
+
+
+LINEAR = ((67, 40), (40, 67), (48, 48), (17, 80), (96, 32), (2, 24))
+"""Rows x columns of the linear weights: tall, wide, square, wide, tall, two rows (fewer than three ranks)."""
+EXTRA = ((33,), (5,), (1,), (31, 9))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. ``make_reference`` gets plain param groups and returns the upstream optimizer."""
+
+    name: str
+    make_reference: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    hyperparameters: dict[str, Any]
+    matrix: dict[str, Any] = field(default_factory=dict)
+    """Hyperparameters of low-rank groups; empty for optimizers that take no target modules."""
+    steps: int = 9
+    linear: tuple[tuple[int, int], ...] = LINEAR
+    extra: tuple[tuple[int, ...], ...] = EXTRA
+    growth: float = 1.4
+    """Factor on the gradients from step to step, so that clips and limiters bind."""
+    frozen: tuple[str, ...] = ("linears.4.weight",)
+    without_gradient: tuple[str, ...] = ("extra.1",)
+    targets: tuple[str, ...] = ("linears",)
+    dtype: torch.dtype = torch.float32
+
+
+def make_model(case: Case) -> Net:
+    torch.manual_seed(0)
+    model = Net(case.linear, case.extra).to(case.dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in case.frozen)
+    return model
+
+
+def gradients(case: Case, model: nn.Module, step: int) -> dict[str, Tensor | None]:
+    """Full gradients of one step, the same on every rank and for both sides; some parameters have none."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    drawn: dict[str, Tensor | None] = {}
+    for at, (name, parameter) in enumerate(model.named_parameters()):
+        gradient = torch.randn(parameter.shape, generator=generator) * case.growth**step
+        is_absent = name in case.frozen or name in case.without_gradient or (step % 4 == 2 and at == 3)
+        drawn[name] = None if is_absent else gradient.to(case.dtype)
+    return drawn
+
+
+def param_groups(case: Case, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Two plain groups with weight decay and without, then the low-rank ones, as the subject is asked to arrange."""
+    common = {key: value for key, value in case.hyperparameters.items() if key != "weight_decay"}
+    decay = {**common, "weight_decay": case.hyperparameters["weight_decay"]} if _decays(case) else common
+    is_matrix = {name: bool(case.matrix) and name.startswith(case.targets) and named[name].ndim == 2 for name in named}
+    plain = [n for n in named if not is_matrix[n]]
+    groups: list[dict[str, Any]] = [
+        {"params": [named[n] for n in plain if named[n].ndim > 1], **decay},
+        {
+            "params": [named[n] for n in plain if named[n].ndim <= 1],
+            **common,
+            **({"weight_decay": 0.0} if _decays(case) else {}),
+        },
+        {"params": [named[n] for n in named if is_matrix[n]], **decay, **case.matrix},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def no_decay(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.ndim <= 1]
+
+
+def _decays(case: Case) -> bool:
+    return "weight_decay" in case.hyperparameters
+
+
+def reference_run(case: Case) -> list[dict[str, Tensor]]:
+    """Every parameter after every step, from the upstream class in one process."""
+    model = make_model(case)
+    named = dict(model.named_parameters())
+    optimizer = case.make_reference(param_groups(case, named))
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    history = []
+    for step in range(case.steps):
+        for name, gradient in gradients(case, model, step).items():
+            named[name].grad = gradient
+        set_learning_rates(optimizer, case, step)
+        optimizer.step()
+        history.append({name: parameter.detach().clone() for name, parameter in named.items()})
+    return history
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:
+    """A rate that changes at every step, and differs between groups."""
+    for number, group in enumerate(optimizer.param_groups):
+        rate = case.hyperparameters["lr"] * 0.9**step * (1.0 + 0.5 * number)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def place(model: nn.Module, placement: str) -> nn.Module:
+    """Put a model under an engine: none, ddp, fsdp2."""
+    if placement == "ddp":
+        return DistributedDataParallel(model)
+    if placement == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
+
+
+def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
+    """Set gradients, cut as each parameter is."""
+    for name, parameter in model.named_parameters():
+        gradient = full[name.removeprefix("module.")]
+        if gradient is not None and isinstance(parameter, DTensor):
+            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.grad = gradient if gradient is None else gradient.clone()
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def build_subject(case: Case, model: nn.Module, **options: Any) -> dist_optim.DistributedOptimizer:
+    keywords: dict[str, Any] = {**case.hyperparameters, **case.matrix, **options, "print_audit": False}
+    if case.matrix:
+        keywords["target_modules"] = list(case.targets)
+    return dist_optim.build_optimizer(
+        model, case.name, no_decay=no_decay(make_model(case)) if _decays(case) else (), **keywords
+    )
+
+
+def run_case(case: Case, placement: str, **options: Any) -> list[str]:
+    """The body: problems found on this rank, empty when every parameter is equal after every step."""
+    expected = reference_run(copy.deepcopy(case))
+    model = place(make_model(case), placement)
+    optimizer = build_subject(case, model, **options)
+    optimizer.train()
+    problems = []
+    for step in range(case.steps):
+        inject(model, gradients(case, make_model(case), step))
+        set_learning_rates(optimizer, case, step)
+        optimizer.step()
+        problems += differences(expected[step], full_parameters(model), f"after step {step}")
+        if problems:
+            break
+    return problems
+
+
+def differences(expected: dict[str, Tensor], actual: dict[str, Tensor], when: str) -> list[str]:
+    return [
+        f"{name} {tuple(tensor.shape)} differs {when} by {(tensor.double() - actual[name].double()).abs().max().item():.3g}"
+        for name, tensor in expected.items()
+        if not torch.equal(tensor, actual[name])
+    ]
+
+
+def moved(history: list[dict[str, Tensor]], case: Case) -> float:
+    """Largest change of any parameter over the reference run: a comparison of things that stand still proves nothing."""
+    start = dict(make_model(case).named_parameters())
+    return max((history[-1][name] - start[name]).abs().max().item() for name in start)
+
+
+def product(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return list(itertools.product(*axes))
