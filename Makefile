@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 DEMO = accelerate launch --config_file configs/accelerate/ddp_cpu_2.yaml launch/train.py --use_cpu \
 	--optim galore_adamw --optim_target_modules attn mlp --optim_args "rank=32, update_proj_gap=50, scale=1.0" \
-	--learning_rate 2e-3 --max_steps 300 --output_dir runs/demo --overwrite_output_dir
+	--learning_rate 2e-3 --max_steps 240 --output_dir runs/demo --overwrite_output_dir
 
 help: ## list the targets
 	@grep -E "^[a-z]+:.*##" Makefile | sed -E "s/:.*## /\t/" | expand -t 8

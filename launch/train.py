@@ -9,9 +9,11 @@ A mistake of the user ends all ranks with exit code 2 before training, SIGINT wi
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> None:
     run: TrainingRun | None = None
     try:
         _catch_signals()
+        _quieten_libraries()
         arguments, error = _parse(argv)
         accelerator = _start_accelerator(arguments, argv)
         try:
@@ -122,6 +125,15 @@ def build(
     )
 
 
+def _quieten_libraries() -> None:
+    """Keep the output to the job: no other library's bars, nor its warnings about kernels that are not used here."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")  # accelerate calls it
+
+
 def _parse(argv: list[str]) -> tuple[Arguments | None, UsageError | None]:
     """The arguments, or the error: raised later, when the ranks can agree on it."""
     try:
@@ -134,7 +146,6 @@ def _start_accelerator(arguments: Arguments | None, argv: list[str]) -> Accelera
     """Join the other ranks; refuses to train with fewer than the launcher was asked for."""
     train_arguments = arguments[2] if arguments else None
     use_cpu = train_arguments.use_cpu if train_arguments else "--use_cpu" in argv
-    transformers.logging.set_verbosity_error()
     accelerator = Accelerator(
         # Without a GPU, accelerate forms a process group only when it is told to use the CPU.
         cpu=use_cpu or not torch.accelerator.is_available(),

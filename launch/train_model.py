@@ -61,7 +61,7 @@ def load_model(arguments: ModelArguments, tokenizer: Any, block_size: int) -> nn
                 f"--model_name_or_path {arguments.model_name_or_path!r} cannot be loaded: {error}"
             ) from error
     else:
-        model = AutoModelForCausalLM.from_config(_read_config(str(arguments.model_config)))
+        model = _model_from_config(str(arguments.model_config))
     model.config.use_cache = False
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
@@ -77,15 +77,16 @@ def load_model(arguments: ModelArguments, tokenizer: Any, block_size: int) -> nn
     return model
 
 
-def _read_config(path: str) -> Any:
-    """The config object that a config.json describes."""
+def _model_from_config(path: str) -> Any:
+    """A fresh model of the shape that a config.json describes."""
     try:
         with open(path, encoding="utf-8") as file:
             entries = json.load(file)
-        return AutoConfig.for_model(entries.pop("model_type"), **entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(entries.pop("model_type"), **entries))
+    except Exception as error:  # an odd entry can fail anywhere in the config's or the model's constructor
         raise UsageError(
-            f"--model_config {path!r} is not a usable config.json with a known model_type: {error}"
+            f"--model_config {path!r} describes no causal language model: {type(error).__name__}: {error}. It must "
+            "be a config.json with a model_type that transformers knows."
         ) from error
 
 

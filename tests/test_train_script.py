@@ -1,0 +1,365 @@
+"""`launch/train.py` as users run it: through `accelerate launch`, on two CPU ranks and on one.
+
+A start costs about ten seconds: one finished run serves many claims, and what needs no ranks calls the script's parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+import train_arguments
+import train_data
+import train_loop
+import train_model
+import train_report
+from train_arguments import TrainArguments, UsageError, parse_arguments
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TWO_RANKS = [
+    *(sys.executable, "-m", "accelerate.commands.launch"),
+    *("--config_file", str(REPOSITORY / "configs/accelerate/ddp_cpu_2.yaml")),
+]
+ONE_RANK = [sys.executable]
+GALORE = (
+    "--optim",
+    "galore_adamw",
+    "--optim_target_modules",
+    "attn",
+    "mlp",
+    "--optim_args",
+    "rank=16,update_proj_gap=2",
+)
+START_AND_RUN_S = 120
+
+SUMMARY_KEYS = {
+    *("optim", "strategy", "world_size", "steps", "tokens_per_second"),
+    *("train_loss_first", "train_loss_last", "eval_loss_first", "eval_loss_last"),
+    *("optimizer_state_bytes_per_rank", "peak_memory_bytes_per_rank"),
+}
+
+
+def command(launcher: list[str], *flags: str | Path) -> list[str]:
+    script = [str(REPOSITORY / "launch" / "train.py"), "--use_cpu", "--per_device_train_batch_size", "2"]
+    return [*launcher, *script, "--max_eval_samples", "6", "--block_size", "64", *(str(flag) for flag in flags)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
+
+
+def run_script(launcher: list[str], *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(launcher, *flags), env=environment(), capture_output=True, text=True, timeout=START_AND_RUN_S
+    )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    output_dir: Path
+    output: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.output_dir / "summary.json").read_text())
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def finished_run(launcher: list[str], output_dir: Path, *flags: str) -> FinishedRun:
+    done = run_script(launcher, *GALORE, "--learning_rate", "1e-3", *flags, "--output_dir", output_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FinishedRun(output_dir, done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="module")
+def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    # Two micro-batches a step and five steps: two refreshes after the first, a schedule that ends at one fifth.
+    flags = ("--max_steps", "5", "--logging_steps", "2", "--eval_steps", "3", "--gradient_accumulation_steps", "2")
+    return finished_run(TWO_RANKS, tmp_path_factory.mktemp("two") / "run", *flags)
+
+
+@pytest.fixture(scope="module")
+def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return finished_run(ONE_RANK, tmp_path_factory.mktemp("one") / "run", "--max_steps", "1")
+
+
+class TestFinishedRun:
+    def test_summary_has_the_promised_keys_and_both_ranks(self, two_rank_run: FinishedRun) -> None:
+        summary = two_rank_run.summary
+        assert summary.keys() >= SUMMARY_KEYS
+        assert (summary["optim"], summary["strategy"], summary["world_size"]) == ("galore_adamw", "ddp", 2)
+        assert summary["steps"] == 5
+        assert len(summary["optimizer_state_bytes_per_rank"]) == len(summary["peak_memory_bytes_per_rank"]) == 2
+        assert summary["eval_loss_last"] < summary["eval_loss_first"]
+        assert summary["train_loss_last"] < summary["train_loss_first"]
+
+    def test_one_process_has_no_strategy(self, one_rank_run: FinishedRun) -> None:
+        assert (one_rank_run.summary["strategy"], one_rank_run.summary["world_size"]) == ("none", 1)
+
+    def test_each_rank_holds_about_half_of_the_one_process_state(
+        self, one_rank_run: FinishedRun, two_rank_run: FinishedRun
+    ) -> None:
+        (total,) = one_rank_run.summary["optimizer_state_bytes_per_rank"]
+        shares = [held / total for held in two_rank_run.summary["optimizer_state_bytes_per_rank"]]
+        assert all(0.4 <= share <= 0.6 for share in shares), shares
+
+    def test_metrics_have_a_line_for_each_logging_step_and_evaluation(self, two_rank_run: FinishedRun) -> None:
+        assert [row["step"] for row in two_rank_run.metrics if "loss" in row] == [1, 2, 4, 5]
+        assert [row["step"] for row in two_rank_run.metrics if "eval_loss" in row] == [0, 3, 5]
+
+    def test_the_schedule_advances_once_a_step_whatever_the_world_size(self, two_rank_run: FinishedRun) -> None:
+        rates = {row["step"]: row["learning_rate"] for row in two_rank_run.metrics if "learning_rate" in row}
+        assert rates == pytest.approx({1: 1e-3, 2: 0.8e-3, 4: 0.4e-3, 5: 0.2e-3})  # linear, from lr to 0
+
+    def test_the_model_loads_and_gives_the_reported_loss(self, two_rank_run: FinishedRun) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(two_rank_run.output_dir / "model")
+        tokenizer = AutoTokenizer.from_pretrained(two_rank_run.output_dir / "model")
+        text = "def naïve(x):\n\treturn x  # ≠ y"
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        data = train_arguments.DataArguments(block_size=64, max_eval_samples=6)
+        _, blocks = train_data.load_blocks(data, tokenizer)
+        with torch.no_grad():
+            loss = model(input_ids=blocks.rows.long(), labels=blocks.rows.long()).loss.item()
+        assert loss == pytest.approx(two_rank_run.summary["eval_loss_last"], rel=1e-4)
+
+    def test_output_shows_progress_audit_and_summary_once(self, two_rank_run: FinishedRun) -> None:
+        assert "5/5" in two_rank_run.output
+        assert two_rank_run.output.count("optimizer state, by rank") == 1
+        assert two_rank_run.output.count("step 0/5: validation loss") == 1
+        assert (two_rank_run.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert sorted(path.name for path in two_rank_run.output_dir.iterdir()) == sorted(train_report.FINISHED_NAMES)
+
+
+class TestRefusals:
+    """One clear message, exit code 2, no trace of ours, nothing trained."""
+
+    def assert_refused(self, done: subprocess.CompletedProcess[str], *words: str) -> None:
+        assert done.returncode != 0
+        messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(messages) == 1, done.stderr
+        for word in words:
+            assert word in messages[0]
+        assert 'launch/train.py", line' not in done.stderr
+        assert "validation loss" not in done.stdout + done.stderr
+
+    def test_target_modules_that_match_nothing_end_both_ranks(self, tmp_path: Path) -> None:
+        flags = (
+            "--optim",
+            "galore_adamw",
+            "--optim_target_modules",
+            "attention_typo",
+            "--output_dir",
+            tmp_path / "run",
+        )
+        done = run_script(TWO_RANKS, *flags)
+        self.assert_refused(done, "attention_typo", "self_attn")
+        assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr  # the launcher's report on both ranks
+        assert not (tmp_path / "run").exists()
+
+    def test_a_mistake_on_the_command_line_ends_both_ranks(self, tmp_path: Path) -> None:
+        done = run_script(TWO_RANKS, "--optimm", "sgd", "--output_dir", tmp_path)
+        self.assert_refused(done, "--optimm", "--optim")
+        assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr
+
+    def test_unknown_optimizer_in_one_process(self, tmp_path: Path) -> None:
+        done = run_script(ONE_RANK, "--optim", "galore_adam", "--output_dir", tmp_path)
+        self.assert_refused(done, "galore_adam", "galore_adamw")
+        assert done.returncode == 2
+
+    def test_a_folder_that_holds_a_run_is_kept(self, one_rank_run: FinishedRun) -> None:
+        with pytest.raises(UsageError, match="already holds a run.*--overwrite_output_dir"):
+            train_report.RunDirectory(str(one_rank_run.output_dir), overwrite=False)
+        assert train_report.RunDirectory(str(one_rank_run.output_dir), overwrite=True).open() is None
+        assert one_rank_run.summary["steps"] == 1  # replaced only when the new run has finished
+
+    def test_an_output_dir_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        error = train_report.RunDirectory(str(tmp_path / "file" / "run"), overwrite=False).open()
+        assert isinstance(error, UsageError)
+        assert "cannot be written" in str(error)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "words"),
+        [
+            ("empty.txt", b"  \n", "is empty"),
+            ("binary.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
+            ("missing.txt", None, "No such file"),
+            ("*.nothing", None, "matches no file"),
+            ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+            ("other.jsonl", b'{"body": "a"}\n', r"no text under 'text' \(it holds: \['body'\]\)"),
+        ],
+    )
+    def test_unusable_train_file(self, tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=words):
+            train_data.read_documents("--train_file", [str(tmp_path / name)], "text")
+
+    def test_too_little_text_for_a_block(self, tmp_path: Path) -> None:
+        (tmp_path / "short.txt").write_text("short")
+        data = train_arguments.DataArguments(train_file=[str(tmp_path / "short.txt")], block_size=64)
+        with pytest.raises(UsageError, match="gives 0 blocks of 64 tokens"):
+            train_data.load_blocks(data, train_model.byte_tokenizer())
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            ("--learning_rate fast", "invalid float value"),
+            ("--learning_rate -1", "--learning_rate -1.0 is out of range"),
+            ("--learning_rate nan", "--learning_rate nan is out of range"),
+            ("--max_steps 0", "--max_steps 0 is out of range"),
+            ("--gradient_accumulation_steps 0", "must be at least 1"),
+            ("--lr_scheduler_type greedy", "Choose one of: linear"),
+            ("--model_config nowhere.json", "llama_tiny.json"),
+            ("--model_name_or_path a --model_config b", "exclude each other"),
+            ("--train_file a --dataset_name b", "exclude each other"),
+            ("--validation_file a", "needs --train_file"),
+            ("stray", "Unknown argument 'stray'"),
+        ],
+    )
+    def test_unusable_arguments(self, flags: str, words: str) -> None:
+        with pytest.raises(UsageError, match=words):
+            parse_arguments(["--output_dir", "out", *flags.split()])
+
+    def test_output_dir_is_required(self) -> None:
+        with pytest.raises(UsageError, match="--output_dir"):
+            parse_arguments([])
+
+    def test_a_tokenizer_larger_than_the_vocabulary(self, tmp_path: Path) -> None:
+        config = json.loads((REPOSITORY / "configs/models/llama_tiny.json").read_text())
+        (tmp_path / "small.json").write_text(json.dumps({**config, "vocab_size": 100, "pad_token_id": None}))
+        arguments = train_arguments.ModelArguments(model_config=str(tmp_path / "small.json"))
+        with pytest.raises(UsageError, match="258 tokens and the model a vocabulary of 100"):
+            train_model.load_model(arguments, train_model.byte_tokenizer(), block_size=64)
+
+
+class TestInterruption:
+    @pytest.fixture
+    def start(self) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+        started: list[subprocess.Popen[str]] = []
+
+        def starter(*arguments: str | Path) -> subprocess.Popen[str]:
+            flags = [str(argument) for argument in arguments]
+            started.append(
+                subprocess.Popen(flags, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            )
+            return started[-1]
+
+        yield starter
+        for process in started:
+            process.kill()
+            process.wait()
+
+    @pytest.mark.parametrize(
+        ("launcher", "sent", "exit_code"), [(TWO_RANKS, signal.SIGINT, None), (ONE_RANK, signal.SIGTERM, 143)]
+    )
+    def test_a_signal_ends_every_rank_and_leaves_no_half_run(
+        self,
+        start: Callable[..., subprocess.Popen[str]],
+        tmp_path: Path,
+        launcher: list[str],
+        sent: signal.Signals,
+        exit_code: int | None,
+    ) -> None:
+        metrics = tmp_path / "run" / ".unfinished" / "metrics.jsonl"
+        process = start(
+            *command(launcher, "--max_steps", "100000", "--logging_steps", "1", "--output_dir", tmp_path / "run")
+        )
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, START_AND_RUN_S)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=30)
+        assert errors.count("interrupted at step ") == 1, errors
+        assert "launch/train_loop.py" not in errors
+        assert exit_code is None or process.returncode == exit_code
+        assert list((tmp_path / "run").iterdir()) == []
+        wait_until(lambda: not processes_naming(str(tmp_path)), 10)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not reached within {timeout_s} s"
+        time.sleep(0.1)
+
+
+def processes_naming(text: str) -> list[int]:
+    """Ids of the living processes whose command line holds the text."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and text in " ".join(process.info["cmdline"] or []):
+            found.append(process.pid)
+    return found
+
+
+class TestParts:
+    def test_arguments_from_a_file_equal_those_from_flags(self, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_text(
+            "output_dir: out\nlearning_rate: 1e-3\nbf16: true\noptim_target_modules: [a, b]\n"
+        )
+        flags = "--output_dir out --learning_rate 1e-3 --bf16 --optim_target_modules a b"
+        assert parse_arguments([str(tmp_path / "run.yaml")]) == parse_arguments(flags.split())
+
+    def test_an_unknown_key_in_a_file_is_answered_with_the_near_ones(self, tmp_path: Path) -> None:
+        (tmp_path / "run.json").write_text('{"output_dir": "out", "learning_rte": 1}')
+        with pytest.raises(UsageError, match="--learning_rate"):
+            parse_arguments([str(tmp_path / "run.json")])
+
+    def test_embedded_text_is_split_by_file_and_always_the_same(self, tmp_path: Path) -> None:
+        for number in range(64):
+            (tmp_path / f"module_{number}.py").write_text(f"x = {number}\n")
+        (tmp_path / "site-packages").mkdir()
+        (tmp_path / "site-packages" / "foreign.py").write_text("foreign = 1\n")
+        train, validation = train_data.embedded_documents(tmp_path)
+        assert sorted(train + validation) == sorted(f"x = {number}\n" for number in range(64))
+        assert train
+        assert validation
+        assert train_data.embedded_documents(tmp_path) == (train, validation)
+
+    def test_blocks_hold_every_token_once_and_validation_is_the_end(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("abcdefgh" * 10)
+        (tmp_path / "b.jsonl").write_text('{"text": "ijkl"}\n\n{"text": "mnop"}\n')
+        files = [str(tmp_path / "*.txt"), str(tmp_path / "b.jsonl")]
+        tokenizer = train_model.byte_tokenizer()
+        data = train_arguments.DataArguments(train_file=files, block_size=10, validation_split_percentage=25)
+        train, validation = train_data.load_blocks(data, tokenizer)
+        end = tokenizer.eos_token
+        assert (len(train), len(validation)) == (7, 2)  # 80 + 1 + 4 + 1 + 4 + 1 tokens are 9 blocks and one token
+        text = tokenizer.decode(torch.cat([train.rows.flatten(), validation.rows.flatten()]).tolist())
+        assert text == f"{'abcdefgh' * 10}{end}ijkl{end}mnop"
+
+    def test_norms_and_biases_do_not_decay(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Embedding(3, 2), nn.MultiheadAttention(2, 1))
+        assert train_model.no_decay_names(model) == [
+            *("0.bias", "1.weight", "1.bias", "3.in_proj_bias", "3.out_proj.bias"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("flags", "num_steps"),
+        [({"max_steps": 7}, 7), ({"num_train_epochs": 2.0}, 20), ({"gradient_accumulation_steps": 4}, 3)],
+    )
+    def test_number_of_steps_for_ten_batches(self, flags: dict[str, Any], num_steps: int) -> None:
+        assert train_loop.num_training_steps(TrainArguments(output_dir="out", **flags), 10) == num_steps
+
+    def test_strategy_names(self) -> None:
+        names = {kind: train_loop.strategy_name(kind) for kind in (DistributedType.NO, DistributedType.MULTI_CPU)}
+        assert names == {DistributedType.NO: "none", DistributedType.MULTI_CPU: "ddp"}
+        assert train_loop.strategy_name(DistributedType.FSDP) == "fsdp"
