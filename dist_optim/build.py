@@ -61,25 +61,27 @@ def build_optimizer(
         RanksDisagreeError: Ranks gave different models or arguments.
     """
     error: DistOptimError | None = None
+    built: DistributedOptimizer | None = None
     try:
         spec = _resolve(optimizer)
         values = spec.check(hyperparameters)
         placed = detect(model, process_group)
         groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
-        group = _one_process_group(placed.values(), process_group)
+        arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
+        built = DistributedOptimizer(
+            spec,
+            groups,
+            {**arguments, **spec.forced},
+            process_group=_one_process_group(placed.values(), process_group),
+            resident_parameters=resident_parameters,
+            bucket_bytes=bucket_bytes,
+        )
     except DistOptimError as caught:
         error = caught
     raise_together(error, process_group)
-    arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
-    built = DistributedOptimizer(
-        spec,
-        groups,
-        {**arguments, **spec.forced},
-        process_group=group,
-        resident_parameters=resident_parameters,
-        bucket_bytes=bucket_bytes,
-    )
-    if print_audit and own_rank(group) == 0:
+    assert built is not None
+    built.agree_on_plan()
+    if print_audit and own_rank(built.process_group) == 0:
         print(route_audit(built), flush=True)
     return built
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_optim.errors import HyperparameterError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.registry import OptimizerSpec
 from dist_optim.upstream import ParamGroup, tensors_in
@@ -53,7 +54,13 @@ class UpstreamInstance:
                 self._group_of[index] = len(upstream_groups)
                 index += 1
             upstream_groups.append({**group, "params": parameters})
-        self.optimizer: Optimizer = self.driver.construct(spec.load_class(), upstream_groups, arguments)
+        try:
+            self.optimizer: Optimizer = self.driver.construct(spec.load_class(), upstream_groups, arguments)
+        except (ValueError, TypeError) as error:  # upstream's own checks, of values that exclude each other, say
+            raise HyperparameterError(
+                f"{spec.name}: upstream's {spec.load_class().__name__} refuses its arguments: {error}. "
+                f"They were: {', '.join(f'{key}={value!r}' for key, value in arguments.items())}."
+            ) from error
 
     def _make_parameter(self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size]) -> nn.Parameter:
         if index in shapes:

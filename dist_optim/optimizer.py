@@ -67,13 +67,17 @@ class DistributedOptimizer(Optimizer):
         self.num_steps = 0
         self._resident = resident_parameters
         self.mode = "train"
+        # One entry a parameter, in group order: the position that everything below counts by.
         self._placed: list[PlacedParameter] = [placed for group in groups for placed in group["params"]]
         self._group_values = [
-            {key: value for key, value in group.items() if key != "params"} for group in groups for _ in group["params"]
+            {**arguments, **{key: value for key, value in group.items() if key != "params"}}
+            for group in groups
+            for _ in group["params"]
         ]
         trainable = [index for index, placed in enumerate(self._placed) if placed.parameter.requires_grad]
         self._local_indices = [index for index in trainable if self._runs_locally(index)]
         self._trainable = set(trainable)
+        self._refuse_misfits()
         self.plan = self._make_plan(bucket_bytes)
         self._local_instance: UpstreamInstance | None = None
         self._instances: list[UpstreamInstance] = []
@@ -93,14 +97,24 @@ class DistributedOptimizer(Optimizer):
         self._is_built = True
         self._fingerprints: dict[int, int] = {}  # of the slices that resident copies were made of
         self._copies_are_stale = True
-        self._agree_on_plan()
 
     # Building -----------------------------------------------------------------------------------------------------
 
     def _runs_locally(self, index: int) -> bool:
-        is_elementwise = Trait.ELEMENTWISE in self.spec.traits
-        sharded = not self._placed[index].layout.is_replicated
-        return sharded and is_elementwise and self.spec.driver.runs_on_slices(self._group_values[index])
+        placed = self._placed[index]
+        if placed.layout.is_replicated or Trait.ELEMENTWISE not in self.spec.traits:
+            return False
+        # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail:
+        # an element's result depends on where a slice ends.
+        rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4
+        return not rounds_by_position and self.spec.driver.runs_on_slices(self._group_values[index])
+
+    def _refuse_misfits(self) -> None:
+        for index in sorted(self._trainable):
+            placed = self._placed[index]
+            reason = self.spec.driver.why_refused(placed.shape, placed.dtype, placed.device, self._group_values[index])
+            if reason:
+                raise UnsupportedError(f"{self.spec.name}, parameter {placed.fqn!r}: {reason}")
 
     def _make_plan(self, bucket_bytes: int) -> Plan:
         items = []
@@ -130,7 +144,12 @@ class DistributedOptimizer(Optimizer):
     def _any_instance(self) -> UpstreamInstance:
         return self.instances()[0]
 
-    def _agree_on_plan(self) -> None:
+    def agree_on_plan(self) -> None:
+        """Compare names, shapes, layouts, owners and hyperparameters over the ranks. Collective; once, after building.
+
+        Raises:
+            RanksDisagreeError: On all ranks, with the first entry that differs.
+        """
         items: list[tuple[str, Any]] = [("optimizer", self.spec.name)]
         for number, values in enumerate(self._fixed):
             items += [(f"group {number}, {key}", value) for key, value in values.items() if not callable(value)]

@@ -34,19 +34,25 @@ class UpstreamDriver:
         """Build the upstream optimizer on ``param_groups``; ``arguments`` are its constructor's keywords."""
         return optimizer_class(param_groups, **arguments)
 
-    def runs_on_slices(self, group: Mapping[str, Any]) -> bool:
-        """Whether, with this param group's hyperparameters, any slice of a tensor may be stepped on its own.
+    def runs_on_slices(self, values: Mapping[str, Any]) -> bool:
+        """Whether, with these hyperparameters, any slice of a tensor may be stepped on its own.
 
-        Asked only of optimizers with ``Trait.ELEMENTWISE``. GaLore's plain groups are elementwise, its low-rank ones
-        are not.
+        Asked only of optimizers with ``Trait.ELEMENTWISE``. ``values`` are the constructor's arguments, and over them
+        the param group's own: GaLore's plain groups are elementwise, its low-rank ones are not.
         """
-        return "rank" not in group
+        return "rank" not in values
+
+    def why_refused(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
+    ) -> str:
+        """Why upstream cannot step a tensor like this one, and what to do; empty when it can. Asked before step 1."""
+        return ""
 
     def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         """One upstream step. ``parameters`` are those that are really stepped here (no ghosts)."""
         optimizer.step()
 
-    def step_cost(self, shape: torch.Size, group: Mapping[str, Any]) -> float:
+    def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
         """Estimated cost of one step of a tensor, in units of an elementwise pass over one element."""
         return float(shape.numel())
 

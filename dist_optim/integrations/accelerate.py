@@ -72,8 +72,6 @@ def prepare(
 
 
 def _refuse_unserved(accelerator: Accelerator) -> UnsupportedError | None:
-    from accelerate.utils import DistributedType
-
     served = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
     strategy = accelerator.distributed_type
     if strategy.value not in served:
@@ -85,7 +83,7 @@ def _refuse_unserved(accelerator: Accelerator) -> UnsupportedError | None:
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             # On CPU accelerate silently trains DDP, or one process, in place of what was asked for.
             return UnsupportedError(
-                f"{name} was asked for ({variable} is set), but accelerate runs {DistributedType(strategy).value} here. "
+                f"{name} was asked for ({variable} is set), but accelerate runs {strategy.value} here. "
                 f"Remove {name} from the accelerate configuration, or run where accelerate supports it."
             )
     return None

@@ -35,13 +35,29 @@ class GaLoreDriver(UpstreamDriver):
             if projector is not None:
                 projector.ortho_matrix = _compact(projector.ortho_matrix)
 
-    def step_cost(self, shape: torch.Size, group: Mapping[str, Any]) -> float:
-        if "rank" not in group or len(shape) != 2:
+    def why_refused(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
+    ) -> str:
+        if (
+            "rank" in values
+            and values["proj_type"] == "reverse_std"
+            and shape[0] < shape[1]
+            and values["rank"] >= shape[0]
+        ):
+            # galore-torch 1.0 takes the side for the way back from the projected shape, and multiplies misfits.
+            return (
+                f"proj_type='reverse_std' cannot project a {shape[0]} x {shape[1]} matrix to rank {values['rank']}: "
+                f"upstream fails unless rank < {shape[0]}. Lower rank, or use proj_type='std'."
+            )
+        return ""
+
+    def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
+        if "rank" not in values or len(shape) != 2:
             return float(shape.numel())
         long, short = max(shape), min(shape)
-        projections = 4.0 * shape.numel() * min(group["rank"], short)
+        projections = 4.0 * shape.numel() * min(values["rank"], short)
         svd = (6.0 * long * short**2 + 20.0 * short**3) * (_WIDE_PENALTY if shape[0] < shape[1] else 1.0)
-        return shape.numel() + (projections + svd / group["update_proj_gap"]) / _FLOPS_PER_ELEMENT
+        return shape.numel() + (projections + svd / values["update_proj_gap"]) / _FLOPS_PER_ELEMENT
 
     def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         encoded = {key: value for key, value in state.items() if key != "projector"}

@@ -1,0 +1,12 @@
+"""The table of parity cases: one file a family, each with a tuple ``CASES``; a new optimizer is a new row."""
+
+import importlib
+import pkgutil
+
+from parity import Case
+
+CASES: list[Case] = [
+    case
+    for module in sorted(found.name for found in pkgutil.iter_modules(__path__))
+    for case in importlib.import_module(f"{__name__}.{module}").CASES
+]

@@ -1,0 +1,55 @@
+"""Every optimizer, under every placement, against upstream in one process: equal gradients, equal bits."""
+
+from __future__ import annotations
+
+import pytest
+from cases import CASES
+from parity import Case, run_case, run_second_life
+
+from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
+
+SMALL_ROUNDS = 6000
+"""Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
+
+PLACEMENTS = (
+    ("none", {}),
+    ("ddp", {}),
+    ("ddp", {"bucket_bytes": SMALL_ROUNDS}),
+    ("fsdp2", {}),
+    ("fsdp2", {"bucket_bytes": SMALL_ROUNDS}),
+    ("fsdp2", {"bucket_bytes": SMALL_ROUNDS, "resident_parameters": True}),
+)
+
+
+def every_placement(case: Case) -> None:
+    problems = []
+    for placement, options in PLACEMENTS:
+        problems += [f"{placement} {options}: {problem}" for problem in run_case(case, placement, **options)]
+    assert_no_problems_on_any_rank(problems)
+
+
+def every_second_life(case: Case) -> None:
+    problems = []
+    for placement in ("ddp", "fsdp2"):
+        problems += [f"{placement}: {problem}" for problem in run_second_life(case, placement)]
+    assert_no_problems_on_any_rank(problems)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_upstream_on_one_rank(case: Case, one_rank: RankPool) -> None:
+    one_rank.run(every_placement, case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_upstream_on_two_ranks(case: Case, two_ranks: RankPool) -> None:
+    two_ranks.run(every_placement, case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_upstream_on_three_ranks(case: Case, three_ranks: RankPool) -> None:
+    three_ranks.run(every_placement, case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_second_life_equals_the_uninterrupted_run(case: Case, two_ranks: RankPool) -> None:
+    two_ranks.run(every_second_life, case)
