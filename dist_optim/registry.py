@@ -79,6 +79,8 @@ class OptimizerSpec:
     licence: str = ""
     state_bytes: str = ""
     """State per parameter element, in words and bytes: for people who choose."""
+    needs: tuple[str, ...] = ()
+    """What it needs besides its package (``"CUDA"``, ``"a C++ compiler"``), and for what: for people who choose."""
     refusal: str = ""
     """Why building this optimizer is refused, and what to use; empty when it is served."""
     forced: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +117,11 @@ class OptimizerSpec:
         if missing:
             raise HyperparameterError(f"{self.name} needs a value for {', '.join(missing)}: it has no default.")
         return {record.name: checked.get(record.name, record.default) for record in records}
+
+    @property
+    def is_undescribed(self) -> bool:
+        """Nobody listed its hyperparameters or needs: it must prove at start-up that tensors can be stepped apart."""
+        return self.hyperparameters is None
 
     def in_scope(self, scope: Scope) -> tuple[str, ...]:
         """Names of the hyperparameters with this scope."""
@@ -192,11 +199,12 @@ def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
     own = {record.name: record for record in signature_records(optimizer_class)}
     known = _find_spec(optimizer_class)
     if known is None:
+        swaps = callable(getattr(optimizer_class, "train", None)) and callable(getattr(optimizer_class, "eval", None))
         return OptimizerSpec(
             name=optimizer_class.__name__,
             load=lambda: optimizer_class,
             package=optimizer_class.__module__.split(".")[0],
-            traits=frozenset({Trait.WHOLE_TENSOR}),
+            traits=frozenset({Trait.WHOLE_TENSOR} | ({Trait.WEIGHT_SWAPPING} if swaps else set())),
         )
     records = tuple(
         replace(record, default=own[record.name].default, required=own[record.name].required)
