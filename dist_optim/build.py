@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.agreement import own_rank, raise_together
+from dist_optim.agreement import num_ranks, own_rank, raise_together
 from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, HyperparameterError, ParameterError, TargetModulesError, UnsupportedError
 from dist_optim.hyperparameters import Scope, check_hyperparameters
 from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
+from dist_optim.probe import prove_separable
 from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
 from dist_optim.targets import select_matrices
 from dist_optim.upstream import ParamGroup
@@ -68,10 +69,13 @@ def build_optimizer(
         placed = detect(model, process_group)
         groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
         arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
+        arguments |= spec.forced
+        if spec.is_undescribed and num_ranks(process_group) > 1:
+            spec = prove_separable(spec, groups, arguments)
         built = DistributedOptimizer(
             spec,
             groups,
-            {**arguments, **spec.forced},
+            arguments,
             process_group=_one_process_group(placed.values(), process_group),
             resident_parameters=resident_parameters,
             bucket_bytes=bucket_bytes,
