@@ -1,0 +1,172 @@
+"""The command line, ``dist-optim``: which optimizers there are, and what each takes and needs.
+
+It looks packages up and never imports them, so it answers where half of them are missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+import dist_optim
+from dist_optim.catalogue import describe, describe_hyperparameters
+from dist_optim.errors import DistOptimError
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"dist-optim {dist_optim.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Memory-efficient optimizers, with their one-process trajectory, under DDP and FSDP2.
+
+    In Python: dist_optim.build_optimizer(model, NAME, lr=1e-3, ...). This command says which names there are and what
+    each of them takes.
+    """
+
+
+@app.command("list")
+def list_optimizers(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One optimizer, in full.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """List all optimizers, or everything about one.
+
+    Without NAME: one row a name, under its package, with the package's licence and whether it is installed; the bytes
+    of optimizer state per parameter; what it needs besides its package; and the traits that decide how it is sharded.
+
+    With NAME: every hyperparameter with its type, range, default and meaning. They are the keywords of build_optimizer
+    and the keys of --optim_args "rank=64, scale=0.25".
+
+    Examples: dist-optim list | dist-optim list galore_adamw | dist-optim list --json
+    """
+    if name is None:
+        _list_all(as_json)
+        return
+    try:
+        spec = dist_optim.get_spec(name)
+    except DistOptimError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    described = describe(spec) | {"hyperparameters": describe_hyperparameters(spec)}
+    if as_json:
+        _print_json(described)
+    else:
+        _print_one(_console(), described)
+
+
+def _list_all(as_json: bool) -> None:
+    described = [describe(dist_optim.get_spec(name)) for name in dist_optim.names()]
+    if as_json:
+        _print_json(described)
+        return
+    console = _console()
+    described.sort(key=lambda one: (one["package"] != "torch", one["package"], one["name"]))
+    width = max(len(one["name"]) for one in described)
+    for _, members in itertools.groupby(described, key=lambda one: one["package"]):
+        _print_package(console, list(members), width)
+    if any(one["refusal"] for one in described):
+        console.print("refused: building it raises an error. dist-optim list NAME says why, and what to use instead.")
+    console.print("Bytes are per parameter element and for all ranks together: each rank holds its share of them.")
+    console.print("One optimizer in full: dist-optim list NAME", style="bold")
+
+
+def _print_package(console: Console, members: list[dict[str, Any]], name_width: int) -> None:
+    """A heading with what all members share, then one row each."""
+    console.print(_package_line(members[0]))
+    table = Table(box=None, padding=(0, 2, 0, 0), expand=True, show_header=True, header_style="dim")
+    table.add_column("name", width=name_width, no_wrap=True, style="bold")
+    table.add_column("state bytes", ratio=3)
+    table.add_column("needs", ratio=2)
+    table.add_column("traits", ratio=2)
+    for one in members:
+        wanted = Text(", ".join(one["needs"]) or "-")
+        if one["refusal"]:
+            wanted = Text.assemble(("refused", "bold red"), ", " if one["needs"] else "", ", ".join(one["needs"]))
+        table.add_row(one["name"], one["state_bytes_per_parameter"] or "-", wanted, ", ".join(one["traits"]))
+    console.print(Padding(table, (0, 0, 1, 2), expand=False))
+
+
+def _package_line(one: dict[str, Any]) -> Text:
+    return Text.assemble((one["package"], "bold cyan"), " | ", _licence(one), " | ", _installed(one))
+
+
+def _licence(one: dict[str, Any]) -> Text:
+    if one["non_commercial"]:
+        return Text(f"{one['licence']}: NON-COMMERCIAL USE ONLY", style="bold red")
+    return Text(one["licence"] or "licence not stated")
+
+
+def _installed(one: dict[str, Any]) -> Text:
+    if one["installed"]:
+        return Text(f"installed {one['version'] or ''}".strip(), style="green")
+    return Text.assemble(("not installed", "yellow"), f": {one['install']}")
+
+
+def _print_one(console: Console, one: dict[str, Any]) -> None:
+    """The facts as a two-column list, then the table of hyperparameters."""
+    console.print(Text.assemble((one["name"], "bold"), f"  {one['summary']}"))
+    facts: list[tuple[str, Any]] = [
+        ("refused", Text(one["refusal"] or "", style="bold red")),
+        ("package", _package_line(one)),
+        ("paper", one["paper"]),
+        ("traits", ", ".join(one["traits"])),
+        ("needs", ", ".join(one["needs"])),
+        ("state bytes", one["state_bytes_per_parameter"]),
+        ("always passed", ", ".join(f"{key}={value!r}" for key, value in one["fixed_arguments"].items())),
+    ]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    for label, value in facts:
+        if value:
+            grid.add_row(label, value)
+    console.print(Padding(grid, (0, 0, 1, 2), expand=False))
+    if one["hyperparameters"]:
+        console.print(_hyperparameter_table(one["hyperparameters"]))
+    else:
+        console.print("Its hyperparameters are read off its class: install the package to see them.")
+
+
+def _hyperparameter_table(records: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("hyperparameter", no_wrap=True, style="bold")
+    table.add_column("type and range", ratio=2)
+    table.add_column("default", ratio=1)
+    table.add_column("meaning", ratio=3)
+    for record in records:
+        default = "(required)" if record["required"] else repr(record["default"])
+        table.add_row(record["name"], record["type"], default, _meaning(record))
+    return table
+
+
+def _meaning(record: dict[str, Any]) -> str:
+    where = {"matrix": " (low-rank matrices only)", "constructor": " (one value for all groups)"}
+    return record["meaning"] + where.get(record["scope"], "")
+
+
+def _console() -> Console:
+    # Without markup: a name in brackets, as in 'dist-optim[galore]', is text.
+    return Console(markup=False, highlight=False)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, allow_nan=False, default=str))
