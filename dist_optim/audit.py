@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_optim.hyperparameters import Scope
 from dist_optim.layouts.detect import PlacedParameter
@@ -28,13 +28,18 @@ def route_audit(optimizer: DistributedOptimizer) -> str:
         trained = [member for member in members if member.parameter.requires_grad]
         route = f"low rank {group['rank']}" if matrix_keys and "rank" in group else "full rank"
         lines.append(
-            f"  group {number} ({route}, lr {float(group.get('lr', 0)):g}, weight decay "
-            f"{float(group.get('weight_decay', 0) or 0):g}): {_describe(trained)}"
+            f"  group {number} ({route}, lr {_number(group.get('lr'))}, weight decay "
+            f"{_number(group.get('weight_decay'))}): {_describe(trained)}"
         )
         if len(trained) < len(members):
             lines[-1] += f"; {len(members) - len(trained)} frozen"
     lines += _owner_lines(optimizer)
     return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    """A hyperparameter in few digits; some optimizers choose their own learning rate and have none."""
+    return "none" if value is None else f"{float(value):g}"
 
 
 def _describe(members: Sequence[PlacedParameter]) -> str:

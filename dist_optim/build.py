@@ -13,7 +13,7 @@ from dist_optim.agreement import num_ranks, own_rank, raise_together
 from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, HyperparameterError, ParameterError, TargetModulesError, UnsupportedError
 from dist_optim.hyperparameters import Scope, check_hyperparameters
-from dist_optim.layouts.detect import PlacedParameter, detect
+from dist_optim.layouts.detect import PlacedParameter, detect, gathering_modules
 from dist_optim.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 from dist_optim.probe import prove_separable
 from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
@@ -79,6 +79,7 @@ def build_optimizer(
             process_group=_one_process_group(placed.values(), process_group),
             resident_parameters=resident_parameters,
             bucket_bytes=bucket_bytes,
+            gathering_modules=gathering_modules(model),
         )
     except DistOptimError as caught:
         error = caught

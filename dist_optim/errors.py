@@ -7,6 +7,7 @@ DistOptimError
 ├── TargetModulesError      (ValueError)           `target_modules` is missing or selects nothing
 ├── ParameterError          (ValueError)           a parameter is stale, foreign, or listed twice
 ├── StateDictError          (ValueError)           a state dict does not belong to this optimizer or rank
+├── WrongModeError          (RuntimeError)         step() while the weights for evaluation are in place
 ├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
 │   └── UnsupportedLayoutError                     a sharding that cannot be served
 ├── MissingPackageError     (ImportError)          the upstream package is not installed
@@ -27,6 +28,7 @@ __all__ = [
     "UnknownOptimizerError",
     "UnsupportedError",
     "UnsupportedLayoutError",
+    "WrongModeError",
 ]
 
 
@@ -52,6 +54,10 @@ class ParameterError(DistOptimError, ValueError):
 
 class StateDictError(DistOptimError, ValueError):
     """A state dict does not fit this optimizer: other parameters, another algorithm, or another rank's share."""
+
+
+class WrongModeError(DistOptimError, RuntimeError):
+    """A step was asked for while the averaged weights for evaluation are in place."""
 
 
 class UnsupportedError(DistOptimError, NotImplementedError):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import HyperparameterError
+from dist_optim.errors import DistOptimError, HyperparameterError
 from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.registry import OptimizerSpec
+from dist_optim.registry import OptimizerSpec, Trait
 from dist_optim.upstream import ParamGroup, tensors_in
 
 __all__ = ["UpstreamInstance"]
@@ -56,11 +56,15 @@ class UpstreamInstance:
             upstream_groups.append({**group, "params": parameters})
         try:
             self.optimizer: Optimizer = self.driver.construct(spec.load_class(), upstream_groups, arguments)
+        except DistOptimError:
+            raise
         except (ValueError, TypeError) as error:  # upstream's own checks, of values that exclude each other, say
             raise HyperparameterError(
                 f"{spec.name}: upstream's {spec.load_class().__name__} refuses its arguments: {error}. "
                 f"They were: {', '.join(f'{key}={value!r}' for key, value in arguments.items())}."
             ) from error
+        if Trait.WEIGHT_SWAPPING in spec.traits:
+            self.optimizer.train()  # type: ignore[attr-defined]  # upstream starts in eval mode, and refuses to step there
 
     def _make_parameter(self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size]) -> nn.Parameter:
         if index in shapes:

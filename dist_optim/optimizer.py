@@ -6,18 +6,20 @@ bucket: full tensors to their owners, the upstream step there, updated tensors b
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from dist_optim import state_dicts
 from dist_optim.agreement import agree_on_presence, assert_ranks_equal, num_ranks, own_rank
 from dist_optim.audit import route_audit
-from dist_optim.errors import ParameterError, RanksDisagreeError, UnsupportedError
+from dist_optim.errors import ParameterError, RanksDisagreeError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Bucket, Item, Plan, make_plan
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
 from dist_optim.fingerprints import fingerprint
@@ -30,6 +32,7 @@ from dist_optim.upstream import ParamGroup
 __all__ = ["DistributedOptimizer"]
 
 DEFAULT_BUCKET_BYTES = 64 << 20
+MAX_NAMES = 8
 
 
 class DistributedOptimizer(Optimizer):
@@ -50,6 +53,7 @@ class DistributedOptimizer(Optimizer):
         resident_parameters: Owners keep a copy of the full parameters that they own. Saves a third of the traffic of
             sharded layouts and costs ``parameters / world_size`` of memory.
         bucket_bytes: Bytes of parameters that one owner takes in one round.
+        gathering_modules: Modules that may keep full copies of sharded parameters after a forward pass.
     """
 
     def __init__(
@@ -61,12 +65,14 @@ class DistributedOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         resident_parameters: bool = False,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        gathering_modules: Sequence[FSDPModule] = (),
     ) -> None:
         self.spec = spec
         self.process_group = process_group
         self.num_steps = 0
         self._resident = resident_parameters
         self.mode = "train"
+        self._gathering_modules = gathering_modules
         # One entry a parameter, in group order: the position that everything below counts by.
         self._placed: list[PlacedParameter] = [placed for group in groups for placed in group["params"]]
         self._group_values = [
@@ -107,14 +113,21 @@ class DistributedOptimizer(Optimizer):
         # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail:
         # an element's result depends on where a slice ends.
         rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4
-        return not rounds_by_position and self.spec.driver.runs_on_slices(self._group_values[index])
+        return not rounds_by_position and self.spec.driver.runs_on_slices(
+            self._group_values[index], placed.device
+        )
 
     def _refuse_misfits(self) -> None:
+        names_by_reason: dict[str, list[str]] = defaultdict(list)
         for index in sorted(self._trainable):
             placed = self._placed[index]
             reason = self.spec.driver.why_refused(placed.shape, placed.dtype, placed.device, self._group_values[index])
             if reason:
-                raise UnsupportedError(f"{self.spec.name}, parameter {placed.fqn!r}: {reason}")
+                names_by_reason[reason].append(placed.fqn)
+        for reason, names in names_by_reason.items():
+            listing = ", ".join(map(repr, names[:MAX_NAMES])) + (", ..." if len(names) > MAX_NAMES else "")
+            noun = "parameter" if len(names) == 1 else f"{len(names)} parameters"
+            raise UnsupportedError(f"{self.spec.name}, {noun} {listing}: {reason}")
 
     def _make_plan(self, bucket_bytes: int) -> Plan:
         items = []
@@ -153,9 +166,11 @@ class DistributedOptimizer(Optimizer):
         items: list[tuple[str, Any]] = [("optimizer", self.spec.name)]
         for number, values in enumerate(self._fixed):
             items += [(f"group {number}, {key}", value) for key, value in values.items() if not callable(value)]
+        round_of = {item.index: bucket.index for bucket in self.plan.buckets for item in bucket.items}
         for index, placed in enumerate(self._placed):
             described = (tuple(placed.shape), placed.dtype, placed.layout, placed.parameter.requires_grad)
-            items.append((f"parameter {placed.fqn!r}", (*described, "owner", self.plan.owners.get(index))))
+            travel = ("owner", self.plan.owners.get(index), "round", round_of.get(index))
+            items.append((f"parameter {placed.fqn!r}", (*described, *travel)))
         assert_ranks_equal(
             f"The plan of {self.spec.name!r} differs between ranks",
             items,
@@ -170,10 +185,17 @@ class DistributedOptimizer(Optimizer):
         """Update every parameter that has a gradient. Collective on all ranks of the process group.
 
         Raises:
+            WrongModeError: ``eval()`` was called, and ``train()`` not since.
             RanksDisagreeError: A gradient is there on some ranks and missing on others, or (checked in the first step)
                 gradients of replicated parameters are not equal.
             ParameterError: A parameter that was frozen when the optimizer was built has a gradient.
         """
+        if self.mode == "eval":
+            raise WrongModeError(
+                f"{self.spec.name}: step() was called after eval(), while the averaged weights are in place. Their "
+                "gradients belong to other weights than upstream would step. Call optimizer.train() on all ranks "
+                "before the forward pass of each training phase, and optimizer.eval() before evaluating."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -188,10 +210,14 @@ class DistributedOptimizer(Optimizer):
             self._step_task(bucket.without(absent), instance, present)
             for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
         )
-        for group, values in zip(self.param_groups, self._counters(), strict=True):
-            group.update(values)
+        self._publish_counters()
         self.num_steps += 1
         return loss
+
+    def _publish_counters(self) -> None:
+        """Show in our own groups what upstream counts in its groups: state dicts are read from ours."""
+        for group, values in zip(self.param_groups, self._counters(), strict=True):
+            group.update(values)
 
     def _step_locally(self, instance: UpstreamInstance, present: Sequence[bool]) -> None:
         """Elementwise groups: upstream on this rank's slices, in place."""
@@ -315,12 +341,15 @@ class DistributedOptimizer(Optimizer):
     def _swap_weights(self, mode: str) -> None:
         if Trait.WEIGHT_SWAPPING not in self.spec.traits or mode == self.mode:
             return
+        for module in self._gathering_modules:
+            module.reshard()  # what a forward pass without backward left gathered would outlive the swap
         if self._local_instance is not None:
             self._local_instance.swap_weights(mode, self._local_parameters(self._local_indices))
         run_tasks(
             self._swap_task(bucket, instance, mode)
             for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
         )
+        self._publish_counters()
         self.mode = mode
 
     def _swap_task(self, bucket: Bucket, instance: UpstreamInstance, mode: str) -> Task[None]:

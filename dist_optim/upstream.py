@@ -34,8 +34,8 @@ class UpstreamDriver:
         """Build the upstream optimizer on ``param_groups``; ``arguments`` are its constructor's keywords."""
         return optimizer_class(param_groups, **arguments)
 
-    def runs_on_slices(self, values: Mapping[str, Any]) -> bool:
-        """Whether, with these hyperparameters, any slice of a tensor may be stepped on its own.
+    def runs_on_slices(self, values: Mapping[str, Any], device: torch.device) -> bool:
+        """Whether, with these hyperparameters and on this device, any slice of a tensor may be stepped on its own.
 
         Asked only of optimizers with ``Trait.ELEMENTWISE``. ``values`` are the constructor's arguments, and over them
         the param group's own: GaLore's plain groups are elementwise, its low-rank ones are not.

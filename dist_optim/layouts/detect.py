@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_optim.agreement import num_ranks
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import DimShard, Layout, Replicated
 
-__all__ = ["PlacedParameter", "clean_name", "detect", "local_of"]
+__all__ = ["PlacedParameter", "clean_name", "detect", "gathering_modules", "local_of"]
 
 # Modules that engines and transforms put around the user's own; they add a name part that the logical name lacks.
 _WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -91,6 +92,11 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not _is_wrapper(module):
             yield clean_name(model, name), module
+
+
+def gathering_modules(model: nn.Module) -> list[FSDPModule]:
+    """Modules whose sharded parameters are gathered for a forward pass, and may stay so until a backward pass."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def clean_name(model: nn.Module, name: str) -> str:
