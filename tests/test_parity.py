@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from cases import CASES
+from cases import all_cases
 from parity import Case, run_case, run_second_life
 
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
+
+CASES = all_cases()
 
 SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""

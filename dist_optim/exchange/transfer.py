@@ -20,6 +20,9 @@ from dist_optim.exchange.plan import Bucket, split_sizes
 
 __all__ = ["Task", "gather_to_owner", "run_tasks", "scatter_from_owner"]
 
+# torch 2.13 renamed the collective.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 Result = TypeVar("Result")
 Task = Generator[None, None, Result]
 
@@ -131,7 +134,7 @@ def _all_gather(
     own_flat = _pack([full[item.index] for item in own], bucket)
     send[: own_flat.numel()].copy_(own_flat)
     received = torch.empty(share * len(bucket.owned), dtype=bucket.dtype, device=bucket.device)
-    work = dist.all_gather_into_tensor(received, send, group=process_group, async_op=True)
+    work = _all_gather_single(received, send, group=process_group, async_op=True)
     yield
     work.wait()
     del send
