@@ -113,9 +113,7 @@ class DistributedOptimizer(Optimizer):
         # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail:
         # an element's result depends on where a slice ends.
         rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4
-        return not rounds_by_position and self.spec.driver.runs_on_slices(
-            self._group_values[index], placed.device
-        )
+        return not rounds_by_position and self.spec.driver.runs_on_slices(self._group_values[index], placed.device)
 
     def _refuse_misfits(self) -> None:
         names_by_reason: dict[str, list[str]] = defaultdict(list)

@@ -47,6 +47,8 @@ class Case:
     hyperparameters: dict[str, Any]
     matrix: dict[str, Any] = field(default_factory=dict)
     """Hyperparameters of low-rank groups; empty for optimizers that take no target modules."""
+    constructor: dict[str, Any] = field(default_factory=dict)
+    """What upstream takes in its constructor alone: given to the subject; ``make_reference`` passes it by itself."""
     steps: int = 9
     linear: tuple[tuple[int, int], ...] = LINEAR
     extra: tuple[tuple[int, ...], ...] = EXTRA
@@ -161,7 +163,13 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def build_subject(case: Case, model: nn.Module, **options: Any) -> dist_optim.DistributedOptimizer:
-    keywords: dict[str, Any] = {**case.hyperparameters, **case.matrix, **options, "print_audit": False}
+    keywords: dict[str, Any] = {
+        **case.hyperparameters,
+        **case.matrix,
+        **case.constructor,
+        **options,
+        "print_audit": False,
+    }
     if case.matrix:
         keywords["target_modules"] = list(case.targets)
     return dist_optim.build_optimizer(
