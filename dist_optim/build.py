@@ -68,6 +68,7 @@ def build_optimizer(
         values = spec.check(hyperparameters)
         placed = detect(model, process_group)
         groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
+        groups = _with_special_values(groups, model, spec, hyperparameters)
         arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
         arguments |= spec.forced
         if spec.is_undescribed and num_ranks(process_group) > 1:
@@ -140,6 +141,35 @@ def _make_groups(
             f"{spec.name} would own nothing. Select layers that are trained."
         )
     return arranged
+
+
+def _with_special_values(
+    groups: list[ParamGroup], model: nn.Module, spec: OptimizerSpec, given: Mapping[str, Any]
+) -> list[ParamGroup]:
+    """Defaults that differ for matrices and embeddings, and what the user set by upstream's own means."""
+    for_matrices, for_embeddings = (
+        {key: value for key, value in defaults.items() if key not in given}
+        for defaults in (spec.matrix_defaults, spec.embedding_defaults)
+    )
+    groups = [{**for_matrices, **group} if "rank" in group else group for group in groups]
+    if for_embeddings:
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        groups = _split_all(groups, embeddings, for_embeddings, overrule=False)
+    for parameter_id, own in spec.driver.values_by_parameter(model).items():
+        groups = _split_all(groups, {parameter_id}, check_hyperparameters(spec.name, spec.records(), own))
+    return groups
+
+
+def _split_all(
+    groups: Iterable[ParamGroup], parameter_ids: set[int], chosen: Mapping[str, Any], overrule: bool = True
+) -> list[ParamGroup]:
+    """Split every group; the parts that get the ``chosen`` values follow their group, empty parts are left out."""
+    parts: list[ParamGroup] = []
+    for group in groups:
+        names = {placed.fqn for placed in group["params"] if id(placed.parameter) in parameter_ids}
+        own = chosen if overrule else {key: value for key, value in chosen.items() if key not in group}
+        parts += _split(group, names, own)
+    return [part for part in parts if part["params"]]
 
 
 def _given_groups(

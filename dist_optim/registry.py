@@ -73,6 +73,10 @@ class OptimizerSpec:
     traits: frozenset[Trait]
     hyperparameters: tuple[Hyperparameter, ...] | None = None
     """None takes the names and defaults of the class's constructor, unchecked."""
+    matrix_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Other defaults for the groups of low-rank matrices, where the Trainer has such. What the user sets is for all."""
+    embedding_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The same for the weights of ``torch.nn.Embedding``, which then get a group of their own."""
     driver: UpstreamDriver = field(default_factory=UpstreamDriver)
     paper: str = ""
     summary: str = ""
@@ -192,9 +196,9 @@ def get_spec(name: str) -> OptimizerSpec:
 def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
     """A spec for a class given in place of a name.
 
-    A class that a registered spec loads keeps that spec's traits, driver and checks, but has its own constructor's
-    defaults. Any other class is taken to need whole tensors, which is right for every optimizer that is separable per
-    tensor.
+    A class that a registered spec loads keeps that spec's traits, driver, checks and refusal, but has its own
+    constructor's defaults. Any other class is taken to need whole tensors, which is right for every optimizer that is
+    separable per tensor.
     """
     own = {record.name: record for record in signature_records(optimizer_class)}
     known = _find_spec(optimizer_class)
@@ -212,14 +216,14 @@ def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
         else record
         for record in known.records()
     )
-    return replace(known, hyperparameters=records)
+    return replace(known, hyperparameters=records, matrix_defaults={}, embedding_defaults={})
 
 
 def _find_spec(optimizer_class: type[Optimizer]) -> OptimizerSpec | None:
     """The spec that loads exactly this class, if there is one; no other package is imported to find out."""
     _read_entry_points()
-    for spec in _specs.values():
-        if spec.refusal or spec.forced or not isinstance(spec.load, UpstreamClass):
+    for spec in sorted(_specs.values(), key=lambda spec: bool(spec.refusal)):
+        if spec.forced or not isinstance(spec.load, UpstreamClass):
             continue
         if getattr(sys.modules.get(spec.load.module), spec.load.name, None) is optimizer_class:
             return spec

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import StateDictError
@@ -47,6 +47,10 @@ class UpstreamDriver:
     ) -> str:
         """Why upstream cannot step a tensor like this one, and what to do; empty when it can. Asked before step 1."""
         return ""
+
+    def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
+        """Hyperparameters that the user gave to single parameters by upstream's own means, by ``id(parameter)``."""
+        return {}
 
     def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         """One upstream step. ``parameters`` are those that are really stepped here (no ghosts)."""

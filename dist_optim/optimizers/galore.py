@@ -1,49 +1,40 @@
-"""GaLore: Adam in a low-rank subspace of each matrix's gradient, found anew by an SVD every few hundred steps."""
+"""GaLore: Adam or Adafactor in a low-rank subspace of each matrix's gradient, found anew by an SVD every few steps."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
+from dist_optim.errors import UnsupportedError
+from dist_optim.hyperparameters import Hyperparameter
+from dist_optim.optimizers.bnb import MIN_8BIT_SIZE, isolate_overrides
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
+from dist_optim.optimizers.low_rank import ONE_SIDED, LowRankDriver, low_rank_hyperparameters
 from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import ParamGroup, UpstreamDriver
+from dist_optim.upstream import ParamGroup
 
-PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
-
-# Seconds of LAPACK's thin SVD relative to an elementwise pass, fitted to one CPU thread: about 6 L k^2 + 20 k^3 flops
-# for sides L >= k, three times as long when the matrix is wide; an elementwise AdamW pass does about 20 flops' worth.
-_FLOPS_PER_ELEMENT = 20.0
-_WIDE_PENALTY = 3.0
+__all__ = ["SPECS"]
 
 
-class GaLoreDriver(UpstreamDriver):
-    """Turns the projector object in the state into tensors, and keeps its basis from holding the whole ``Vh``."""
+class GaLoreDriver(LowRankDriver):
+    """Projectors of galore-torch."""
 
-    projector_module = "galore_torch.galore_projector"
-    projector_class = "GaLoreProjector"
-
-    def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
-        super().step(optimizer, parameters)
-        for parameter in parameters:
-            projector = self.read_state(optimizer, parameter).get("projector")
-            if projector is not None:
-                projector.ortho_matrix = _compact(projector.ortho_matrix)
+    def projector_class(self, fields: Mapping[str, Any]) -> type:
+        return UpstreamClass("galore_torch.galore_projector", "GaLoreProjector")()
 
     def why_refused(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
     ) -> str:
-        if (
-            "rank" in values
-            and values["proj_type"] == "reverse_std"
-            and shape[0] < shape[1]
-            and values["rank"] >= shape[0]
-        ):
+        reason = super().why_refused(shape, dtype, device, values)
+        if reason or "rank" not in values:
+            return reason
+        if values["proj_type"] == "reverse_std" and shape[0] < shape[1] and values["rank"] >= shape[0]:
             # galore-torch 1.0 takes the side for the way back from the projected shape, and multiplies misfits.
             return (
                 f"proj_type='reverse_std' cannot project a {shape[0]} x {shape[1]} matrix to rank {values['rank']}: "
@@ -51,38 +42,10 @@ class GaLoreDriver(UpstreamDriver):
             )
         return ""
 
-    def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
-        if "rank" not in values or len(shape) != 2:
-            return float(shape.numel())
-        long, short = max(shape), min(shape)
-        projections = 4.0 * shape.numel() * min(values["rank"], short)
-        svd = (6.0 * long * short**2 + 20.0 * short**3) * (_WIDE_PENALTY if shape[0] < shape[1] else 1.0)
-        return shape.numel() + (projections + svd / values["update_proj_gap"]) / _FLOPS_PER_ELEMENT
-
-    def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        encoded = {key: value for key, value in state.items() if key != "projector"}
-        projector = state.get("projector")
-        for key, value in vars(projector).items() if projector is not None else ():
-            if key == "ortho_matrix" and isinstance(value, list):
-                encoded |= {f"projector.{key}.{side}": part for side, part in enumerate(value)}
-            else:
-                encoded[f"projector.{key}"] = value
-        return super().encode_state(encoded)
-
-    def decode_state(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-        state = {key: value for key, value in encoded.items() if not key.startswith("projector.")}
-        fields = {key.removeprefix("projector."): v for key, v in encoded.items() if key.startswith("projector.")}
-        if fields:
-            if "ortho_matrix.0" in fields:
-                fields["ortho_matrix"] = [fields.pop("ortho_matrix.0"), fields.pop("ortho_matrix.1")]
-            projector_class = UpstreamClass(self.projector_module, self.projector_class)()
-            projector = projector_class.__new__(projector_class)
-            vars(projector).update(fields)
-            state["projector"] = projector
-        return state
-
 
 class GaLoreAdamWDriver(GaLoreDriver):
+    """galore-torch's AdamW, without its advice to take torch's."""
+
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:
@@ -90,70 +53,169 @@ class GaLoreAdamWDriver(GaLoreDriver):
         return super().construct(optimizer_class, param_groups, {**arguments, "no_deprecation_warning": True})
 
 
-def _compact(basis: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """The basis on storage of its own.
+class GaLoreAdafactorDriver(GaLoreDriver):
+    """galore-torch's Adafactor; refuses a learning rate that nobody sets."""
 
-    galore-torch 1.0 keeps a view of the first rows of ``Vh`` (or columns of ``U``), and with it all of ``Vh``: 4.5
-    bytes an element instead of 0.75 for a 2048 x 2048 matrix at rank 128.
+    def why_refused(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
+    ) -> str:
+        if values["lr"] is None and not values["relative_step"]:
+            return "lr=None needs relative_step=True, which computes the rate. Give lr, or set relative_step=True."
+        return super().why_refused(shape, dtype, device, values)
+
+
+class GaLoreAdamW8bitDriver(GaLoreDriver):
+    """galore-torch's 8-bit AdamW, as it was meant before bitsandbytes changed its arguments."""
+
+    def construct(
+        self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
+    ) -> Optimizer:
+        optimizer = super().construct(optimizer_class, param_groups, arguments)
+        _undo_shifted_arguments(optimizer)
+        isolate_overrides(optimizer)
+        return optimizer
+
+    def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        try:
+            _step_wherever_it_runs(optimizer)
+        finally:
+            # galore-torch 1.0 sets weight decay aside while it steps a matrix; an error in between would lose it.
+            for group in optimizer.param_groups:
+                if "weight_decay_saved" in group:
+                    group["weight_decay"] = group.pop("weight_decay_saved")
+        for parameter in parameters:
+            # A full copy of the weight, which galore-torch 1.0 leaves on the parameter.
+            vars(parameter).pop("saved_data", None)
+        self.compact_projectors(optimizer, parameters)
+
+
+def _undo_shifted_arguments(optimizer: Any) -> None:
+    """Put back two arguments that bitsandbytes takes for others.
+
+    galore-torch 1.0 passes ``percentile_clipping=100, block_wise=True`` by position. bitsandbytes 0.50 has neither, and
+    reads ``max_unorm=100, skip_zeros=True``: updates are then bounded by the norm of a weight that GaLore has set to
+    zero, so matrices whose low-rank state is small (32 bits) never move.
     """
-    if isinstance(basis, list):
-        return [part.clone() if _is_part(part) else part for part in basis]
-    return basis.clone() if _is_part(basis) else basis
+    found = (optimizer.args.max_unorm, optimizer.args.skip_zeros)
+    if found == (100, True):
+        optimizer.args.max_unorm, optimizer.args.skip_zeros = 0.0, False
+    elif found != (0.0, False):
+        raise UnsupportedError(
+            f"galore_adamw_8bit: the installed bitsandbytes reads max_unorm={found[0]!r}, skip_zeros={found[1]!r} from "
+            "galore-torch's arguments, which is neither what galore-torch means (0.0, False) nor the known shift of "
+            "bitsandbytes 0.50 (100, True). Install bitsandbytes 0.50, or use galore_adamw."
+        )
 
 
-def _is_part(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+class _TorchWithoutCuda:
+    """The ``torch`` that upstream's code sees where there is no CUDA: waiting for the device does nothing."""
+
+    cuda = SimpleNamespace(synchronize=lambda: None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
-def low_rank_hyperparameters(scale: float) -> tuple[Hyperparameter, ...]:
-    """What GaLore and APOLLO read from the param groups of low-rank matrices; defaults as the Trainer sets them."""
-    return (
-        Hyperparameter(
-            name="rank", kind="int", default=128, minimum=1, scope=Scope.MATRIX, meaning="dimension of the subspace"
-        ),
-        Hyperparameter(
-            name="update_proj_gap",
-            kind="int",
-            default=200,
-            minimum=1,
-            scope=Scope.MATRIX,
-            meaning="steps between two computations of the projection",
-        ),
-        Hyperparameter(
-            name="scale",
-            kind="float",
-            default=scale,
-            minimum=0.0,
-            minimum_open=True,
-            scope=Scope.MATRIX,
-            meaning="factor on the update of low-rank matrices",
-        ),
-        Hyperparameter(
-            name="proj_type",
-            kind="str",
-            default="std",
-            choices=PROJECTION_TYPES,
-            scope=Scope.MATRIX,
-            meaning="which side is projected; std takes the shorter one",
-        ),
+def _step_wherever_it_runs(optimizer: Optimizer) -> None:
+    """Upstream's step; without CUDA the same code runs in a namespace of its own, so that nothing global is patched.
+
+    galore-torch 1.0 calls ``torch.cuda.synchronize()`` after every parameter, which fails where torch has no CUDA.
+    """
+    if torch.cuda.is_available():
+        optimizer.step()
+        return
+    step = inspect.unwrap(type(optimizer).step)
+    FunctionType(step.__code__, {**step.__globals__, "torch": _TorchWithoutCuda()}, step.__name__, step.__defaults__)(
+        optimizer
     )
 
 
-_CORRECT_BIAS = flag("correct_bias", True, "correct the bias of the running averages")
+_LOW_RANK = low_rank_hyperparameters(scale=0.25, projections=(*ONE_SIDED, "full"))
+_COMMON: dict[str, Any] = {
+    "package": "galore-torch",
+    "extra": "galore",
+    "paper": "https://arxiv.org/abs/2403.03507",
+    "licence": "Apache-2.0",
+}
+
+_ADAFACTOR = (
+    Hyperparameter(
+        name="lr", kind="float", default=1e-3, minimum=0.0, optional=True, meaning="learning rate; None: relative_step"
+    ),
+    Hyperparameter(
+        name="eps",
+        kind="floats",
+        default=(1e-30, 1e-3),
+        minimum=0.0,
+        meaning="added to the squared gradient; smallest scale of a parameter",
+    ),
+    Hyperparameter(
+        name="clip_threshold",
+        kind="float",
+        default=1.0,
+        minimum=0.0,
+        minimum_open=True,
+        meaning="largest root mean square of an update",
+    ),
+    Hyperparameter(
+        name="decay_rate",
+        kind="float",
+        default=-0.8,
+        maximum=0.0,
+        meaning="power of the step in the decay of the second moment",
+    ),
+    Hyperparameter(
+        name="beta1",
+        kind="float",
+        default=None,
+        minimum=0.0,
+        maximum=1.0,
+        maximum_open=True,
+        optional=True,
+        meaning="decay rate of a first moment; None keeps none",
+    ),
+    weight_decay(0.0),
+    flag("scale_parameter", False, "multiply the learning rate by the root mean square of the parameter"),
+    flag("relative_step", False, "compute the learning rate from the step; lr must be None"),
+    flag("warmup_init", False, "relative_step starts small"),
+)
 
 SPECS = (
     OptimizerSpec(
         name="galore_adamw",
         load=UpstreamClass("galore_torch", "GaLoreAdamW"),
-        package="galore-torch",
-        extra="galore",
         traits=frozenset({Trait.ELEMENTWISE, Trait.LOW_RANK, Trait.WHOLE_TENSOR}),
-        hyperparameters=(learning_rate(), betas(), epsilon(1e-6), weight_decay(0.0), _CORRECT_BIAS)
-        + low_rank_hyperparameters(scale=0.25),
+        hyperparameters=(
+            learning_rate(),
+            betas(),
+            epsilon(1e-6),
+            weight_decay(0.0),
+            flag("correct_bias", True, "correct the bias of the running averages"),
+            *_LOW_RANK,
+        ),
         driver=GaLoreAdamWDriver(),
-        paper="https://arxiv.org/abs/2403.03507",
         summary="AdamW on gradients projected to their leading singular vectors",
-        licence="Apache-2.0",
         state_bytes="for an m x n matrix, m >= n, rank r: 4 (2mr + rn) / mn; other tensors 8 (fp32)",
+        **_COMMON,
+    ),
+    OptimizerSpec(
+        name="galore_adafactor",
+        load=UpstreamClass("galore_torch", "GaLoreAdafactor"),
+        traits=frozenset({Trait.LOW_RANK, Trait.WHOLE_TENSOR}),
+        hyperparameters=(*_ADAFACTOR, *_LOW_RANK),
+        driver=GaLoreAdafactorDriver(),
+        summary="Adafactor on gradients projected to their leading singular vectors",
+        state_bytes="for an m x n matrix, m >= n, rank r: 4 (rn + m + r) / mn; other matrices 4 (m + n) / mn",
+        **_COMMON,
+    ),
+    OptimizerSpec(
+        name="galore_adamw_8bit",
+        load=UpstreamClass("galore_torch", "GaLoreAdamW8bit"),
+        traits=frozenset({Trait.LOW_RANK, Trait.WHOLE_TENSOR, Trait.BLOCKWISE, Trait.STORAGE_REPLACING}),
+        hyperparameters=(learning_rate(), betas(), epsilon(), weight_decay(1e-2), MIN_8BIT_SIZE, *_LOW_RANK),
+        driver=GaLoreAdamW8bitDriver(),
+        summary="8-bit AdamW (bitsandbytes) on gradients projected to their leading singular vectors",
+        state_bytes="for an m x n matrix, m >= n, rank r: (2.03 mr + 4 rn) / mn; 8 mr where mr < 4096",
+        **_COMMON,
     ),
 )

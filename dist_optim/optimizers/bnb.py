@@ -1,0 +1,110 @@
+"""bitsandbytes: AdamW and Lion with their state in 8 bits, quantized in blocks of 256 elements of the whole tensor.
+
+As under transformers' Trainer, the weights of ``torch.nn.Embedding`` keep a 32-bit state unless ``optim_bits`` is set.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_optim.hyperparameters import Hyperparameter, Scope
+from dist_optim.optimizers.common import betas, epsilon, learning_rate, weight_decay
+from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
+from dist_optim.upstream import ParamGroup, UpstreamDriver
+
+__all__ = ["SPECS", "BitsAndBytesDriver", "MIN_8BIT_SIZE", "isolate_overrides"]
+
+
+def isolate_overrides(optimizer: Any) -> Any:
+    """Give the optimizer a manager of overrides of its own, and return that.
+
+    bitsandbytes (0.50) keeps overrides in one ``GlobalOptimManager`` for the process, by ``id(parameter)`` and by
+    position in the groups: those of another model, even of one that is long gone, would reach this optimizer.
+    """
+    manager_class = type(optimizer.mng)
+    optimizer.mng = manager_class.__new__(manager_class)
+    optimizer.mng.initialize()
+    return optimizer.mng
+
+
+class BitsAndBytesDriver(UpstreamDriver):
+    """Lets each param group have its own ``optim_bits``, and keeps the process-wide overrides out."""
+
+    def construct(
+        self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
+    ) -> Optimizer:
+        optimizer = super().construct(optimizer_class, param_groups, arguments)
+        manager = isolate_overrides(optimizer)
+        for number, group in enumerate(optimizer.param_groups):
+            bits = group.get("optim_bits", arguments["optim_bits"])
+            for position in range(len(group["params"])):
+                manager.index2config[number, position] = {"optim_bits": bits}
+        return optimizer
+
+    def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
+        """What the user registered with bitsandbytes' ``GlobalOptimManager`` for parameters of this model."""
+        bitsandbytes = sys.modules.get("bitsandbytes")
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance() if bitsandbytes is not None else None
+        if manager is None:
+            return {}
+        modules = {id(module) for module in model.modules()}
+        registered = {
+            id(getattr(module, attribute)): dict(config)
+            for module, attribute, config in manager.module_weight_config_triple
+            if id(module) in modules
+        }
+        for parameter in model.parameters():
+            if id(parameter) in manager.pid2config:
+                registered[id(parameter)] = {**registered.get(id(parameter), {}), **manager.pid2config[id(parameter)]}
+        return registered
+
+
+MIN_8BIT_SIZE = Hyperparameter(
+    name="min_8bit_size",
+    kind="int",
+    default=4096,
+    minimum=0,
+    scope=Scope.CONSTRUCTOR,
+    meaning="tensors with fewer elements keep a 32-bit state; the whole tensor counts, not a rank's part",
+)
+_OPTIM_BITS = Hyperparameter(
+    name="optim_bits",
+    kind="int",
+    default=8,
+    choices=(8, 32),
+    meaning="bits of an element of the state; when unset, weights of torch.nn.Embedding have 32, as in the Trainer",
+)
+_COMMON: dict[str, Any] = {
+    "package": "bitsandbytes",
+    "extra": "bnb",
+    "traits": frozenset({Trait.BLOCKWISE, Trait.WHOLE_TENSOR}),
+    "driver": BitsAndBytesDriver(),
+    "licence": "MIT",
+    "embedding_defaults": {"optim_bits": 32},
+}
+
+SPECS = (
+    OptimizerSpec(
+        name="adamw_bnb_8bit",
+        load=UpstreamClass("bitsandbytes.optim", "AdamW"),
+        hyperparameters=(learning_rate(), betas(), epsilon(), weight_decay(0.0), _OPTIM_BITS, MIN_8BIT_SIZE),
+        paper="https://arxiv.org/abs/2110.02861",
+        summary="AdamW with both moments in 8 bits",
+        state_bytes="2.03; 8 for embeddings and below 4096 elements",
+        **_COMMON,
+    ),
+    OptimizerSpec(
+        name="lion_8bit",
+        load=UpstreamClass("bitsandbytes.optim", "Lion"),
+        hyperparameters=(learning_rate(1e-4), betas(), weight_decay(0.0), _OPTIM_BITS, MIN_8BIT_SIZE),
+        paper="https://arxiv.org/abs/2302.06675",
+        summary="Lion (sign of a running average) with its moment in 8 bits",
+        state_bytes="1.02; 4 for embeddings and below 4096 elements",
+        **_COMMON,
+    ),
+)
