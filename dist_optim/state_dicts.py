@@ -3,6 +3,7 @@
 ::
 
     {"optimizer": name, "rank": r, "world_size": W, "num_steps": n, "mode": "train" or "eval",
+     "counters": [key, ...],                             # of the groups' keys: what upstream itself counts
      "state": {fqn: {key: tensor or scalar}},            # what this rank owns or steps locally
      "param_groups": [{hyperparameters, counters, "params": [fqn, ...]}]}
 """
@@ -40,6 +41,7 @@ def read(optimizer: DistributedOptimizer) -> dict[str, Any]:
         **_header(optimizer),
         "num_steps": optimizer.num_steps,
         "mode": optimizer.mode,
+        "counters": optimizer.counter_keys(),
         "state": state,
         "param_groups": groups,
     }
@@ -54,7 +56,7 @@ def write(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> Non
             instance.write_encoded_state(index, state_dict["state"].get(names[index], {}))
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         group.update({key: _copy(value) for key, value in saved.items() if key != "params"})
-    counter_keys = set(optimizer.counter_keys())
+    counter_keys = set(state_dict["counters"])
     counters = [{key: group[key] for key in counter_keys & group.keys()} for group in optimizer.param_groups]
     for instance in optimizer.instances():
         instance.write_counters(counters)
@@ -64,7 +66,7 @@ def write(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> Non
 
 def _check(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> None:
     own = _header(optimizer)
-    missing = [key for key in (*own, "num_steps", "mode", "state", "param_groups") if key not in state_dict]
+    missing = [key for key in (*own, "num_steps", "mode", "counters", "state", "param_groups") if key not in state_dict]
     if missing:
         raise StateDictError(
             f"This is not a state dict of a DistributedOptimizer: {', '.join(missing)} is missing. Load what "

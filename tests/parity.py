@@ -14,12 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from placements import full_parameters, inject, place
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
 
@@ -130,36 +126,13 @@ def reference_run(case: Case) -> list[dict[str, Tensor]]:
 def set_learning_rates(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:
     """A rate that changes at every step, and differs between groups."""
     for number, group in enumerate(optimizer.param_groups):
+        if group["lr"] is None:  # computed by the optimizer itself
+            continue
         rate = case.hyperparameters["lr"] * 0.9**step * (1.0 + 0.5 * number)
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-def place(model: nn.Module, placement: str) -> nn.Module:
-    """Put a model under an engine: none, ddp, fsdp2."""
-    if placement == "ddp":
-        return DistributedDataParallel(model)
-    if placement == "fsdp2":
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return model
-
-
-def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
-    """Set gradients, cut as each parameter is."""
-    for name, parameter in model.named_parameters():
-        gradient = full[name.removeprefix("module.")]
-        if gradient is not None and isinstance(parameter, DTensor):
-            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.grad = gradient if gradient is None else gradient.clone()
-
-
-def full_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
 
 
 def build_subject(case: Case, model: nn.Module, **options: Any) -> dist_optim.DistributedOptimizer:

@@ -3,9 +3,34 @@
 No upstream package is imported here: a spec loads its class on first use.
 """
 
-from dist_optim.optimizers import apollo, bnb, flash, galore, layerwise, lomo, torch_native
+from dist_optim.optimizers import (
+    adafactor,
+    apollo,
+    bnb,
+    flash,
+    galore,
+    grokadamw,
+    layerwise,
+    lomo,
+    schedulefree,
+    stable,
+    torch_native,
+)
 from dist_optim.registry import register
 
-for _family in (torch_native, galore, apollo, bnb, flash, lomo, layerwise):
+_FAMILIES = (
+    torch_native,
+    adafactor,
+    galore,
+    apollo,
+    bnb,
+    flash,
+    grokadamw,
+    schedulefree,
+    stable,
+    lomo,
+    layerwise,
+)
+for _family in _FAMILIES:
     for _spec in _family.SPECS:
         register(_spec)
