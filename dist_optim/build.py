@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from dist_optim.agreement import num_ranks, own_rank, raise_together
 from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, HyperparameterError, ParameterError, TargetModulesError, UnsupportedError
 from dist_optim.hyperparameters import Scope, check_hyperparameters
-from dist_optim.layouts.detect import PlacedParameter, detect, gathering_modules
+from dist_optim.layouts.detect import PlacedParameter, detect, reshard
 from dist_optim.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 from dist_optim.probe import prove_separable
 from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
@@ -80,13 +81,13 @@ def build_optimizer(
             process_group=_one_process_group(placed.values(), process_group),
             resident_parameters=resident_parameters,
             bucket_bytes=bucket_bytes,
-            gathering_modules=gathering_modules(model),
+            reshard=partial(reshard, model),
         )
     except DistOptimError as caught:
         error = caught
     raise_together(error, process_group)
     assert built is not None
-    built.agree_on_plan()
+    built.agree_on_plan(process_group)
     if print_audit and own_rank(built.process_group) == 0:
         print(route_audit(built), flush=True)
     return built

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from dist_optim import state_dicts
@@ -53,7 +52,7 @@ class DistributedOptimizer(Optimizer):
         resident_parameters: Owners keep a copy of the full parameters that they own. Saves a third of the traffic of
             sharded layouts and costs ``parameters / world_size`` of memory.
         bucket_bytes: Bytes of parameters that one owner takes in one round.
-        gathering_modules: Modules that may keep full copies of sharded parameters after a forward pass.
+        reshard: Frees the full copies of sharded parameters that the engine may have left after a forward pass.
     """
 
     def __init__(
@@ -65,14 +64,14 @@ class DistributedOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         resident_parameters: bool = False,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-        gathering_modules: Sequence[FSDPModule] = (),
+        reshard: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         self.process_group = process_group
         self.num_steps = 0
         self._resident = resident_parameters
         self.mode = "train"
-        self._gathering_modules = gathering_modules
+        self._reshard = reshard
         # One entry a parameter, in group order: the position that everything below counts by.
         self._placed: list[PlacedParameter] = [placed for group in groups for placed in group["params"]]
         self._group_values = [
@@ -155,8 +154,11 @@ class DistributedOptimizer(Optimizer):
     def _any_instance(self) -> UpstreamInstance:
         return self.instances()[0]
 
-    def agree_on_plan(self) -> None:
+    def agree_on_plan(self, process_group: dist.ProcessGroup | None) -> None:
         """Compare names, shapes, layouts, owners and hyperparameters over the ranks. Collective; once, after building.
+
+        Args:
+            process_group: All ranks that train the model: also the replicas of a shard group (HSDP).
 
         Raises:
             RanksDisagreeError: On all ranks, with the first entry that differs.
@@ -173,7 +175,7 @@ class DistributedOptimizer(Optimizer):
             f"The plan of {self.spec.name!r} differs between ranks",
             items,
             "Build the same model, with the same arguments, on every rank.",
-            self.process_group,
+            process_group,
         )
 
     # Stepping -----------------------------------------------------------------------------------------------------
@@ -198,6 +200,7 @@ class DistributedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._reshard()
         present = self._agree_on_gradients()
         for instance in self.instances():
             instance.push_hyperparameters(self.param_groups, self._pushed_keys)
@@ -339,8 +342,7 @@ class DistributedOptimizer(Optimizer):
     def _swap_weights(self, mode: str) -> None:
         if Trait.WEIGHT_SWAPPING not in self.spec.traits or mode == self.mode:
             return
-        for module in self._gathering_modules:
-            module.reshard()  # what a forward pass without backward left gathered would outlive the swap
+        self._reshard()
         if self._local_instance is not None:
             self._local_instance.swap_weights(mode, self._local_parameters(self._local_indices))
         run_tasks(

@@ -113,7 +113,7 @@ def _all_to_all(
     rank = own_rank(process_group)
     from_owners, to_holders = split_sizes(bucket, rank)
     own = bucket.owned[rank]
-    pieces = [item.layout.view_of(full[item.index], r) for r in range(len(bucket.owned)) for item in own]
+    pieces = [item.layout.view_of(full[item.index].contiguous(), r) for r in range(len(bucket.owned)) for item in own]
     send = _pack(pieces, bucket)
     received = torch.empty(sum(from_owners), dtype=bucket.dtype, device=bucket.device)
     work = dist.all_to_all_single(received, send, from_owners, to_holders, group=process_group, async_op=True)

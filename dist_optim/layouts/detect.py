@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_optim.agreement import num_ranks
 from dist_optim.errors import UnsupportedLayoutError
+from dist_optim.layouts.detect_fsdp1 import places_by_parameter
+from dist_optim.layouts.detect_fsdp1 import reshard as reshard_fsdp1
 from dist_optim.layouts.layout import DimShard, Layout, Replicated
 
-__all__ = ["PlacedParameter", "clean_name", "detect", "gathering_modules", "local_of"]
+__all__ = ["PlacedParameter", "clean_name", "detect", "local_of", "reshard"]
 
 # Modules that engines and transforms put around the user's own; they add a name part that the logical name lacks.
 _WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -71,13 +72,17 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
         UnsupportedLayoutError: A parameter is sharded in a way that cannot be served.
     """
     _refuse_unserved_wrappers(model)
+    flat_places = places_by_parameter(model)
     placed: dict[str, PlacedParameter] = {}
     for name, parameter in named_parameters(model):
-        if isinstance(parameter, DTensor):
+        shape, group = parameter.shape, process_group
+        layout: Layout = Replicated()
+        if id(parameter) in flat_places:
+            place = flat_places[id(parameter)]
+            shape, layout, group = place.shape, place.layout, place.process_group
+        elif isinstance(parameter, DTensor):
             layout, group = _layout_of_dtensor(name, parameter)
-        else:
-            layout, group = Replicated(), process_group
-        placed[name] = PlacedParameter(name, parameter, parameter.shape, layout, group)
+        placed[name] = PlacedParameter(name, parameter, shape, layout, group)
     return placed
 
 
@@ -94,9 +99,15 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield clean_name(model, name), module
 
 
-def gathering_modules(model: nn.Module) -> list[FSDPModule]:
-    """Modules whose sharded parameters are gathered for a forward pass, and may stay so until a backward pass."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def reshard(model: nn.Module) -> None:
+    """Free the full copies of sharded parameters that an engine may have left gathered after a forward pass.
+
+    They would outlive a change of the shards: the next forward pass would not see it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    reshard_fsdp1(model)
 
 
 def clean_name(model: nn.Module, name: str) -> str:
@@ -118,32 +129,29 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _layout_of_dtensor(name: str, parameter: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
+    """The layout over the one axis that shards; along all others the parameter is repeated (HSDP's replicas)."""
     mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.ndim != 1 or len(placements) != 1:
+    sharded = [axis for axis, placement in enumerate(placements) if type(placement) is not Replicate]
+    if not sharded:
+        return Replicated(), mesh.get_group(0) if mesh.ndim == 1 else None
+    if len(sharded) > 1:
         raise UnsupportedLayoutError(
-            f"{name!r} lies on a {mesh.ndim}-D mesh {tuple(mesh.shape)} with placements {placements}. Parameters over "
-            "one shard axis are served. Shard the model with a 1-D mesh (fully_shard without replicas or tensor "
-            "parallelism)."
+            f"{name!r} is sharded over {len(sharded)} mesh axes: mesh {tuple(mesh.shape)}, placements {placements}. An "
+            "owner gathers over one axis only. Shard over one axis (fully_shard on a 1-D mesh, or on a 2-D mesh whose "
+            "first axis replicates), without tensor parallelism."
         )
-    (placement,) = placements
-    if type(placement) is Replicate:
-        return Replicated(), mesh.get_group()
-    if type(placement) is Shard:
-        return DimShard(placement.dim, num_ranks(mesh.get_group())), mesh.get_group()
-    raise UnsupportedLayoutError(
-        f"{name!r} has the placement {placement!r}. Shard(dim) and Replicate() are served. Reshard the parameter, or "
-        "train it in another param group with torch's own optimizer."
-    )
+    (axis,) = sharded
+    placement = placements[axis]
+    if type(placement) is not Shard:
+        raise UnsupportedLayoutError(
+            f"{name!r} has the placement {placement!r}. Shard(dim) and Replicate() are served. Reshard the parameter."
+        )
+    return DimShard(placement.dim, mesh.size(axis)), mesh.get_group(axis)
 
 
 def _refuse_unserved_wrappers(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ == "FullyShardedDataParallel" and kind.__module__.startswith("torch.distributed.fsdp"):
-            raise UnsupportedLayoutError(
-                "The model is wrapped by FSDP1 (FullyShardedDataParallel), which flattens parameters and is not served "
-                "yet. Use FSDP2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate), or DDP."
-            )
         if kind.__name__ == "DeepSpeedEngine":
             raise UnsupportedLayoutError(
                 "The model is a DeepSpeed engine, which is not served yet. Use DDP or FSDP2, or one process."

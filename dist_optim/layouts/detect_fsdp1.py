@@ -1,0 +1,92 @@
+"""FSDP1's flat parameters: which range of each original parameter every rank of the shard group stores.
+
+FSDP1 concatenates the parameters of a unit, with alignment padding between them, and cuts the result into equal chunks,
+one a rank. With ``use_orig_params=True`` an original parameter is then a 1-D view of the rank's chunk, or has no
+elements; its shape, its place, and the other ranks' ranges are only in the unit's private handle, which is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from dist_optim.agreement import num_ranks, own_rank
+from dist_optim.errors import UnsupportedLayoutError
+from dist_optim.layouts.layout import FlatRange, Layout, Replicated
+
+__all__ = ["FlatPlace", "places_by_parameter", "reshard"]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPlace:
+    """Shape, layout and shard group of one original parameter."""
+
+    shape: torch.Size
+    layout: Layout
+    process_group: dist.ProcessGroup
+
+
+def places_by_parameter(model: nn.Module) -> dict[int, FlatPlace]:
+    """``id(parameter)`` to its place, for every parameter that FSDP1 manages; empty for a model without FSDP1.
+
+    Raises:
+        UnsupportedLayoutError: A unit was wrapped with ``use_orig_params=False``.
+        RuntimeError: FSDP1's own record of this rank's ranges contradicts the arithmetic here.
+    """
+    places: dict[int, FlatPlace] = {}
+    for unit in _units(model):
+        if unit._handle is None:  # a unit without parameters of its own
+            continue
+        if not unit._use_orig_params:
+            raise UnsupportedLayoutError(
+                "The model is wrapped by FSDP1 with use_orig_params=False, which hides the original parameters. Pass "
+                "use_orig_params=True (fsdp_use_orig_params: true in accelerate), or use FSDP2 (fsdp_version: 2)."
+            )
+        places.update(_places_of_unit(unit._handle))
+    return places
+
+
+def reshard(model: nn.Module) -> None:
+    """Free full parameters that a forward pass without backward left gathered, so that the shards are in view."""
+    for unit in _units(model):
+        handle = unit._handle
+        if handle is not None and handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+            handle.reshard(True)
+            handle.post_reshard()
+
+
+def _units(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, FullyShardedDataParallel))
+
+
+def _places_of_unit(handle: Any) -> Iterator[tuple[int, FlatPlace]]:
+    flat, group = handle.flat_param, handle.process_group
+    world_size, rank = num_ranks(group), own_rank(group)
+    ends = list(accumulate(flat._numels_with_padding))
+    starts = [end - numel for end, numel in zip(ends, flat._numels_with_padding, strict=True)]
+    starts = [start for start, is_padding in zip(starts, flat._is_padding_mask, strict=True) if not is_padding]
+    chunk = flat._sharded_size.numel() if handle.uses_sharded_strategy else 0
+    for at, (parameter, shape, start) in enumerate(zip(flat._params, flat._shapes, starts, strict=True)):
+        if not handle.uses_sharded_strategy:
+            yield id(parameter), FlatPlace(shape, Replicated(), group)
+            continue
+        numel = shape.numel()
+        bounds = tuple(min(max(r * chunk - start, 0), numel) for r in range(world_size)) + (numel,)
+        _check_own_range(flat._shard_param_infos[at], bounds[rank], bounds[rank + 1], flat._fqns[at])
+        yield id(parameter), FlatPlace(shape, FlatRange(bounds), group)
+
+
+def _check_own_range(info: Any, start: int, end: int, name: str) -> None:
+    recorded = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else None
+    if recorded != ((start, end) if start < end else None):
+        raise RuntimeError(
+            f"FSDP1 of torch {torch.__version__} records the range {recorded} of {name!r} for this rank, where "
+            f"{(start, end)} was expected: its layout has changed. Use FSDP2, or a torch version between 2.9 and 2.13."
+        )

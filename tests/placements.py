@@ -1,0 +1,93 @@
+"""Models under torch's engines, gradients cut as each engine cuts them, and parameters put together again."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_optim.agreement import own_rank
+from dist_optim.layouts import detect
+
+FSDP1 = {
+    "fsdp1": ShardingStrategy.FULL_SHARD,
+    "fsdp1 shard_grad_op": ShardingStrategy.SHARD_GRAD_OP,
+    "fsdp1 no_shard": ShardingStrategy.NO_SHARD,
+    "fsdp1 hybrid": ShardingStrategy.HYBRID_SHARD,
+}
+
+
+def place(model: nn.Module, placement: str) -> nn.Module:
+    """Put a model under an engine; units are its linear layers, and what is left in the root."""
+    if placement == "none":
+        return model
+    if placement.startswith("ddp"):
+        bucket_view = "bucket view" in placement
+        return DistributedDataParallel(model, gradient_as_bucket_view=bucket_view, static_graph="static" in placement)
+    if placement in FSDP1:
+        return _fsdp1(model, placement)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    options = {}
+    if placement == "hsdp":
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    elif placement == "fsdp2 columns":  # FSDP2 shards a dim other than the first only where it divides evenly
+        options["shard_placement_fn"] = lambda p: Shard(1 if p.ndim > 1 and p.shape[1] % mesh.size() == 0 else 0)
+    elif placement == "fsdp2 no_reshard":
+        options["reshard_after_forward"] = False
+    elif placement == "fsdp2 units":
+        for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+            fully_shard(module, mesh=mesh)
+    elif placement != "fsdp2":
+        raise ValueError(placement)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def _fsdp1(model: nn.Module, placement: str) -> nn.Module:
+    mesh = None
+    if placement == "fsdp1 hybrid":
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    return FullyShardedDataParallel(
+        model,
+        sharding_strategy=FSDP1[placement],
+        auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+        use_orig_params=True,
+        device_mesh=mesh,
+        device_id=torch.device("cpu"),  # FSDP1 looks for an accelerator otherwise
+    )
+
+
+def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
+    """Set gradients, cut as each parameter is."""
+    for name, placed in detect(model).items():
+        gradient, parameter = full[name], placed.parameter
+        if gradient is None:
+            parameter.grad = None
+        elif isinstance(parameter, DTensor):
+            parameter.grad = distribute_tensor(
+                gradient.clone(), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        else:
+            part = placed.layout.view_of(gradient, own_rank(placed.process_group))
+            # FSDP1 leaves no gradient on a parameter of which this rank stores nothing.
+            parameter.grad = part.clone() if part.numel() or placed.layout.is_replicated else None
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the full parameters, by logical name, on every rank."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {_logical(name): p.detach().clone() for name, p in model.named_parameters()}
+    return {
+        _logical(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def _logical(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
