@@ -55,6 +55,11 @@ class TrainingRun:
         samples = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         return samples * self.block_size * self.accelerator.num_processes
 
+    def discard(self) -> None:
+        """Remove what an unfinished run has written."""
+        if self.directory is not None:
+            self.directory.discard()
+
 
 class StepResult(NamedTuple):
     """What one optimizer step saw on this rank."""

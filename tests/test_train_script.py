@@ -24,6 +24,7 @@ from torch import nn
 
 import train_arguments
 import train_data
+import train_job
 import train_loop
 import train_model
 import train_report
@@ -240,6 +241,11 @@ class TestRefusals:
         with pytest.raises(UsageError, match=words):
             parse_arguments(["--output_dir", "out", *flags.split()])
 
+    @pytest.mark.parametrize("key", ["lr", "weight_decay"])
+    def test_a_hyperparameter_with_a_flag_of_its_own_is_not_set_twice(self, key: str) -> None:
+        with pytest.raises(UsageError, match="has a flag of its own. Use --"):
+            train_job._hyperparameters(TrainArguments(output_dir="out", optim_args=f"{key}=0.1"))
+
     def test_output_dir_is_required(self) -> None:
         with pytest.raises(UsageError, match="--output_dir"):
             parse_arguments([])
@@ -270,7 +276,12 @@ class TestInterruption:
             process.wait()
 
     @pytest.mark.parametrize(
-        ("launcher", "sent", "exit_code"), [(TWO_RANKS, signal.SIGINT, None), (ONE_RANK, signal.SIGTERM, 143)]
+        ("launcher", "sent", "exit_code"),
+        [
+            (TWO_RANKS, signal.SIGINT, None),  # Ctrl-C: the launcher passes it on, and ends with a code of its own
+            (TWO_RANKS, signal.SIGKILL, None),  # the launcher cannot pass this on: its ranks see that it is gone
+            (ONE_RANK, signal.SIGTERM, 143),
+        ],
     )
     def test_a_signal_ends_every_rank_and_leaves_no_half_run(
         self,
