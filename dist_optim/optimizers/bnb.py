@@ -17,7 +17,7 @@ from dist_optim.optimizers.common import betas, epsilon, learning_rate, weight_d
 from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
 from dist_optim.upstream import ParamGroup, UpstreamDriver
 
-__all__ = ["SPECS", "BitsAndBytesDriver", "MIN_8BIT_SIZE", "isolate_overrides"]
+__all__ = ["SPECS", "BitsAndBytesDriver", "MIN_8BIT_SIZE", "isolate_overrides", "registered_overrides"]
 
 
 def isolate_overrides(optimizer: Any) -> Any:
@@ -30,6 +30,24 @@ def isolate_overrides(optimizer: Any) -> Any:
     optimizer.mng = manager_class.__new__(manager_class)
     optimizer.mng.initialize()
     return optimizer.mng
+
+
+def registered_overrides(model: nn.Module) -> dict[int, dict[str, Any]]:
+    """What the user registered with ``GlobalOptimManager`` for parameters of this model, by ``id(parameter)``."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        return {}
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    modules = {id(module) for module in model.modules()}
+    registered = {
+        id(getattr(module, attribute)): dict(config)
+        for module, attribute, config in manager.module_weight_config_triple
+        if id(module) in modules
+    }
+    for parameter in model.parameters():
+        if id(parameter) in manager.pid2config:
+            registered[id(parameter)] = {**registered.get(id(parameter), {}), **manager.pid2config[id(parameter)]}
+    return registered
 
 
 class BitsAndBytesDriver(UpstreamDriver):
@@ -47,21 +65,7 @@ class BitsAndBytesDriver(UpstreamDriver):
         return optimizer
 
     def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
-        """What the user registered with bitsandbytes' ``GlobalOptimManager`` for parameters of this model."""
-        bitsandbytes = sys.modules.get("bitsandbytes")
-        manager = bitsandbytes.optim.GlobalOptimManager.get_instance() if bitsandbytes is not None else None
-        if manager is None:
-            return {}
-        modules = {id(module) for module in model.modules()}
-        registered = {
-            id(getattr(module, attribute)): dict(config)
-            for module, attribute, config in manager.module_weight_config_triple
-            if id(module) in modules
-        }
-        for parameter in model.parameters():
-            if id(parameter) in manager.pid2config:
-                registered[id(parameter)] = {**registered.get(id(parameter), {}), **manager.pid2config[id(parameter)]}
-        return registered
+        return registered_overrides(model)
 
 
 MIN_8BIT_SIZE = Hyperparameter(

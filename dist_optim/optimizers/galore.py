@@ -8,12 +8,12 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import UnsupportedError
 from dist_optim.hyperparameters import Hyperparameter
-from dist_optim.optimizers.bnb import MIN_8BIT_SIZE, isolate_overrides
+from dist_optim.optimizers.bnb import MIN_8BIT_SIZE, isolate_overrides, registered_overrides
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
 from dist_optim.optimizers.low_rank import ONE_SIDED, LowRankDriver, low_rank_hyperparameters
 from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
@@ -74,6 +74,16 @@ class GaLoreAdamW8bitDriver(GaLoreDriver):
         _undo_shifted_arguments(optimizer)
         isolate_overrides(optimizer)
         return optimizer
+
+    def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
+        overrides = registered_overrides(model)
+        if overrides:
+            raise UnsupportedError(
+                f"galore_adamw_8bit: bitsandbytes' GlobalOptimManager holds overrides for {len(overrides)} of this "
+                f"model's parameters (the first: {next(iter(overrides.values()))}), which do not fit projected states. "
+                "Remove them from the manager, or use adamw_bnb_8bit, which obeys them."
+            )
+        return {}
 
     def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         try:
