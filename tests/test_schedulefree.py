@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from placements import full_parameters, place
 from redeclared import run_with_empty_steps_left_out
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import dist_optim
 from dist_optim.errors import HyperparameterError, WrongModeError
@@ -159,6 +160,16 @@ def forward_after_an_evaluation() -> None:
 
 def test_forward_pass_under_fsdp2_sees_the_swapped_weights(two_ranks: RankPool) -> None:
     two_ranks.run(forward_after_an_evaluation)
+
+
+def forward_on_what_was_left_gathered() -> None:
+    with mock.patch.object(FSDPModule, "reshard", lambda self: None):
+        forward_after_an_evaluation()
+
+
+def test_control_a_forward_pass_on_weights_from_before_the_swap_is_noticed(two_ranks: RankPool) -> None:
+    with pytest.raises(AssertionError, match="forward passes differ"):
+        two_ranks.run(forward_on_what_was_left_gathered)
 
 
 def step_in_evaluation(case: Case) -> str:
