@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from cases import all_cases
 from parity import Case, run_case, run_second_life
@@ -13,43 +15,55 @@ CASES = all_cases()
 SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
 
-PLACEMENTS = (
+ON_ANY_NUMBER = (
     ("none", {}),
     ("ddp", {}),
-    ("ddp", {"bucket_bytes": SMALL_ROUNDS}),
+    ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp2", {}),
-    ("fsdp2", {"bucket_bytes": SMALL_ROUNDS}),
-    ("fsdp2", {"bucket_bytes": SMALL_ROUNDS, "resident_parameters": True}),
+    ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS}),
+    ("fsdp2 columns", {"bucket_bytes": SMALL_ROUNDS, "resident_parameters": True}),
+    ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
+)
+ON_FOUR = (
+    ("hsdp", {"bucket_bytes": SMALL_ROUNDS}),
+    ("fsdp1 hybrid", {"bucket_bytes": SMALL_ROUNDS}),
+    ("fsdp1 shard_grad_op", {"resident_parameters": True}),
+    ("fsdp1 no_shard", {}),
 )
 
 
-def every_placement(case: Case) -> None:
+def every_placement(case: Case, placements: tuple[tuple[str, dict[str, Any]], ...]) -> None:
     problems = []
-    for placement, options in PLACEMENTS:
+    for placement, options in placements:
         problems += [f"{placement} {options}: {problem}" for problem in run_case(case, placement, **options)]
     assert_no_problems_on_any_rank(problems)
 
 
 def every_second_life(case: Case) -> None:
     problems = []
-    for placement in ("ddp", "fsdp2"):
+    for placement in ("ddp", "fsdp2", "fsdp1"):
         problems += [f"{placement}: {problem}" for problem in run_second_life(case, placement)]
     assert_no_problems_on_any_rank(problems)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_upstream_on_one_rank(case: Case, one_rank: RankPool) -> None:
-    one_rank.run(every_placement, case)
+    one_rank.run(every_placement, case, ON_ANY_NUMBER)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_upstream_on_two_ranks(case: Case, two_ranks: RankPool) -> None:
-    two_ranks.run(every_placement, case)
+    two_ranks.run(every_placement, case, ON_ANY_NUMBER)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_upstream_on_three_ranks(case: Case, three_ranks: RankPool) -> None:
-    three_ranks.run(every_placement, case)
+    three_ranks.run(every_placement, case, ON_ANY_NUMBER)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_upstream_on_four_ranks(case: Case, four_ranks: RankPool) -> None:
+    four_ranks.run(every_placement, case, ON_FOUR)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
