@@ -15,8 +15,7 @@ from unittest import mock
 import flash_interpreter
 import pytest
 import torch
-import torch.distributed as dist
-from parity import Case, build_subject, gradients, make_model, place, run_case, run_second_life, take_step
+from parity import Case, build_subject, make_model, place, run_case, run_second_life, take_step
 from torch import nn
 
 import dist_optim
