@@ -26,7 +26,7 @@ def isolate_overrides(optimizer: Any) -> Any:
     bitsandbytes (0.50) keeps overrides in one ``GlobalOptimManager`` for the process, by ``id(parameter)`` and by
     position in the groups: those of another model, even of one that is long gone, would reach this optimizer.
     """
-    manager_class = type(optimizer.mng)
+    manager_class: Any = type(optimizer.mng)
     optimizer.mng = manager_class.__new__(manager_class)
     optimizer.mng.initialize()
     return optimizer.mng

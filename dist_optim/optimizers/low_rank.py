@@ -78,8 +78,7 @@ class LowRankDriver(UpstreamDriver):
         if fields:
             if "ortho_matrix.0" in fields:
                 fields["ortho_matrix"] = [fields.pop("ortho_matrix.0"), fields.pop("ortho_matrix.1")]
-            projector_class = self.projector_class(fields)
-            projector = projector_class.__new__(projector_class)
+            projector: Any = object.__new__(self.projector_class(fields))
             vars(projector).update(fields)
             state["projector"] = projector
         return state
