@@ -231,10 +231,12 @@ def _one_process_group(
 ) -> dist.ProcessGroup | None:
     """The group that all ranks of the plan share: the shard group of the sharded parameters, where there are any."""
     sharded = [p for p in placed if not p.layout.is_replicated]
-    groups = {p.process_group for p in sharded}
+    # By their ranks: of two equal device meshes torch's caches may hand out either, so that the parameters of one model
+    # can name different groups of the same ranks.
+    groups = {tuple(dist.get_process_group_ranks(p.process_group)): p.process_group for p in reversed(sharded)}
     if len(groups) > 1:
         raise UnsupportedError(
             "Parameters are sharded over different process groups. Shard the model over one mesh axis, or build one "
             "optimizer for each part with params=."
         )
-    return groups.pop() if groups else process_group
+    return next(iter(groups.values()), process_group)

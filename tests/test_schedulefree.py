@@ -80,7 +80,7 @@ def evaluate_and_go_on(case: Case, placement: str) -> list[str]:
 
 def evaluate_everywhere(case: Case) -> None:
     problems = []
-    for placement in ("ddp", "fsdp2"):
+    for placement in ("ddp", "fsdp2", "fsdp1"):
         problems += [f"{placement}: {problem}" for problem in evaluate_and_go_on(case, placement)]
     assert_no_problems_on_any_rank(problems)
 
