@@ -15,6 +15,7 @@ from dist_optim.optimizers import (
     schedulefree,
     stable,
     torch_native,
+    torchao,
 )
 from dist_optim.registry import register
 
@@ -28,6 +29,7 @@ _FAMILIES = (
     grokadamw,
     schedulefree,
     stable,
+    torchao,
     lomo,
     layerwise,
 )
