@@ -21,6 +21,9 @@ from dist_optim.errors import DistOptimError
 
 __all__ = ["app"]
 
+ROWS_FIT_FROM = 110
+"""Columns of the terminal from which a row an optimizer can be read; below, a paragraph."""
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -90,19 +93,41 @@ def _list_all(as_json: bool) -> None:
 
 
 def _print_package(console: Console, members: list[dict[str, Any]], name_width: int) -> None:
-    """A heading with what all members share, then one row each."""
+    """A heading with what all members share, then one row each, or a paragraph where rows would not fit."""
     console.print(_package_line(members[0]))
-    table = Table(box=None, padding=(0, 2, 0, 0), expand=True, show_header=True, header_style="dim")
+    content = _rows(members, name_width) if console.width >= ROWS_FIT_FROM else _paragraphs(members)
+    console.print(Padding(content, (0, 0, 1, 2), expand=False))
+
+
+def _rows(members: list[dict[str, Any]], name_width: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style="dim")
     table.add_column("name", width=name_width, no_wrap=True, style="bold")
     table.add_column("state bytes", ratio=3)
     table.add_column("needs", ratio=2)
     table.add_column("traits", ratio=2)
     for one in members:
-        wanted = Text(", ".join(one["needs"]) or "-")
-        if one["refusal"]:
-            wanted = Text.assemble(("refused", "bold red"), ", " if one["needs"] else "", ", ".join(one["needs"]))
-        table.add_row(one["name"], one["state_bytes_per_parameter"] or "-", wanted, ", ".join(one["traits"]))
-    console.print(Padding(table, (0, 0, 1, 2), expand=False))
+        table.add_row(one["name"], one["state_bytes_per_parameter"] or "-", _needs(one), ", ".join(one["traits"]))
+    return table
+
+
+def _paragraphs(members: list[dict[str, Any]]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    for one in members:
+        grid.add_row(Text(one["name"], style="not dim bold"), one["summary"])
+        grid.add_row("  state bytes", one["state_bytes_per_parameter"] or "-")
+        if one["needs"] or one["refusal"]:
+            grid.add_row("  needs", _needs(one))
+        grid.add_row("  traits", ", ".join(one["traits"]))
+    return grid
+
+
+def _needs(one: dict[str, Any]) -> Text:
+    """What it needs, after the mark of those that cannot be built."""
+    marks = [("refused", "bold red")] if one["refusal"] else []
+    parts = [Text(*mark) for mark in marks] + [Text(need) for need in one["needs"]]
+    return Text(", ").join(parts) if parts else Text("-")
 
 
 def _package_line(one: dict[str, Any]) -> Text:
@@ -111,7 +136,8 @@ def _package_line(one: dict[str, Any]) -> Text:
 
 def _licence(one: dict[str, Any]) -> Text:
     if one["non_commercial"]:
-        return Text(f"{one['licence']}: NON-COMMERCIAL USE ONLY", style="bold red")
+        name = one["licence"].partition(" (")[0]
+        return Text(f"{name}: NON-COMMERCIAL USE ONLY", style="bold red")
     return Text(one["licence"] or "licence not stated")
 
 
