@@ -74,12 +74,12 @@ def make_model(case: Case) -> Net:
 
 def gradients(case: Case, model: nn.Module, step: int) -> dict[str, Tensor | None]:
     """Full gradients of one step, the same on every rank and for both sides; some parameters have none."""
-    generator = torch.Generator().manual_seed(1000 + step)
+    generator = torch.Generator("cpu").manual_seed(1000 + step)
     drawn: dict[str, Tensor | None] = {}
     for at, (name, parameter) in enumerate(model.named_parameters()):
-        gradient = torch.randn(parameter.shape, generator=generator) * case.growth**step
+        gradient = torch.randn(parameter.shape, generator=generator, device="cpu") * case.growth**step
         is_absent = name in case.frozen or name in case.without_gradient or (step % 4 == 2 and at == 3)
-        drawn[name] = None if is_absent else gradient.to(case.dtype)
+        drawn[name] = None if is_absent else gradient.to(parameter.device, case.dtype)
     return drawn
 
 

@@ -31,10 +31,11 @@ def place(model: nn.Module, placement: str) -> nn.Module:
         return DistributedDataParallel(model, gradient_as_bucket_view=bucket_view, static_graph="static" in placement)
     if placement in FSDP1:
         return _fsdp1(model, placement)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    device_type = _device_of(model).type
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     options = {}
     if placement == "hsdp":
-        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device_type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
     elif placement == "fsdp2 columns":  # FSDP2 shards a dim other than the first only where it divides evenly
         options["shard_placement_fn"] = lambda p: Shard(1 if p.ndim > 1 and p.shape[1] % mesh.size() == 0 else 0)
     elif placement == "fsdp2 no_reshard":
@@ -51,15 +52,21 @@ def place(model: nn.Module, placement: str) -> nn.Module:
 def _fsdp1(model: nn.Module, placement: str) -> nn.Module:
     mesh = None
     if placement == "fsdp1 hybrid":
-        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            _device_of(model).type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard")
+        )
     return FullyShardedDataParallel(
         model,
         sharding_strategy=FSDP1[placement],
         auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
         use_orig_params=True,
         device_mesh=mesh,
-        device_id=torch.device("cpu"),  # FSDP1 looks for an accelerator otherwise
+        device_id=_device_of(model),  # FSDP1 looks for an accelerator otherwise
     )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
