@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dist_optim.agreement import num_ranks, own_rank, raise_together
@@ -15,13 +16,15 @@ from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, HyperparameterError, ParameterError, TargetModulesError, UnsupportedError
 from dist_optim.hyperparameters import Scope, check_hyperparameters
 from dist_optim.layouts.detect import PlacedParameter, detect, reshard
+from dist_optim.model_watch import ModelWatch
 from dist_optim.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 from dist_optim.probe import prove_separable
-from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
+from dist_optim.reduce_to_owner import find_ddp
+from dist_optim.registry import OptimizerSpec, Trait, get_spec, names, spec_of_class
 from dist_optim.targets import select_matrices
 from dist_optim.upstream import ParamGroup
 
-__all__ = ["build_optimizer"]
+__all__ = ["arrange", "build_optimizer", "resolve"]
 
 
 def build_optimizer(
@@ -33,7 +36,9 @@ def build_optimizer(
     no_decay: Iterable[str] = (),
     process_group: dist.ProcessGroup | None = None,
     resident_parameters: bool = False,
+    reduce_to_owner: bool = False,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    check_ranks_every: int = 0,
     print_audit: bool = True,
     **hyperparameters: Any,
 ) -> DistributedOptimizer:
@@ -53,7 +58,12 @@ def build_optimizer(
         no_decay: Names of parameters that get ``weight_decay=0``, in a group of their own.
         process_group: The ranks that train the model together; the default group when None.
         resident_parameters: Owners keep full copies of what they own, in sharded layouts: a third less traffic.
+        reduce_to_owner: Under DistributedDataParallel, reduce each gradient to its owner only, in place of the
+            all-reduce: gradients and updated parameters together then cost the traffic of one all-reduce. Clip with
+            ``optimizer.clip_grad_norm_``.
         bucket_bytes: Bytes of parameters that one owner takes in one round of the exchange.
+        check_ranks_every: Every so many steps ranks compare fingerprints of all that they should hold alike (rates,
+            counters, replicated parameters, state of replicas), and raise with the first difference; 0 for never.
         print_audit: Whether rank 0 prints the route audit.
         **hyperparameters: ``lr``, ``weight_decay``, and everything else under upstream's own names.
 
@@ -64,14 +74,20 @@ def build_optimizer(
     """
     error: DistOptimError | None = None
     built: DistributedOptimizer | None = None
+    ddp: DistributedDataParallel | None = None
     try:
-        spec = _resolve(optimizer)
-        values = spec.check(hyperparameters)
+        ddp = find_ddp(model) if reduce_to_owner and num_ranks(process_group) > 1 else None
+        spec = resolve(optimizer)
         placed = detect(model, process_group)
-        groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
-        groups = _with_special_values(groups, model, spec, hyperparameters)
-        arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
-        arguments |= spec.forced
+        groups, arguments = arrange(
+            model,
+            spec,
+            placed,
+            hyperparameters,
+            params=params,
+            no_decay=no_decay,
+            target_modules=target_modules,
+        )
         if spec.is_undescribed and num_ranks(process_group) > 1:
             spec = prove_separable(spec, groups, arguments)
         built = DistributedOptimizer(
@@ -81,32 +97,77 @@ def build_optimizer(
             process_group=_one_process_group(placed.values(), process_group),
             resident_parameters=resident_parameters,
             bucket_bytes=bucket_bytes,
+            check_ranks_every=check_ranks_every,
+            all_ranks=process_group,
             reshard=partial(reshard, model),
         )
     except DistOptimError as caught:
         error = caught
     raise_together(error, process_group)
     assert built is not None
-    built.agree_on_plan(process_group)
+    built.agree_on_plan()
+    if ddp is not None:
+        built.reduce_to_owners(ddp)
+    built.register_step_pre_hook(ModelWatch(model, built.placed_parameters(), process_group))
     if print_audit and own_rank(built.process_group) == 0:
         print(route_audit(built), flush=True)
     return built
 
 
-def _resolve(optimizer: str | type[Optimizer]) -> OptimizerSpec:
+def resolve(optimizer: str | type[Optimizer]) -> OptimizerSpec:
+    """The spec of a name or a class, with its package at hand.
+
+    Raises:
+        UnknownOptimizerError, MissingPackageError, UnsupportedError: It cannot be used.
+        ParameterError: It is something else; an optimizer that is built already, most often.
+    """
     if isinstance(optimizer, str):
         spec = get_spec(optimizer)
     elif isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         spec = spec_of_class(optimizer)
     else:
-        raise ParameterError(
-            f"optimizer={optimizer!r} is neither a registered name nor a subclass of torch.optim.Optimizer. "
-            "Pass one of dist_optim.names(), or the class itself (not an instance)."
-        )
+        raise ParameterError(_why_no_choice(optimizer))
     if spec.refusal:
         raise UnsupportedError(f"{spec.name}: {spec.refusal}")
     spec.load_class()
     return spec
+
+
+def _why_no_choice(given: object) -> str:
+    if not isinstance(given, Optimizer):
+        return (
+            f"optimizer={given!r} is neither a registered name nor a subclass of torch.optim.Optimizer. "
+            "Pass one of dist_optim.names(), or the class itself."
+        )
+    name = given.spec.name if isinstance(given, DistributedOptimizer) else spec_of_class(type(given)).name
+    wanted = repr(name) if name in names() else type(given).__name__
+    return (
+        f"optimizer is an instance of {type(given).__name__}, built already, on parameters that wrapping the model may "
+        f"replace. Pass what to build instead, and its hyperparameters: {wanted}, lr=..., ... It is built when the "
+        "model is in place."
+    )
+
+
+def arrange(
+    model: nn.Module,
+    spec: OptimizerSpec,
+    placed: Mapping[str, PlacedParameter],
+    hyperparameters: Mapping[str, Any],
+    *,
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    no_decay: Iterable[str] = (),
+    target_modules: str | Sequence[str] | None = None,
+) -> tuple[list[ParamGroup], dict[str, Any]]:
+    """Param groups of placed parameters, and upstream's constructor keywords; all values checked.
+
+    Raises:
+        HyperparameterError, TargetModulesError, ParameterError: As ``build_optimizer``.
+    """
+    values = spec.check(hyperparameters)
+    groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
+    groups = _with_special_values(groups, model, spec, hyperparameters)
+    arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
+    return groups, {**arguments, **spec.forced}
 
 
 def _make_groups(

@@ -11,6 +11,7 @@ DistOptimError
 ├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
 │   └── UnsupportedLayoutError                     a sharding that cannot be served
 ├── MissingPackageError     (ImportError)          the upstream package is not installed
+├── StepFailedError         (RuntimeError)         upstream's step failed on another rank
 └── RanksDisagreeError      (RuntimeError)         ranks hold different values where they must be equal
 ```
 
@@ -24,6 +25,7 @@ __all__ = [
     "ParameterError",
     "RanksDisagreeError",
     "StateDictError",
+    "StepFailedError",
     "TargetModulesError",
     "UnknownOptimizerError",
     "UnsupportedError",
@@ -70,6 +72,10 @@ class UnsupportedLayoutError(UnsupportedError):
 
 class MissingPackageError(DistOptimError, ImportError):
     """The upstream package of an optimizer is not installed."""
+
+
+class StepFailedError(DistOptimError, RuntimeError):
+    """Upstream's step failed on another rank, so the parameters are partly updated."""
 
 
 class RanksDisagreeError(DistOptimError, RuntimeError):

@@ -13,19 +13,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dist_optim import state_dicts
-from dist_optim.agreement import agree_on_presence, assert_ranks_equal, num_ranks, own_rank
+from dist_optim.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.audit import route_audit
-from dist_optim.errors import ParameterError, RanksDisagreeError, UnsupportedError, WrongModeError
+from dist_optim.before_step import agree_on_gradients, assert_gradients_reduced, hyperparameters_of
+from dist_optim.clipping import clip_gradients
+from dist_optim.errors import StepFailedError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Bucket, Item, Plan, make_plan
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
 from dist_optim.fingerprints import fingerprint
 from dist_optim.hyperparameters import Scope
 from dist_optim.instance import UpstreamInstance
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.layout import Elsewhere
+from dist_optim.reduce_to_owner import OwnerReduction
 from dist_optim.registry import OptimizerSpec, Trait
+from dist_optim.sentinel import compare_ranks
 from dist_optim.upstream import ParamGroup
 
 __all__ = ["DistributedOptimizer"]
@@ -52,6 +58,8 @@ class DistributedOptimizer(Optimizer):
         resident_parameters: Owners keep a copy of the full parameters that they own. Saves a third of the traffic of
             sharded layouts and costs ``parameters / world_size`` of memory.
         bucket_bytes: Bytes of parameters that one owner takes in one round.
+        check_ranks_every: Steps between two comparisons of what ranks should hold alike; 0 for none.
+        all_ranks: All ranks that train the model: also the replicas of a shard group (HSDP).
         reshard: Frees the full copies of sharded parameters that the engine may have left after a forward pass.
     """
 
@@ -64,6 +72,8 @@ class DistributedOptimizer(Optimizer):
         process_group: dist.ProcessGroup | None = None,
         resident_parameters: bool = False,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        check_ranks_every: int = 0,
+        all_ranks: dist.ProcessGroup | None = None,
         reshard: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
@@ -71,6 +81,8 @@ class DistributedOptimizer(Optimizer):
         self.num_steps = 0
         self._resident = resident_parameters
         self.mode = "train"
+        self._check_ranks_every = check_ranks_every
+        self._all_ranks = all_ranks
         self._reshard = reshard
         # One entry a parameter, in group order: the position that everything below counts by.
         self._placed: list[PlacedParameter] = [placed for group in groups for placed in group["params"]]
@@ -80,7 +92,8 @@ class DistributedOptimizer(Optimizer):
             for _ in group["params"]
         ]
         trainable = [index for index, placed in enumerate(self._placed) if placed.parameter.requires_grad]
-        self._local_indices = [index for index in trainable if self._runs_locally(index)]
+        self._elsewhere = {i for i, placed in enumerate(self._placed) if isinstance(placed.layout, Elsewhere)}
+        self._local_indices = [i for i in trainable if i not in self._elsewhere and self._runs_locally(i)]
         self._trainable = set(trainable)
         self._refuse_misfits()
         self.plan = self._make_plan(bucket_bytes)
@@ -102,6 +115,9 @@ class DistributedOptimizer(Optimizer):
         self._is_built = True
         self._fingerprints: dict[int, int] = {}  # of the slices that resident copies were made of
         self._copies_are_stale = True
+        self._reduction: OwnerReduction | None = None
+        self._failure: Exception | None = None  # of upstream, in this step, on this rank
+        self._failed_work: dist.Work | None = None
 
     # Building -----------------------------------------------------------------------------------------------------
 
@@ -128,7 +144,7 @@ class DistributedOptimizer(Optimizer):
 
     def _make_plan(self, bucket_bytes: int) -> Plan:
         items = []
-        for index in sorted(self._trainable - set(self._local_indices)):
+        for index in sorted(self._trainable - self._elsewhere - set(self._local_indices)):
             placed = self._placed[index]
             cost = self.spec.driver.step_cost(placed.shape, self._group_values[index])
             items.append(Item(index, placed.shape, placed.layout, placed.dtype, placed.device, cost))
@@ -154,11 +170,8 @@ class DistributedOptimizer(Optimizer):
     def _any_instance(self) -> UpstreamInstance:
         return self.instances()[0]
 
-    def agree_on_plan(self, process_group: dist.ProcessGroup | None) -> None:
+    def agree_on_plan(self) -> None:
         """Compare names, shapes, layouts, owners and hyperparameters over the ranks. Collective; once, after building.
-
-        Args:
-            process_group: All ranks that train the model: also the replicas of a shard group (HSDP).
 
         Raises:
             RanksDisagreeError: On all ranks, with the first entry that differs.
@@ -175,7 +188,7 @@ class DistributedOptimizer(Optimizer):
             f"The plan of {self.spec.name!r} differs between ranks",
             items,
             "Build the same model, with the same arguments, on every rank.",
-            process_group,
+            self._all_ranks,
         )
 
     # Stepping -----------------------------------------------------------------------------------------------------
@@ -185,9 +198,10 @@ class DistributedOptimizer(Optimizer):
         """Update every parameter that has a gradient. Collective on all ranks of the process group.
 
         Raises:
+            StepFailedError: Upstream's step failed on another rank in the step before.
             WrongModeError: ``eval()`` was called, and ``train()`` not since.
-            RanksDisagreeError: A gradient is there on some ranks and missing on others, or (checked in the first step)
-                gradients of replicated parameters are not equal.
+            RanksDisagreeError: A gradient is there on some ranks and missing on others, a hyperparameter differs, or
+                (checked in the first step) gradients of replicated parameters are not equal.
             ParameterError: A parameter that was frozen when the optimizer was built has a gradient.
         """
         if self.mode == "eval":
@@ -200,6 +214,7 @@ class DistributedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._raise_failure_of_others()
         self._reshard()
         present = self._agree_on_gradients()
         for instance in self.instances():
@@ -211,9 +226,39 @@ class DistributedOptimizer(Optimizer):
             self._step_task(bucket.without(absent), instance, present)
             for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
         )
+        self._tell_failure()
         self._publish_counters()
         self.num_steps += 1
+        if self._check_ranks_every and self.num_steps % self._check_ranks_every == 0:
+            compare_ranks(self, self._all_ranks)
         return loss
+
+    def _tell_failure(self) -> None:
+        """Let all ranks know whether upstream's step failed on one; raise here if it did.
+
+        The others read the answer at their next step, so that it costs no wait in this one.
+        """
+        if num_ranks(self.process_group) > 1:
+            failed = 0 if self._failure is None else own_rank(self.process_group) + 1
+            self._failed_rank = torch.tensor([failed], device=self._placed[0].device)
+            self._failed_work = dist.all_reduce(
+                self._failed_rank, op=dist.ReduceOp.MAX, group=self.process_group, async_op=True
+            )
+        if self._failure is not None:
+            if self._failed_work is not None:
+                self._failed_work.wait()
+            raise self._failure
+
+    def _raise_failure_of_others(self) -> None:
+        if self._failed_work is None:
+            return
+        self._failed_work.wait()
+        failed = int(self._failed_rank) - 1
+        if failed >= 0:
+            raise StepFailedError(
+                f"{self.spec.name}: upstream's step failed on rank {failed} in step {self.num_steps}; that rank's own "
+                "error says why. Parameters are partly updated: resume from the last checkpoint."
+            )
 
     def _publish_counters(self) -> None:
         """Show in our own groups what upstream counts in its groups: state dicts are read from ours."""
@@ -238,7 +283,11 @@ class DistributedOptimizer(Optimizer):
         else:
             fields = [gradients, parameters]
             full_gradients, full_parameters = yield from gather_to_owner(bucket, fields, self.process_group)
-        updated = instance.step(full_parameters, full_gradients, present)
+        try:
+            updated = instance.step(full_parameters, full_gradients, present)
+        except Exception as error:  # the other ranks wait for this bucket: go on, and raise when the exchange is done
+            self._failure = error
+            updated = full_parameters
         del full_gradients, full_parameters
         yield from scatter_from_owner(bucket, updated, parameters, self.process_group)
         self._settle(bucket, instance, updated, parameters)
@@ -272,61 +321,60 @@ class DistributedOptimizer(Optimizer):
             gradients[index] = torch.zeros_like(placed.local()) if gradient is None else gradient
         return gradients
 
-    # Agreement before a step --------------------------------------------------------------------------------------
-
     def _agree_on_gradients(self) -> list[bool]:
-        """Which parameters have a gradient, the same answer on every rank; refuses gradients that are not reduced."""
-        has = [placed.parameter.grad is not None for placed in self._placed]
-        lacks = [not has[i] and placed.local().numel() > 0 for i, placed in enumerate(self._placed)]
-        stale = self._resident and self._copies_differ(has)
-        present, lacking = agree_on_presence([*has, stale], [*lacks, False], self._placed[0].device, self.process_group)
-        self._copies_are_stale = present.pop()
-        for index, placed in enumerate(self._placed):
-            if present[index] and lacking[index]:
-                raise RanksDisagreeError(
-                    f"Parameter {placed.fqn!r} has a gradient on some ranks and none on others. Gradients must be "
-                    "reduced before step(): wrap the model in DistributedDataParallel (find_unused_parameters=True "
-                    "where ranks use different parameters), or all-reduce them yourself."
-                )
-            if present[index] and index not in self._trainable:
-                raise ParameterError(
-                    f"Parameter {placed.fqn!r} has a gradient, but was frozen (requires_grad=False) when the optimizer "
-                    "was built. Build the optimizer after unfreezing, or leave the parameter frozen."
-                )
-        self._check_gradients(present)
+        """Which parameters have a gradient, the same answer on every rank, and whether resident copies are stale."""
+        values = hyperparameters_of(self.param_groups, self._pushed_keys)
+        if self._reduction is not None:
+            flag = self._reduction.were_changed()
+        else:
+            flag = self._resident and self._copies_differ()
+        present, flag = agree_on_gradients(self._placed, self._trainable, values, flag, self.process_group)
+        if self._reduction is None:
+            self._copies_are_stale = flag
+            if self.num_steps == 0:
+                assert_gradients_reduced(self._placed, self.process_group)
+        elif flag:
+            raise UnsupportedError(
+                "A gradient was changed between backward and step(). With reduce_to_owner=True only its owner holds a "
+                "reduced gradient, so that torch.nn.utils.clip_grad_norm_ and accelerator.clip_grad_norm_ see NaN. Use "
+                "optimizer.clip_grad_norm_(max_norm), or leave reduce_to_owner out."
+            )
         return present
 
-    def _copies_differ(self, stepped: Sequence[bool]) -> bool:
+    def _copies_differ(self) -> bool:
         """Whether a slice was changed by somebody else (a checkpoint was loaded, say) since its copy was made."""
         planned = {item.index for bucket in self.plan.buckets if not bucket.is_replicated for item in bucket.items}
         return any(
-            stepped[index] and fingerprint(self._placed[index].local()) != self._fingerprints.get(index)
+            self._placed[index].parameter.grad is not None
+            and fingerprint(self._placed[index].local()) != self._fingerprints.get(index)
             for index in planned
         )
 
-    def _check_gradients(self, present: Sequence[bool]) -> None:
-        """Gradients have the parameters' dtype; in the first step also: replicated ones are equal on all ranks."""
-        marks: list[tuple[str, Any]] = []
-        for placed, is_present in zip(self._placed, present, strict=True):
-            gradient = placed.local_gradient()
-            if not is_present or gradient is None:
-                continue
-            if gradient.is_sparse or (gradient.dtype != placed.dtype and not placed.layout.is_replicated):
-                raise UnsupportedError(
-                    f"The gradient of {placed.fqn!r} is {gradient.layout}, {gradient.dtype}; a sharded parameter of "
-                    f"dtype {placed.dtype} needs a dense gradient of its own dtype. Set sparse=False in the embedding, "
-                    "or keep gradients in the parameter's dtype."
-                )
-            if self.num_steps == 0 and placed.layout.is_replicated:
-                marks.append((f"the gradient of {placed.fqn!r} (fingerprint)", fingerprint(gradient)))
-        if self.num_steps == 0 and num_ranks(self.process_group) > 1:
-            assert_ranks_equal(
-                "Gradients differ between ranks in the first step",
-                marks,
-                "Replicated parameters need reduced gradients: wrap the model in DistributedDataParallel, end gradient "
-                "accumulation with a synchronised backward pass, or all-reduce gradients before step().",
-                self.process_group,
-            )
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the global norm of all gradients, exactly as ``torch.nn.utils.clip_grad_norm_`` does in one process.
+
+        Collective. Norms are those of whole tensors, combined in the order of ``model.parameters()``, so the result is
+        equal to the bit under every layout; sharded gradients travel once more for it.
+
+        Returns:
+            The global norm before clipping: 0-D, equal on all ranks.
+        """
+        self._reshard()
+        present = self._agree_on_gradients()
+        order = sorted(range(len(self._placed)), key=lambda index: self._placed[index].position)
+        ordered = [self._placed[index] for index in order]
+        kept = [present[index] for index in order]
+        owners = self.plan.owners if self._reduction is not None else {}
+        owner_of = [owners.get(index) for index in order]
+        total = clip_gradients(ordered, kept, max_norm, norm_type, owner_of, self.process_group)
+        if self._reduction is not None:
+            self._reduction.accept_changes()
+        return total
+
+    def reduce_to_owners(self, ddp: DistributedDataParallel) -> None:
+        """Replace DDP's all-reduce by a reduction of each gradient to its owner. Once, right after building."""
+        owners = {id(self._placed[index].parameter): owner for index, owner in self.plan.owners.items()}
+        self._reduction = OwnerReduction(ddp, owners, self.process_group)
 
     # Weights for evaluation ---------------------------------------------------------------------------------------
 

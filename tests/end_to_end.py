@@ -68,7 +68,7 @@ def train(model: nn.Module, run: Run, parts: Callable[[Tensor], Sequence[Tensor]
                 model.require_backward_grad_sync = at == len(own) - 1
             (model(input_ids=part, labels=part).loss / len(own)).backward()
         if run.clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            optimizer.clip_grad_norm_(run.clip)
         optimizer.step()
         optimizer.zero_grad()
     optimizer.eval()

@@ -34,6 +34,8 @@ class PlacedParameter:
     shape: torch.Size
     layout: Layout
     process_group: dist.ProcessGroup | None
+    position: int = 0
+    """Place in ``model.parameters()``."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +84,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
             shape, layout, group = place.shape, place.layout, place.process_group
         elif isinstance(parameter, DTensor):
             layout, group = _layout_of_dtensor(name, parameter)
-        placed[name] = PlacedParameter(name, parameter, shape, layout, group)
+        placed[name] = PlacedParameter(name, parameter, shape, layout, group, len(placed))
     return placed
 
 

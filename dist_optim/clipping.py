@@ -1,0 +1,95 @@
+"""Global-norm clipping that is exact under every layout: the norms of whole tensors, combined in parameter order.
+
+Summing squares over slices rounds differently from a norm over the whole tensor, so clipped runs drift from the
+one-process run. Here each tensor's norm is computed by torch's own kernel on the whole gradient, at its owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_optim.agreement import num_ranks, own_rank
+from dist_optim.exchange.plan import Bucket, Item, make_plan
+from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
+from dist_optim.layouts.detect import PlacedParameter
+
+__all__ = ["clip_gradients"]
+
+BUCKET_NUMEL = 16 << 20
+
+
+@torch.no_grad()
+def clip_gradients(
+    placed: Sequence[PlacedParameter],
+    present: Sequence[bool],
+    max_norm: float,
+    norm_type: float,
+    owners: Sequence[int | None],
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Scale all gradients so that their global norm is at most ``max_norm``, as torch's ``clip_grad_norm_`` does.
+
+    Collective. Moves each sharded gradient once more, a few buckets at a time.
+
+    Args:
+        placed: Parameters in the order in which their norms are combined.
+        present: Which of them have a gradient, the same on every rank.
+        max_norm: Upper bound of the global norm.
+        norm_type: Order of the norm; ``inf`` for the largest element.
+        owners: For each parameter the rank that alone holds its reduced gradient; None where all ranks do.
+        process_group: The ranks that step together.
+
+    Returns:
+        The global norm before clipping, a 0-D tensor, equal on all ranks.
+    """
+    items = [
+        Item(index, one.shape, one.layout, one.dtype, one.device, float(one.shape.numel()))
+        for index, one in enumerate(placed)
+        if present[index]
+    ]
+    norms = [torch.zeros((), dtype=one.dtype, device=one.device) for one in placed]
+    for item in items:
+        gradient = placed[item.index].local_gradient()
+        if item.layout.is_replicated and gradient is not None and (owners[item.index] or 0) == own_rank(process_group):
+            norms[item.index] = _norm(gradient, norm_type)
+    sharded = [item for item in items if not item.layout.is_replicated]
+    plan = make_plan(sharded, num_ranks(process_group), BUCKET_NUMEL)
+    run_tasks(_norm_task(bucket, placed, norms, norm_type, process_group) for bucket in plan.buckets)
+    if not items:
+        return torch.zeros((), device=placed[0].device)
+    stacked = torch.stack([norms[item.index].to(placed[0].device) for item in items])
+    if num_ranks(process_group) > 1:
+        dist.all_reduce(stacked, group=process_group)  # every norm is at one rank, and zero elsewhere: a sum is exact
+    total = torch.linalg.vector_norm(stacked, norm_type)
+    coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for item in items:
+        gradient = placed[item.index].local_gradient()
+        if gradient is not None:
+            gradient.mul_(coefficient.to(gradient.device))
+    return total
+
+
+def _norm_task(
+    bucket: Bucket,
+    placed: Sequence[PlacedParameter],
+    norms: list[Tensor],
+    norm_type: float,
+    process_group: dist.ProcessGroup | None,
+) -> Task[None]:
+    local = {}
+    for item in bucket.items:
+        gradient = placed[item.index].local_gradient()
+        local[item.index] = placed[item.index].local() if gradient is None else gradient  # None: nothing is stored here
+    (full,) = yield from gather_to_owner(bucket, [local], process_group)
+    for item in bucket.owned[own_rank(process_group)]:
+        norms[item.index] = _norm(full[item.index], norm_type)
+
+
+def _norm(gradient: Tensor, norm_type: float) -> Tensor:
+    """By the kernel that torch's ``clip_grad_norm_`` takes."""
+    (norm,) = torch._foreach_norm([gradient], norm_type)
+    return norm
