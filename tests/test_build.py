@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity import Net
+from placements import place
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -202,3 +203,54 @@ def test_share_of_another_rank_is_refused(two_ranks: RankPool) -> None:
 def test_state_dict_of_other_groups_is_refused() -> None:
     with pytest.raises(errors.StateDictError, match="target_modules"):
         build(**GALORE).load_state_dict(build(**{**GALORE, "target_modules": ["linears.0"]}).state_dict())
+
+
+def test_an_optimizer_that_is_built_already_is_refused() -> None:
+    model = make_net()
+    with pytest.raises(errors.ParameterError, match="instance of SGD.*'sgd', lr="):
+        build(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(errors.ParameterError, match="instance of DistributedOptimizer.*'adamw_torch', lr="):
+        build(build("adamw_torch", model, lr=0.1), model)
+
+
+def change_after_building(kind: str) -> None:
+    """One rank is enough for all to raise; the others would wait for it in the exchange."""
+    torch.manual_seed(0)
+    model = make_net()
+    optimizer = build("sgd", model, lr=0.1)
+    if kind == "replaced" and dist.get_rank() == 1:
+        model.extra[0] = nn.Parameter(torch.zeros(5, 3))
+    elif kind == "converted":
+        model.double()
+    elif kind == "exchanged":
+        optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(6, 4))
+    elif kind in ("fsdp1", "fsdp2"):
+        model = place(model, kind)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("replaced", "'extra.0' of the optimizer is no longer the model's.*Build the optimizer last"),
+        ("converted", "'linears.0.weight' was torch.float32 of shape .6, 4. on cpu .* is torch.float64"),
+        ("exchanged", "'linears.0.weight' was exchanged in the optimizer's param_groups"),
+        ("fsdp1", "'linears.0.weight' was .* of shape .6, 4.*integrations.accelerate.prepare"),
+        ("fsdp2", "'linears.0.weight' of the optimizer is no longer the model's"),
+    ],
+)
+def test_parameters_that_are_no_longer_the_models_are_refused_on_all_ranks(
+    kind: str, message: str, two_ranks: RankPool
+) -> None:
+    assert_raised_on_both(two_ranks, f"ParameterError: .*{message}", change_after_building, kind)
+
+
+def test_parameters_replaced_in_the_middle_of_a_run_are_refused() -> None:
+    model = make_net()
+    optimizer = build("sgd", model, lr=0.1)
+    optimizer.step()
+    model.extra[0] = nn.Parameter(torch.zeros(5, 3))
+    with pytest.raises(errors.ParameterError, match="'extra.0'.*no longer the model's"):
+        optimizer.step()
