@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint parity clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -32,6 +32,10 @@ lint: $(STAMP) ## ruff and mypy
 	@ruff check .
 	@echo "+ mypy dist_optim launch"
 	@mypy dist_optim launch
+
+parity: $(STAMP) ## measure every optimizer under every engine; writes docs/parity.json, docs/parity.md, README's table
+	@echo "+ python tests/measure_parity.py"
+	@python tests/measure_parity.py
 
 clean: ## remove the environment, the caches and the runs
 	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist

@@ -1,0 +1,81 @@
+"""The committed tables are what ``make parity`` wrote, cover every name and case, and hold no figure too large."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from measure_parity import all_rows, even, worst
+from parity_tables import (
+    COLUMNS,
+    DOCUMENT,
+    README,
+    TABLE,
+    Results,
+    document,
+    exceeding,
+    readme_table,
+    refusals,
+    with_table,
+)
+
+import dist_optim
+
+MEASURE = "run `make parity` and commit what it writes"
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    loaded: Results = json.loads(TABLE.read_text())
+    return loaded
+
+
+def test_tables_are_what_the_results_give(results: Results) -> None:
+    assert DOCUMENT.read_text() == document(results), MEASURE
+    assert README.read_text() == with_table(README.read_text(), readme_table(results)), MEASURE
+
+
+def test_every_registered_name_has_a_line(results: Results) -> None:
+    table = readme_table(results)
+    assert not [name for name in dist_optim.names() if f"| `{name}` |" not in table], MEASURE
+    refused = {name for names in refusals(results).values() for name in names}
+    assert refused == {name for name in dist_optim.names() if dist_optim.get_spec(name).refusal}, MEASURE
+
+
+def test_every_case_of_today_is_measured_in_every_column(results: Results) -> None:
+    measured = [{key: value for key, value in row.items() if key != "cells"} for row in results["rows"]]
+    assert measured == [row.described() for row in all_rows()], MEASURE
+    assert all(list(row["cells"]) == [column.title for column in COLUMNS] for row in results["rows"])
+
+
+def test_no_figure_exceeds_its_case_s_tolerance(results: Results) -> None:
+    assert not list(exceeding(results))
+
+
+@pytest.mark.parametrize("cell", [1e-3, float("nan"), "galore_adamw: not today."])
+def test_a_figure_that_is_too_large_is_noticed(cell: float | str, results: Results) -> None:
+    spoiled = copy.deepcopy(results)
+    row = next(row for row in spoiled["rows"] if row["name"] == "galore_adamw")
+    row["cells"]["FSDP1, 3"] = cell
+    (problem,) = exceeding(spoiled)
+    assert "galore_adamw" in problem and "FSDP1, 3" in problem
+    (line,) = [line for line in readme_table(spoiled).splitlines() if line.startswith("| `galore_adamw` |")]
+    assert {"1.0e-03", "nan", "refused"} & set(line.split(" | "))
+
+
+def test_ranks_are_combined_to_the_worst() -> None:
+    assert worst([0.0, 2.0, 1.0]) == 2.0
+    assert str(worst([0.0, float("nan"), 1.0])) == "nan"
+    assert worst([0.0, "refused."]) == "refused."
+
+
+def test_even_cases_divide_by_two_and_three() -> None:
+    for case in filter(None, (row.case for row in all_rows())):
+        shapes = [*even(case).linear, *even(case).extra]
+        assert all(shape[0] % 6 == 0 for shape in shapes)
+
+
+def test_readme_without_its_marks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="lost the marks"):
+        with_table("nothing here", "")
