@@ -6,7 +6,6 @@ bucket: full tensors to their owners, the upstream step there, updated tensors b
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,27 +16,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dist_optim import state_dicts
-from dist_optim.agreement import assert_ranks_equal, num_ranks, own_rank
+from dist_optim.agreement import assert_ranks_equal, own_rank
 from dist_optim.audit import route_audit
 from dist_optim.before_step import agree_on_gradients, assert_gradients_reduced, hyperparameters_of
 from dist_optim.clipping import clip_gradients
-from dist_optim.errors import StepFailedError, UnsupportedError, WrongModeError
-from dist_optim.exchange.plan import Bucket, Item, Plan, make_plan
+from dist_optim.errors import UnsupportedError, WrongModeError
+from dist_optim.exchange.plan import Bucket
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
+from dist_optim.failures import FailureNotice
 from dist_optim.fingerprints import fingerprint
 from dist_optim.hyperparameters import Scope
 from dist_optim.instance import UpstreamInstance
 from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.layouts.layout import Elsewhere
 from dist_optim.reduce_to_owner import OwnerReduction
 from dist_optim.registry import OptimizerSpec, Trait
+from dist_optim.routing import plan_owners, refuse_misfits, runs_on_local_slices
 from dist_optim.sentinel import compare_ranks
 from dist_optim.upstream import ParamGroup
 
 __all__ = ["DistributedOptimizer"]
 
 DEFAULT_BUCKET_BYTES = 64 << 20
-MAX_NAMES = 8
 
 
 class DistributedOptimizer(Optimizer):
@@ -86,26 +85,23 @@ class DistributedOptimizer(Optimizer):
         self._reshard = reshard
         # One entry a parameter, in group order: the position that everything below counts by.
         self._placed: list[PlacedParameter] = [placed for group in groups for placed in group["params"]]
-        self._group_values = [
-            {**arguments, **{key: value for key, value in group.items() if key != "params"}}
-            for group in groups
-            for _ in group["params"]
-        ]
-        trainable = [index for index, placed in enumerate(self._placed) if placed.parameter.requires_grad]
-        self._elsewhere = {i for i, placed in enumerate(self._placed) if isinstance(placed.layout, Elsewhere)}
-        self._local_indices = [i for i in trainable if i not in self._elsewhere and self._runs_locally(i)]
-        self._trainable = set(trainable)
-        self._refuse_misfits()
-        self.plan = self._make_plan(bucket_bytes)
+        values = [{**arguments, **_without_params(group)} for group in groups for _ in group["params"]]
+        members = {
+            index: (placed, own)
+            for index, (placed, own) in enumerate(zip(self._placed, values, strict=True))
+            if placed.parameter.requires_grad
+        }
+        refuse_misfits(spec, list(members.values()))
+        self._trainable = set(members)
+        self._local_indices = [index for index, member in members.items() if runs_on_local_slices(spec, *member)]
+        owned = {index: member for index, member in members.items() if index not in self._local_indices}
+        self.plan = plan_owners(spec, owned, bucket_bytes, process_group)
         self._local_instance: UpstreamInstance | None = None
         self._instances: list[UpstreamInstance] = []
         self._build_instances(groups, arguments)
         constructor_only = set(spec.in_scope(Scope.CONSTRUCTOR))
         self._pushed_keys = {record.name for record in spec.records()} - constructor_only
-        self._fixed: list[ParamGroup] = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self._any_instance().optimizer.param_groups
-        ]
+        self._fixed = [_without_params(group) for group in self._any_instance().optimizer.param_groups]
         outer = [
             {**values, "params": [placed.parameter for placed in group["params"]]}
             for values, group in zip(self._fixed, groups, strict=True)
@@ -116,43 +112,9 @@ class DistributedOptimizer(Optimizer):
         self._fingerprints: dict[int, int] = {}  # of the slices that resident copies were made of
         self._copies_are_stale = True
         self._reduction: OwnerReduction | None = None
-        self._failure: Exception | None = None  # of upstream, in this step, on this rank
-        self._failed_work: dist.Work | None = None
+        self._failures = FailureNotice(self._placed[0].device, process_group)
 
     # Building -----------------------------------------------------------------------------------------------------
-
-    def _runs_locally(self, index: int) -> bool:
-        placed = self._placed[index]
-        if placed.layout.is_replicated or Trait.ELEMENTWISE not in self.spec.traits:
-            return False
-        # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail:
-        # an element's result depends on where a slice ends.
-        rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4
-        return not rounds_by_position and self.spec.driver.runs_on_slices(self._group_values[index], placed.device)
-
-    def _refuse_misfits(self) -> None:
-        names_by_reason: dict[str, list[str]] = defaultdict(list)
-        for index in sorted(self._trainable):
-            placed = self._placed[index]
-            reason = self.spec.driver.why_refused(placed.shape, placed.dtype, placed.device, self._group_values[index])
-            if reason:
-                names_by_reason[reason].append(placed.fqn)
-        for reason, names in names_by_reason.items():
-            listing = ", ".join(map(repr, names[:MAX_NAMES])) + (", ..." if len(names) > MAX_NAMES else "")
-            noun = "parameter" if len(names) == 1 else f"{len(names)} parameters"
-            raise UnsupportedError(f"{self.spec.name}, {noun} {listing}: {reason}")
-
-    def _make_plan(self, bucket_bytes: int) -> Plan:
-        items = []
-        for index in sorted(self._trainable - self._elsewhere - set(self._local_indices)):
-            placed = self._placed[index]
-            cost = self.spec.driver.step_cost(placed.shape, self._group_values[index])
-            items.append(Item(index, placed.shape, placed.layout, placed.dtype, placed.device, cost))
-        element_size = max([item.dtype.itemsize for item in items], default=4)
-        # One process has nothing to overlap: all in one round.
-        world_size = num_ranks(self.process_group)
-        bucket_numel = bucket_bytes // element_size if world_size > 1 else 1 << 62
-        return make_plan(items, world_size, bucket_numel)
 
     def _build_instances(self, groups: Sequence[ParamGroup], arguments: Mapping[str, Any]) -> None:
         rank = own_rank(self.process_group)
@@ -214,7 +176,7 @@ class DistributedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._raise_failure_of_others()
+        self._failures.receive(self.spec.name, self.num_steps)
         self._reshard()
         present = self._agree_on_gradients()
         for instance in self.instances():
@@ -226,39 +188,12 @@ class DistributedOptimizer(Optimizer):
             self._step_task(bucket.without(absent), instance, present)
             for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
         )
-        self._tell_failure()
+        self._failures.send()
         self._publish_counters()
         self.num_steps += 1
         if self._check_ranks_every and self.num_steps % self._check_ranks_every == 0:
             compare_ranks(self, self._all_ranks)
         return loss
-
-    def _tell_failure(self) -> None:
-        """Let all ranks know whether upstream's step failed on one; raise here if it did.
-
-        The others read the answer at their next step, so that it costs no wait in this one.
-        """
-        if num_ranks(self.process_group) > 1:
-            failed = 0 if self._failure is None else own_rank(self.process_group) + 1
-            self._failed_rank = torch.tensor([failed], device=self._placed[0].device)
-            self._failed_work = dist.all_reduce(
-                self._failed_rank, op=dist.ReduceOp.MAX, group=self.process_group, async_op=True
-            )
-        if self._failure is not None:
-            if self._failed_work is not None:
-                self._failed_work.wait()
-            raise self._failure
-
-    def _raise_failure_of_others(self) -> None:
-        if self._failed_work is None:
-            return
-        self._failed_work.wait()
-        failed = int(self._failed_rank) - 1
-        if failed >= 0:
-            raise StepFailedError(
-                f"{self.spec.name}: upstream's step failed on rank {failed} in step {self.num_steps}; that rank's own "
-                "error says why. Parameters are partly updated: resume from the last checkpoint."
-            )
 
     def _publish_counters(self) -> None:
         """Show in our own groups what upstream counts in its groups: state dicts are read from ours."""
@@ -286,7 +221,7 @@ class DistributedOptimizer(Optimizer):
         try:
             updated = instance.step(full_parameters, full_gradients, present)
         except Exception as error:  # the other ranks wait for this bucket: go on, and raise when the exchange is done
-            self._failure = error
+            self._failures.note(error)
             updated = full_parameters
         del full_gradients, full_parameters
         yield from scatter_from_owner(bucket, updated, parameters, self.process_group)
@@ -460,3 +395,7 @@ class DistributedOptimizer(Optimizer):
                 "groups at once: build_optimizer(model, name, params=[{'params': [...]}, ...])."
             )
         super().add_param_group(param_group)
+
+
+def _without_params(group: Mapping[str, Any]) -> ParamGroup:
+    return {key: value for key, value in group.items() if key != "params"}
