@@ -28,6 +28,7 @@ from dist_optim.fingerprints import fingerprint
 from dist_optim.hyperparameters import Scope
 from dist_optim.instance import UpstreamInstance
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.layout import Elsewhere
 from dist_optim.reduce_to_owner import OwnerReduction
 from dist_optim.registry import OptimizerSpec, Trait
 from dist_optim.routing import plan_owners, refuse_misfits, runs_on_local_slices
@@ -93,8 +94,9 @@ class DistributedOptimizer(Optimizer):
         }
         refuse_misfits(spec, list(members.values()))
         self._trainable = set(members)
-        self._local_indices = [index for index, member in members.items() if runs_on_local_slices(spec, *member)]
-        owned = {index: member for index, member in members.items() if index not in self._local_indices}
+        here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
+        self._local_indices = [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
+        owned = {index: member for index, member in here.items() if index not in self._local_indices}
         self.plan = plan_owners(spec, owned, bucket_bytes, process_group)
         self._local_instance: UpstreamInstance | None = None
         self._instances: list[UpstreamInstance] = []

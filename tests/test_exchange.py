@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.exchange.plan import Item, assign_owners, make_plan
+from dist_optim.exchange.plan import Item, assign_owners, make_plan, split_sizes
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
 from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
@@ -37,6 +37,16 @@ def test_state_is_balanced_within_the_largest_matrix() -> None:
         loads = [sum(math.prod(shapes[i]) for i, o in enumerate(owners) if o == r) for r in range(world_size)]
         assert max(loads) <= sum(loads) / world_size + 500 * 64
         assert max(loads) <= 1.1 * sum(loads) / world_size
+
+
+def test_what_lies_whole_on_one_rank_is_stepped_there() -> None:
+    # As ZeRO-1/2 cut a group: everything before the boundary on rank 0, one tensor cut by it, the rest on rank 1.
+    bounds = [(0, 100, 100)] * 4 + [(0, 50, 100)] + [(0, 0, 100)] * 3
+    items = [item(i, (10, 10), FlatRange(cuts)) for i, cuts in enumerate(bounds)]
+    plan = make_plan(items, 2, bucket_numel=1000)
+    assert [plan.owners[i] for i in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1], "the cut one goes to the lighter rank"
+    sent = [split_sizes(bucket, rank)[0][1 - rank] for bucket in plan.buckets for rank in range(2)]
+    assert sum(sent) == 50, "only the other rank's half of the cut tensor travels"
 
 
 def test_every_item_travels_once_and_kinds_do_not_mix() -> None:

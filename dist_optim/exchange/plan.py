@@ -22,6 +22,9 @@ from dist_optim.layouts.layout import Layout, numel_on
 __all__ = ["Bucket", "Item", "Plan", "assign_owners", "make_plan"]
 
 
+HOME_SHARE = 0.75
+"""A rank that stores at least this part of a sharded tensor owns it: more than any even cut of two rows leaves."""
+
 _Kind = tuple[bool, torch.dtype, torch.device]
 
 
@@ -76,7 +79,8 @@ def make_plan(items: Sequence[Item], world_size: int, bucket_numel: int) -> Plan
         world_size: Ranks to deal to.
         bucket_numel: Elements that one owner takes in one round; a larger tensor has a round of its own.
     """
-    owners = dict(zip([item.index for item in items], assign_owners(items, world_size), strict=True))
+    held = [[numel_on(item.layout, item.shape, rank) for rank in range(world_size)] for item in items]
+    owners = dict(zip([item.index for item in items], assign_owners(items, world_size, held), strict=True))
     queues: dict[_Kind, list[deque[Item]]] = defaultdict(lambda: [deque() for _ in range(world_size)])
     for item in items:
         kind = (item.layout.is_replicated, item.dtype, item.device)
@@ -89,19 +93,38 @@ def make_plan(items: Sequence[Item], world_size: int, bucket_numel: int) -> Plan
     return Plan(owners, tuple(buckets))
 
 
-def assign_owners(items: Sequence[Item], world_size: int) -> list[int]:
-    """An owner for each item: longest first, each to the rank whose worse share (time or elements) stays smallest."""
+def assign_owners(items: Sequence[Item], world_size: int, held: Sequence[Sequence[int]] = ()) -> list[int]:
+    """An owner for each item: longest first, each to the rank whose worse share (time or elements) stays smallest.
+
+    Args:
+        items: The tensors to deal out.
+        world_size: Ranks to deal to.
+        held: Elements of each item that each rank stores. A tensor that lies (almost) whole on one rank is stepped
+            there, since nothing then has to travel: ZeRO-1/2 and FSDP1 store most tensors so.
+    """
     total_cost = sum(item.cost for item in items) or 1.0
     total_numel = sum(item.shape.numel() for item in items) or 1
     shares = [(item.cost / total_cost, item.shape.numel() / total_numel) for item in items]
     loads = [(0.0, 0.0)] * world_size
     owners = [0] * len(items)
-    for at in sorted(range(len(items)), key=lambda at: (-max(shares[at]), at)):
+    homes = [_home(item, parts) for item, parts in zip(items, held, strict=True)] if held else [None] * len(items)
+    for at in sorted(range(len(items)), key=lambda at: (homes[at] is None, -max(shares[at]), at)):
         time, size = shares[at]
-        owner = min(range(world_size), key=lambda r: (max(loads[r][0] + time, loads[r][1] + size), sum(loads[r]), r))
+        owner = homes[at]
+        if owner is None:
+            owner = min(
+                range(world_size), key=lambda r: (max(loads[r][0] + time, loads[r][1] + size), sum(loads[r]), r)
+            )
         owners[at] = owner
         loads[owner] = (loads[owner][0] + time, loads[owner][1] + size)
     return owners
+
+
+def _home(item: Item, held: Sequence[int]) -> int | None:
+    """The rank that stores almost all of a sharded tensor, where there is one."""
+    if item.layout.is_replicated or max(held) < HOME_SHARE * item.shape.numel():
+        return None
+    return max(range(len(held)), key=lambda rank: held[rank])
 
 
 def split_sizes(bucket: Bucket, rank: int) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DimShard", "FlatRange", "Layout", "Replicated", "numel_on"]
+__all__ = ["DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "numel_on"]
 
 
 class Layout(Protocol):
@@ -70,6 +70,18 @@ class FlatRange:
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         return full.view(-1)[self.bounds[rank] : self.bounds[rank + 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Nowhere in reach: another optimizer of the same model steps the tensor, and it only keeps its position here."""
+
+    @property
+    def is_replicated(self) -> bool:
+        return False
+
+    def view_of(self, full: Tensor, rank: int) -> Tensor:
+        return full.view(-1)[:0]
 
 
 def numel_on(layout: Layout, shape: torch.Size, rank: int) -> int:
