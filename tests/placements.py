@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def place(model: nn.Module, placement: str) -> nn.Module:
         return _fsdp1(model, placement)
     device_type = _device_of(model).type
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    options = {}
+    options: dict[str, Any] = {}
     if placement == "hsdp":
         mesh = init_device_mesh(device_type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
     elif placement == "fsdp2 columns":  # FSDP2 shards a dim other than the first only where it divides evenly

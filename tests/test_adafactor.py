@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def model_with_gradients(dtype: torch.dtype = torch.float32) -> nn.Linear:
     return model
 
 
-def build(model: nn.Module, **hyperparameters: object) -> dist_optim.DistributedOptimizer:
+def build(model: nn.Module, **hyperparameters: Any) -> dist_optim.DistributedOptimizer:
     return dist_optim.build_optimizer(model, "adafactor", print_audit=False, **hyperparameters)
 
 

@@ -216,10 +216,11 @@ def test_an_optimizer_that_is_built_already_is_refused() -> None:
 def change_after_building(kind: str) -> None:
     """One rank is enough for all to raise; the others would wait for it in the exchange."""
     torch.manual_seed(0)
-    model = make_net()
-    optimizer = build("sgd", model, lr=0.1)
+    net = make_net()
+    model: nn.Module = net
+    optimizer = build("sgd", net, lr=0.1)
     if kind == "replaced" and dist.get_rank() == 1:
-        model.extra[0] = nn.Parameter(torch.zeros(5, 3))
+        net.extra[0] = nn.Parameter(torch.zeros(5, 3))
     elif kind == "converted":
         model.double()
     elif kind == "exchanged":

@@ -20,6 +20,7 @@ from parity import (
     set_learning_rates,
 )
 from placements import full_parameters, inject, place
+from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
 from dist_optim.testing import RankFailure, RankPool, assert_no_problems_on_any_rank
@@ -78,7 +79,7 @@ class Regression(torch.nn.Module):
         return x.square().sum(1).mean()
 
 
-GALORE = {"target_modules": "all-linear", "rank": 4, "update_proj_gap": 3}
+GALORE: dict[str, Any] = {"target_modules": "all-linear", "rank": 4, "update_proj_gap": 3}
 
 
 def train(
@@ -93,7 +94,7 @@ def train(
         whole = torch.randn(24, 16, generator=torch.Generator().manual_seed(step))
         parts = whole.chunk(world_size)[rank].chunk(accumulate)
         for at, part in enumerate(parts):
-            if hasattr(model, "require_backward_grad_sync"):
+            if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = at == len(parts) - 1
             (model(part) / len(parts)).backward()
         if clip is not None:

@@ -50,7 +50,7 @@ def test_what_lies_whole_on_one_rank_is_stepped_there() -> None:
 
 
 def test_every_item_travels_once_and_kinds_do_not_mix() -> None:
-    layouts = [Replicated(), DimShard(0, 3)]
+    layouts: list[Layout] = [Replicated(), DimShard(0, 3)]
     items = [item(i, (i + 1, 4), layouts[i % 2]) for i in range(20)]
     plan = make_plan(items, 3, bucket_numel=50)
     travelled = [member.index for bucket in plan.buckets for member in bucket.items]
@@ -63,7 +63,7 @@ def test_every_item_travels_once_and_kinds_do_not_mix() -> None:
     assert make_plan(items, 3, bucket_numel=50) == plan
 
 
-CASES = [
+CASES: list[tuple[Layout, tuple[int, ...]]] = [
     (DimShard(dim=0, world_size=3), (7, 4)),  # 3 + 3 + 1 rows
     (DimShard(dim=0, world_size=3), (2, 4)),  # the last rank holds nothing
     (DimShard(dim=1, world_size=3), (4, 6)),  # columns

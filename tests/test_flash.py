@@ -133,7 +133,7 @@ def numerics_with_one_large_rank() -> str:
     case = replace(ADAMW, linear=((4, 8),), extra=(), frozen=(), without_gradient=())
     plain = make_model(case)
     with torch.no_grad():
-        plain.linears[0].weight.fill_(1e-3)[3, 3] = 1e9
+        dict(plain.named_parameters())["linears.0.weight"].fill_(1e-3)[3, 3] = 1e9
     model = place(plain, "fsdp2")
     optimizer = build_subject(replace(case, constructor={**PLAIN, "check_numerics": True}), model)
     return "slices" if "local slices" in optimizer.route_audit() else "whole"

@@ -53,7 +53,7 @@ def case(name: str, upstream_name: str, dtype: torch.dtype, label: str, values: 
     )
 
 
-FP32 = {"master_weight_bits": None}
+FP32: dict[str, Any] = {"master_weight_bits": None}
 ADAMW = case("flash_adamw", "FlashAdamW", torch.bfloat16, "all defaults", {})
 ADAMW_FP32 = case("flash_adamw", "FlashAdamW", torch.float32, "8-bit state", {}, **FP32)
 CASES = (
@@ -156,6 +156,12 @@ def test_state_of_another_mode_is_refused(interpreted_ranks: RankPool) -> None:
         assert "saved with 1 bytes of error bits" in messages[2] and "keeps 0" in messages[2]
 
 
+def channels_last(module: Any) -> nn.Module:
+    """torch's stubs do not know this form of ``to``."""
+    converted: nn.Module = module.to(memory_format=torch.channels_last)
+    return converted
+
+
 def step_channels_last(engine: str) -> list[str]:
     """A convolution in channels_last: upstream's fused kernels refuse it, in the step, where only its owner would."""
     from flashoptim import FlashAdamW
@@ -166,9 +172,9 @@ def step_channels_last(engine: str) -> list[str]:
 
     reference = convolution()
     contiguous = FlashAdamW(reference.parameters(), **FP32)
-    strided = convolution().to(memory_format=torch.channels_last)
+    strided = channels_last(convolution())
     refusing = FlashAdamW(strided.parameters(), **FP32)
-    model = place(convolution().to(memory_format=torch.channels_last), engine)
+    model = place(channels_last(convolution()), engine)
     ours = dist_optim.build_optimizer(model, "flash_adamw", print_audit=False, **FP32)
     for step in range(3):
         gradient = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(step))

@@ -40,14 +40,14 @@ def build(model: nn.Module, name: str, **hyperparameters: Any) -> dist_optim.Dis
     return dist_optim.build_optimizer(model, name, **{**options, **MATRIX, **hyperparameters})
 
 
-def take_steps(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, num_steps: int = 3) -> Tensor:
+def take_steps(optimizer: torch.optim.Optimizer, parameter: Tensor, num_steps: int = 3) -> Tensor:
     for step in range(num_steps):
         parameter.grad = gradient(parameter, step)
         optimizer.step()
     return parameter.detach().clone()
 
 
-def plain_8bit(parameter: nn.Parameter) -> torch.optim.Optimizer:
+def plain_8bit(parameter: Tensor) -> torch.optim.Optimizer:
     from galore_torch import GaLoreAdamW8bit
 
     return GaLoreAdamW8bit([{"params": [parameter], **MATRIX}], lr=1e-2, weight_decay=0.0)
@@ -119,7 +119,7 @@ def test_weight_decay_of_8bit_galore_survives_a_step_that_fails() -> None:
 def test_unknown_arguments_of_bitsandbytes_are_refused() -> None:
     from galore_torch import GaLoreAdamW8bit
 
-    class OtherShift(GaLoreAdamW8bit):  # type: ignore[misc]
+    class OtherShift(GaLoreAdamW8bit):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.args.max_unorm = True
@@ -141,7 +141,7 @@ def test_side_is_chosen_by_the_shape_that_upstream_sees() -> None:
             parameter.grad = part
         upstream.step()
     assert upstream.state[halves[0]]["projector"].ortho_matrix.shape == (24, 8)
-    assert (torch.cat(halves) - whole).abs().max() > 1e-4
+    assert (torch.cat(tuple(halves)) - whole).abs().max() > 1e-4
 
 
 def project_shards(case: Case) -> list[str]:

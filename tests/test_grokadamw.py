@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def model_with_gradients() -> nn.Linear:
     return model
 
 
-def build(model: nn.Module, **hyperparameters: object) -> dist_optim.DistributedOptimizer:
+def build(model: nn.Module, **hyperparameters: Any) -> dist_optim.DistributedOptimizer:
     return dist_optim.build_optimizer(model, "grokadamw", lr=1e-2, print_audit=False, **hyperparameters)
 
 

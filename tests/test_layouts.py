@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def names_are_those_of_the_plain_model() -> None:
         "plain": Tied(),
         "ddp": DistributedDataParallel(Tied()),
         "compiled": torch.compile(Tied()),
-        "ddp of compiled": DistributedDataParallel(torch.compile(Tied())),  # type: ignore[arg-type]
+        "ddp of compiled": DistributedDataParallel(torch.compile(Tied())),
         "activation checkpointing": checkpointed,
     }
     for kind, model in wrapped.items():
@@ -90,7 +91,7 @@ def detected_layout_gives_the_stored_shard() -> None:
             expected["0.weight"] = model[0].weight.detach().clone()
         from torch.distributed.tensor import Shard
 
-        fully_shard(model, mesh=mesh, shard_placement_fn=lambda _, dim=dim: Shard(dim))
+        fully_shard(model, mesh=mesh, shard_placement_fn=partial(lambda chosen, _: Shard(chosen), dim))
         for name, placed in detect(model).items():
             layout: Layout = placed.layout
             if not torch.equal(placed.local(), layout.view_of(expected[name], torch.distributed.get_rank())):
@@ -103,12 +104,17 @@ def test_detected_layout_gives_the_shard_that_fsdp2_stores(two_ranks: RankPool, 
     three_ranks.run(detected_layout_gives_the_stored_shard)
 
 
-def detect_on_a_2d_mesh() -> None:
-    model = nn.Linear(4, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    detect(model)
+def detect_tensors_on_a_2d_mesh() -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "second"))
+    model = nn.Linear(4, 4, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, (Replicate(), Shard(0))))
+    assert detect(model)["weight"].layout == DimShard(dim=0, world_size=2)
+    model.weight = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, (Shard(1), Shard(0))))
+    with pytest.raises(UnsupportedLayoutError, match="'weight' is sharded over 2 mesh axes.*1-D mesh"):
+        detect(model)
 
 
-def test_two_mesh_axes_are_refused_with_the_remedy(four_ranks: RankPool) -> None:
-    with pytest.raises(AssertionError, match=f"{UnsupportedLayoutError.__name__}.*1-D mesh"):
-        four_ranks.run(detect_on_a_2d_mesh)
+def test_one_mesh_axis_may_shard_and_two_are_refused_with_the_remedy(four_ranks: RankPool) -> None:
+    four_ranks.run(detect_tensors_on_a_2d_mesh)

@@ -15,7 +15,8 @@ CASES = all_cases()
 SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
 
-ON_ANY_NUMBER = (
+Placements = tuple[tuple[str, dict[str, Any]], ...]
+ON_ANY_NUMBER: Placements = (
     ("none", {}),
     ("ddp", {}),
     ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS}),
@@ -24,7 +25,7 @@ ON_ANY_NUMBER = (
     ("fsdp2 columns", {"bucket_bytes": SMALL_ROUNDS, "resident_parameters": True}),
     ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
 )
-ON_FOUR = (
+ON_FOUR: Placements = (
     ("hsdp", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1 hybrid", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1 shard_grad_op", {"resident_parameters": True}),
@@ -32,7 +33,7 @@ ON_FOUR = (
 )
 
 
-def every_placement(case: Case, placements: tuple[tuple[str, dict[str, Any]], ...]) -> None:
+def every_placement(case: Case, placements: Placements) -> None:
     problems = []
     for placement, options in placements:
         problems += [f"{placement} {options}: {problem}" for problem in run_case(case, placement, **options)]

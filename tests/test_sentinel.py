@@ -113,10 +113,10 @@ def test_rank_killed_in_the_middle_of_a_step_leaves_none_hanging() -> None:
 def step_with_nan() -> str:
     """GaLore's SVD raises on NaN, at the owner of the matrix alone."""
     model = place(Net(((6, 4), (4, 6)), ()), "ddp")
-    options = {"target_modules": "all-linear", "rank": 2}
+    options: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
     optimizer = dist_optim.build_optimizer(model, "galore_adamw", lr=1e-2, print_audit=False, **options)
     gradients = {name: torch.ones(p.shape) for name, p in Net(((6, 4), (4, 6)), ()).named_parameters()}
-    inject(model, gradients | {"linears.0.weight": torch.full((6, 4), torch.nan)})
+    inject(model, {**gradients, "linears.0.weight": torch.full((6, 4), torch.nan)})
     try:
         optimizer.step()
         optimizer.step()

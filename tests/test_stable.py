@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases.stable import CASES
@@ -25,7 +27,7 @@ def model_with_gradients(dtype: torch.dtype = torch.float32) -> nn.Linear:
     return model
 
 
-def build(model: nn.Module, **hyperparameters: object) -> dist_optim.DistributedOptimizer:
+def build(model: nn.Module, **hyperparameters: Any) -> dist_optim.DistributedOptimizer:
     return dist_optim.build_optimizer(
         model, "stable_adamw", print_audit=False, **{"lr": 1e-2, "betas": (0.9, 0.95), **hyperparameters}
     )

@@ -58,7 +58,7 @@ def upstream_on_shards(case: Case) -> tuple[str, float]:
             reference.step()
             upstream.step()
     (state, *_) = (upstream.state[p] for p in sharded.parameters() if p.ndim == 2)
-    gap = (full_parameters(sharded)["linears.0.weight"] - whole.linears[0].weight).abs().max().item()
+    gap = (full_parameters(sharded)["linears.0.weight"] - full_parameters(whole)["linears.0.weight"]).abs().max().item()
     return type(state["exp_avg"].to_local()).__name__, gap
 
 

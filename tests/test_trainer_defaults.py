@@ -63,7 +63,7 @@ def test_unset_hyperparameters_are_the_trainers(name: str, package: str, tmp_pat
     pytest.importorskip(package)
     model = Net()
     low_rank = dist_optim.Trait.LOW_RANK in dist_optim.get_spec(name).traits
-    targets = {"target_modules": "all-linear"} if low_rank else {}
+    targets: dict[str, Any] = {"target_modules": "all-linear"} if low_rank else {}
     ours = dist_optim.build_optimizer(model, name, lr=5e-5, print_audit=False, **targets).param_groups
     kinds = {MATRIX_KEY in group: group for group in trainers_groups(name, model, tmp_path)}
     assert set(kinds) == {MATRIX_KEY in group for group in ours}

@@ -27,7 +27,7 @@ def galore_adamw_8bit(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Upstream with the least that makes it run: arguments that bitsandbytes 0.50 shifts, and CUDA's absence."""
     from galore_torch import GaLoreAdamW8bit
 
-    class OnCpu(GaLoreAdamW8bit):  # type: ignore[misc]
+    class OnCpu(GaLoreAdamW8bit):
         def step(self, closure: Any = None) -> Any:
             with mock.patch("torch.cuda.synchronize"):
                 return super().step(closure)
