@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from unittest import mock
 
 import pytest
-from measure_parity import all_rows, even, worst
+from cases.torch_native import CASES as NATIVE
+from measure_parity import Cell, all_rows, even, measure_case, measure_refusal, worst
 from parity_tables import (
     COLUMNS,
     DOCUMENT,
@@ -21,6 +23,8 @@ from parity_tables import (
 )
 
 import dist_optim
+from dist_optim.optimizers.torch_native import FusedDriver
+from dist_optim.testing import RankPool
 
 MEASURE = "run `make parity` and commit what it writes"
 
@@ -68,6 +72,21 @@ def test_ranks_are_combined_to_the_worst() -> None:
     assert worst([0.0, 2.0, 1.0]) == 2.0
     assert str(worst([0.0, float("nan"), 1.0])) == "nan"
     assert worst([0.0, "refused."]) == "refused."
+
+
+def measure_with_and_without_a_defect() -> list[list[Cell]]:
+    """Fused kernels on slices, which round the tail of each slice otherwise."""
+    fused = next(case for case in NATIVE if case.name == "adamw_torch_fused")
+    with mock.patch.object(FusedDriver, "runs_on_slices", lambda self, values, device: True):
+        spoiled = measure_case(fused, ["fsdp2"])
+    return [measure_case(fused, ["fsdp2"]), spoiled, measure_refusal("lomo", ["fsdp2"])]
+
+
+def test_cells_are_figures_or_the_first_sentence_of_a_refusal(two_ranks: RankPool) -> None:
+    for (right,), (spoiled,), (refused,) in two_ranks.run(measure_with_and_without_a_defect):
+        assert right == 0.0
+        assert isinstance(spoiled, float) and 1e-9 < spoiled < 1e-5
+        assert isinstance(refused, str) and refused.startswith("lomo: it updates") and refused.count(". ") == 0
 
 
 def test_even_cases_divide_by_two_and_three() -> None:
