@@ -6,23 +6,27 @@ the same batch is summed. A distributed run sums in yet another order, so it may
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity import full_parameters, place
+from placements import full_parameters, place
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
+from dist_optim.layouts import detect
 from dist_optim.testing import relative_distance
 
 STEPS = 10
 BATCH = 12
 LENGTH = 16
 VOCABULARY = 129
+EVALUATE_EVERY = 2
+PARTS = (1, 2, 3, 4, 6, 12)
+"""Into how many equal parts the one-process runs cut a batch: the first is the reference, the others give the floor."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,47 @@ class Run:
     name: str
     options: dict[str, Any]
     clip: float | None = None
+    matrices_only: bool = False
+    """Train the matrices of the layers alone (Muon takes nothing else)."""
+
+    def __str__(self) -> str:
+        return self.name + (" clipped" if self.clip else "")
+
+
+_LOW_RANK = {"target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3}
+_DECAY = {"lr": 1e-2, "weight_decay": 0.01}
+_PLAIN_FLASH = {**_DECAY, "quantize": False, "fused": False, "master_weight_bits": None}
+
+RUNS = (
+    Run("adafactor", _DECAY),
+    Run("adagrad", _DECAY),
+    Run("adamw_bnb_8bit", {**_DECAY, "min_8bit_size": 1024}),
+    Run("adamw_torch", _DECAY),
+    Run("adamw_torch", _DECAY, clip=0.5),
+    Run("adamw_torch_4bit", _DECAY),
+    Run("adamw_torch_8bit", _DECAY),
+    Run("adamw_torch_fused", _DECAY),
+    Run("apollo_adamw", {**_DECAY, **_LOW_RANK}),
+    Run("apollo_mini", {**_DECAY, **_LOW_RANK, "rank": 1}),
+    Run("flash_adam", _PLAIN_FLASH),
+    Run("flash_adamw", _PLAIN_FLASH),
+    Run("flash_lion", {**_PLAIN_FLASH, "lr": 1e-3}),
+    Run("flash_sgd", {**_PLAIN_FLASH, "lr": 1e-1, "momentum": 0.9}),
+    Run("flash_sgdw", {**_PLAIN_FLASH, "lr": 1e-1, "momentum": 0.9}),
+    Run("galore_adafactor", {**_DECAY, **_LOW_RANK}),
+    Run("galore_adamw", {**_DECAY, **_LOW_RANK}),
+    Run("galore_adamw", {**_DECAY, **_LOW_RANK}, clip=0.5),
+    Run("galore_adamw_8bit", {**_DECAY, **_LOW_RANK}),
+    Run("grokadamw", _DECAY),
+    Run("lion_8bit", {"lr": 1e-3, "min_8bit_size": 1024}),
+    Run("muon", {"lr": 1e-2}, matrices_only=True),
+    Run("rmsprop", {"lr": 1e-3}),
+    Run("schedule_free_adamw", _DECAY),
+    Run("schedule_free_radam", _DECAY),
+    Run("schedule_free_sgd", {"lr": 1e-1}),
+    Run("sgd", {"lr": 1e-1, "momentum": 0.9}),
+    Run("stable_adamw", _DECAY),
+)
 
 
 def make_llama() -> nn.Module:
@@ -57,40 +102,80 @@ def batch(step: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(step))
 
 
-def train(model: nn.Module, run: Run, parts: Callable[[Tensor], Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Train on this process's parts of each batch, one backward a part; returns the full parameters at the end."""
-    optimizer = dist_optim.build_optimizer(model, run.name, print_audit=False, **run.options)
+def train(model: nn.Module, run: Run, parts: Callable[[Tensor], Sequence[Tensor]], **options: Any) -> dict[str, Tensor]:
+    """Train on this process's parts of each batch, one backward a part, and evaluate every few steps.
+
+    Returns the full parameters at the end: the averaged ones where the optimizer has such.
+    """
+    if run.matrices_only:
+        options["params"] = [p.parameter for name, p in detect(model).items() if "proj" in name]
+    optimizer = dist_optim.build_optimizer(model, run.name, print_audit=False, **run.options, **options)
     optimizer.train()
     for step in range(STEPS):
         own = parts(batch(step))
         for at, part in enumerate(own):
-            if hasattr(model, "require_backward_grad_sync"):
+            if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = at == len(own) - 1
             (model(input_ids=part, labels=part).loss / len(own)).backward()
         if run.clip is not None:
             optimizer.clip_grad_norm_(run.clip)
         optimizer.step()
         optimizer.zero_grad()
+        if step % EVALUATE_EVERY == 1:
+            evaluate(model, optimizer, own[0])
     optimizer.eval()
     return full_parameters(model)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, optimizer: dist_optim.DistributedOptimizer, part: Tensor) -> None:
+    """A forward pass without backward: engines leave parameters gathered after it, and schedule-free swaps weights."""
+    optimizer.eval()
+    model.eval()
+    model(input_ids=part, labels=part)
+    model.train()
+    optimizer.train()
 
 
 def in_equal_parts(count: int) -> Callable[[Tensor], list[Tensor]]:
     return lambda full: list(full.chunk(count))
 
 
-def distance_and_floor(run: Run, placement: str) -> tuple[float, float]:
-    """How far the placed run ends from the one-process run, and the noise floor; relative to the distance moved."""
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    single = copy.deepcopy(run)
-    single.options["process_group"] = alone
-    start = list(full_parameters(make_llama()).values())
-    reference = list(train(make_llama(), single, in_equal_parts(1)).values())
-    floors = []
-    for count in (2, 3, 6):
-        other = list(train(make_llama(), single, in_equal_parts(count)).values())
-        floors.append(relative_distance(other, reference, start))
+@dataclass(frozen=True)
+class Measured:
+    """Relative to the distance that the reference moved: the floor, and how far each placement ended from it."""
+
+    floor: float
+    distances: dict[str, float]
+
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp reduce_to_owner": {"reduce_to_owner": True},
+    "fsdp1": {},
+    "fsdp2": {},
+    "hsdp": {},
+}
+
+
+def measure(run: Run, placements: Sequence[str]) -> Measured:
+    """Collective: the one-process runs are divided over the ranks, then all train together under each placement."""
+    torch.compiler.set_stance("force_eager")  # torchao compiles a kernel for each shape otherwise, for minutes
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    placed = place(make_llama(), placement)
-    arrived = list(train(placed, run, lambda full: [full.chunk(world_size)[rank]]).values())
-    return relative_distance(arrived, reference, start), max(floors)
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    start = list(full_parameters(make_llama()).values())
+    mine = {
+        count: list(train(make_llama(), run, in_equal_parts(count), process_group=alone).values())
+        for at, count in enumerate(PARTS)
+        if at % world_size == rank
+    }
+    everyones: list[dict[int, list[Tensor]]] = [{} for _ in range(world_size)]
+    dist.all_gather_object(everyones, mine)
+    ended = {count: weights for one in everyones for count, weights in one.items()}
+    reference = ended.pop(1)
+    distances = {}
+    for placement in placements:
+        model = place(make_llama(), placement.removesuffix(" reduce_to_owner"))
+        arrived = train(model, run, lambda full: [full.chunk(world_size)[rank]], **PLACEMENTS[placement])
+        distances[placement] = relative_distance(list(arrived.values()), reference, start)
+    return Measured(max(relative_distance(other, reference, start) for other in ended.values()), distances)

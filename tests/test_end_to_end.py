@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import pytest
-from end_to_end import Run, distance_and_floor
+from end_to_end import PLACEMENTS, RUNS, Run, measure
 
 from dist_optim.testing import RankPool
 
-GALORE = {"target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3, "scale": 0.25}
-RUNS = [
-    Run("galore_adamw", {"lr": 1e-2, "weight_decay": 0.01, **GALORE}),
-    Run("galore_adamw", {"lr": 1e-2, "weight_decay": 0.01, **GALORE}, clip=0.5),
-    Run("adamw_torch", {"lr": 1e-2, "weight_decay": 0.01}),
-    Run("sgd", {"lr": 1e-1, "momentum": 0.9}),
-]
+FACTOR = 2.0
+"""The floor is the largest of five samples, so a sixth may lie above it; a defect lies orders of magnitude above."""
 
 
-def check(pool: RankPool, run: Run, placement: str) -> None:
-    for distance, floor in pool.run(distance_and_floor, run, placement):
-        assert 0 < floor < 1e-3, "a floor that is no rounding noise would hide anything"
-        assert distance <= 2 * floor, f"{distance:.2e} from one process; the noise floor is {floor:.2e}"
+def check(pool: RankPool, run: Run, placements: list[str]) -> None:
+    measured = pool.run(measure, run, placements)[0]
+    # Muon orthogonalises in bf16, which alone is worth 2e-2; methods that keep only signs may have no noise at all.
+    assert 0 <= measured.floor < 3e-2, "a floor that is no rounding noise would hide anything"
+    problems = {place: far for place, far in measured.distances.items() if not far <= FACTOR * measured.floor}
+    assert not problems, f"farther from one process than the noise floor of {measured.floor:.2e}: {problems}"
 
 
-@pytest.mark.parametrize("placement", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name}{' clipped' if run.clip else ''}")
-def test_stays_within_the_noise_floor_of_one_process(run: Run, placement: str, two_ranks: RankPool) -> None:
-    check(two_ranks, run, placement)
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_stays_within_the_noise_floor_of_one_process(run: Run, four_ranks: RankPool) -> None:
+    check(four_ranks, run, list(PLACEMENTS))
 
 
-def test_stays_within_the_noise_floor_on_three_ranks(three_ranks: RankPool) -> None:
-    check(three_ranks, RUNS[0], "ddp")
+@pytest.mark.parametrize("run", [run for run in RUNS if run.name in ("galore_adamw", "schedule_free_adamw")], ids=str)
+def test_stays_within_the_noise_floor_on_three_ranks(run: Run, three_ranks: RankPool) -> None:
+    check(three_ranks, run, [place for place in PLACEMENTS if place != "hsdp"])

@@ -57,9 +57,12 @@ def reshard(model: nn.Module) -> None:
     """Free full parameters that a forward pass without backward left gathered, so that the shards are in view."""
     for unit in _units(model):
         handle = unit._handle
-        if handle is not None and handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+        # After a forward pass the root shows its shards again, but keeps the gathered storage, and reuses it: what
+        # counts is the storage.
+        if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
             handle.reshard(True)
             handle.post_reshard()
+            handle._prefetched = False
 
 
 def _units(model: nn.Module) -> Iterator[Any]:
