@@ -1,0 +1,102 @@
+"""DeepSpeed ZeRO 0, 1, 2 and 3 by JSON name: the weights of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zero
+from zero import GALORE, NO_DECAY, ZeroRun
+
+from dist_optim.testing import RankPool
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+OPTIMIZERS = {
+    "galore_adamw": {"lr": 1e-2, "weight_decay": 0.01, "no_decay": NO_DECAY, **GALORE},
+    "galore_adafactor": {"lr": 1e-2, "no_decay": NO_DECAY, **GALORE},
+    "apollo_adamw": {"lr": 1e-2, "weight_decay": 0.01, "no_decay": NO_DECAY, **GALORE, "scale": 1.0},
+    "adafactor": {"lr": 1e-2, "weight_decay": 0.01, "no_decay": NO_DECAY},
+    "grokadamw": {"lr": 1e-2, "weight_decay": 0.01, "no_decay": NO_DECAY},
+    "stable_adamw": {"lr": 1e-2, "weight_decay": 0.01, "no_decay": NO_DECAY},
+    "schedule_free_adamw": {"lr": 1e-2, "weight_decay": 0.01, "warmup_steps": 3, "no_decay": NO_DECAY},
+    "adamw_torch": {"lr": 1e-2, "weight_decay": 0.01, "no_decay": NO_DECAY},
+    "sgd": {"lr": 1e-1, "momentum": 0.9, "weight_decay": 0.01, "no_decay": NO_DECAY},
+    "adamw_bnb_8bit": {"lr": 1e-2, "weight_decay": 0.01, "no_decay": NO_DECAY},
+}
+
+
+STEPPED_WHOLE = ["galore_adamw", "apollo_adamw", "grokadamw", "adamw_bnb_8bit"]
+BF16 = {"bf16": {"enabled": True}}
+NO_MASTER = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+VARIANTS = {
+    "round robin 1": dict(stage=1, zero={"round_robin_gradients": True}),
+    "round robin 2": dict(stage=2, zero={"round_robin_gradients": True}),
+    "alignment": dict(stage=2, zero={"parameter_alignment": True}),
+    "overlap": dict(stage=2, zero={"overlap_comm": True, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}),
+    "offload 2": dict(stage=2, zero={"offload_optimizer": {"device": "cpu"}}),
+    "offload 3": dict(stage=3, zero={"offload_optimizer": {"device": "cpu"}}),
+    "accumulation 2": dict(stage=2, config={"gradient_accumulation_steps": 2}),
+    "accumulation 3": dict(stage=3, config={"gradient_accumulation_steps": 2}),
+    "clip 0": dict(stage=0, config={"gradient_clipping": 0.1}),
+    "clip 2": dict(stage=2, config={"gradient_clipping": 0.1}),
+    "clip 3": dict(stage=3, config={"gradient_clipping": 0.1}),
+    "bf16 0": dict(stage=0, config=BF16),
+    "bf16 1": dict(stage=1, config=BF16),
+    "bf16 1, fp32 accumulation": dict(stage=1, config={**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
+    "bf16 2": dict(stage=2, config=BF16),
+    "bf16 3": dict(stage=3, config=BF16),
+    "sub-groups": dict(stage=3, zero={"sub_group_size": 9000}),
+    "nothing persistent": dict(stage=3, zero={"stage3_param_persistence_threshold": 0}),
+    "zero.Init": dict(stage=3, init=True),
+}
+
+
+def run_of(name: str, stage: int, **more: Any) -> ZeroRun:
+    return ZeroRun(name, OPTIMIZERS[name], stage, **more)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_one_process(name: str, stage: int, two_ranks: RankPool) -> None:
+    assert two_ranks.run(zero.distance, run_of(name, stage, real_batches=True)) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_one_process_at_stage_3(name: str, two_ranks: RankPool) -> None:
+    run = run_of(name, 3, real_batches=True)
+    assert two_ranks.run(zero.distance_given_gradients, run) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", STEPPED_WHOLE)
+def test_equals_one_process_on_three_ranks(name: str, stage: int, three_ranks: RankPool) -> None:
+    run = run_of(name, stage, real_batches=True)
+    assert three_ranks.run(zero.distance_given_gradients, run) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_one_process_under(variant: str, two_ranks: RankPool) -> None:
+    run = ZeroRun("galore_adamw", OPTIMIZERS["galore_adamw"], real_batches=True, **VARIANTS[variant])
+    assert two_ranks.run(zero.distance_given_gradients, run) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_evaluation_weights_reach_the_model(stage: int, two_ranks: RankPool) -> None:
+    for found in two_ranks.run(zero.distances_of_evaluation, run_of("schedule_free_adamw", stage)):
+        assert found == [0.0] * 4
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["galore_adamw", "grokadamw", "schedule_free_adamw"])
+def test_resumes_through_the_engine(name: str, stage: int, two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(zero.distance_after_resume, run_of(name, stage), str(tmp_path)) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_layer_without_gradient_is_left_alone(stage: int, two_ranks: RankPool) -> None:
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    run = ZeroRun("adamw_torch", options, stage, real_batches=True, make_model=zero.SometimesIdle)
+    assert two_ranks.run(zero.distance, run) == [pytest.approx(0, abs=1e-5 if stage == 3 else 0)] * 2

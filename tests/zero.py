@@ -1,0 +1,249 @@
+"""The body of the DeepSpeed tests: a small Llama through the real engine, named in the JSON, against one process.
+
+``distance`` trains both sides from their own gradients. ZeRO-3 computes in gathered buffers, at other addresses than
+one process, and matrix products then round differently; three ranks sum in another order. ``distance_given_gradients``
+takes that away: the engine's own gradients go to the one process too, and nothing but the optimizer can differ.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.distributed as dist
+from end_to_end import BATCH, batch, make_llama
+from torch import Tensor, nn
+
+import dist_optim
+from dist_optim.agreement import num_ranks
+from dist_optim.layouts.layout import Elsewhere
+from dist_optim.testing import relative_distance
+
+STEPS = 6
+GALORE = {"target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3, "scale": 0.25}
+NO_DECAY = ["model.norm.weight"] + [
+    f"model.layers.{layer}.{norm}.weight"
+    for layer in range(2)
+    for norm in ("input_layernorm", "post_attention_layernorm")
+]
+
+
+@dataclass(frozen=True)
+class ZeroRun:
+    """One optimizer under one DeepSpeed configuration."""
+
+    name: str
+    options: dict[str, Any]
+    stage: int
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    real_batches: bool = False
+    make_model: Callable[[], nn.Module] = make_llama
+    init: bool = False
+    """Build the model under ``zero.Init``."""
+
+    @property
+    def is_bf16(self) -> bool:
+        return "bf16" in self.config
+
+    @property
+    def accumulation(self) -> int:
+        return self.config.get("gradient_accumulation_steps", 1)
+
+    def json(self) -> dict[str, Any]:
+        micro = BATCH // (dist.get_world_size() if self.real_batches else 1) // self.accumulation
+        return {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_clipping": 0.0,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            "optimizer": {"type": self.name, "params": self.options},
+            **self.config,
+        }
+
+
+def deepspeed() -> Any:
+    """The package, quiet, with our names in it, and without its C++ all-reduce, which takes a minute to compile."""
+    import deepspeed as package
+    import deepspeed.comm.torch as backend
+
+    from dist_optim.integrations.deepspeed import register
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    backend.build_shm_op = lambda: None
+    register()
+    return package
+
+
+def engine_of(run: ZeroRun) -> Any:
+    package = deepspeed()
+    if not run.init:
+        return package.initialize(model=run.make_model(), config=run.json())[0]
+    plain = run.make_model()
+    with package.zero.Init(config_dict_or_path={**run.json(), "train_batch_size": BATCH * dist.get_world_size()}):
+        model = run.make_model()
+    for name, parameter in model.named_parameters():
+        with package.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(plain.get_parameter(name).data)
+    return package.initialize(model=model, config=run.json())[0]
+
+
+def parts_of(run: ZeroRun, step: int) -> list[Tensor]:
+    """What this rank passes through the model in one training step, one backward each."""
+    own = batch(step).chunk(dist.get_world_size())[dist.get_rank()] if run.real_batches else batch(step)
+    return list(own.chunk(run.accumulation))
+
+
+def train_engine(engine: Any, run: ZeroRun, steps: range = range(STEPS)) -> None:
+    for step in steps:
+        for part in parts_of(run, step):
+            engine.backward(loss_of(engine, part, step))
+            engine.step()
+
+
+def loss_of(model: Any, part: Tensor, step: int) -> Tensor:
+    takes_step = isinstance(getattr(model, "module", model), SometimesIdle)
+    return model(part, step) if takes_step else model(input_ids=part, labels=part).loss
+
+
+class SometimesIdle(nn.Module):
+    """A layer that takes part in every second step only, and one that never does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(129, 24)
+        self.idle = nn.Linear(24, 24)
+        self.never = nn.Linear(24, 9)
+        self.head = nn.Linear(24, 129)
+
+    def forward(self, tokens: Tensor, step: int) -> Tensor:
+        hidden = self.embed(tokens)
+        if step % 2 == 0:
+            hidden = hidden + self.idle(hidden)
+        return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), tokens.flatten())
+
+
+def weights_of(engine: Any, run: ZeroRun) -> list[Tensor]:
+    parameters = list(engine.module.parameters())
+    with deepspeed().zero.GatheredParameters(parameters, enabled=run.stage == 3):
+        return [p.detach().float().clone() for p in parameters]
+
+
+class Reference:
+    """The same run in one process: fp32 weights stepped by the optimizer, and a bf16 copy where the run has one."""
+
+    def __init__(self, run: ZeroRun) -> None:
+        self.run = run
+        self.model = run.make_model()
+        if run.is_bf16:
+            self.model = self.model.bfloat16().float()  # masters start from the rounded weights
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        name = run.name.removeprefix("dist_optim.")
+        self.optimizer = dist_optim.build_optimizer(
+            self.model, name, process_group=alone, print_audit=False, **run.options
+        )
+        self.optimizer.train()
+
+    def train(self) -> Reference:
+        for step in range(STEPS):
+            whole = [batch(step)] if not self.run.real_batches else batch(step).chunk(dist.get_world_size())
+            parts = [part for own in whole for part in own.chunk(self.run.accumulation)]
+            for part in parts:
+                (loss_of(self.model, part, step) / len(parts)).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    def follow(self, gradients: dict[str, Tensor | None]) -> None:
+        """One step with these gradients."""
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = gradients.get(name)
+        self.optimizer.step()
+
+    def weights(self) -> list[Tensor]:
+        rounded = torch.bfloat16 if self.run.is_bf16 else torch.float32
+        return [p.detach().to(rounded).float() for p in self.model.parameters()]
+
+
+class Recorder:
+    """Notes the full gradients that the engine hands to the optimizer, put together from all ranks' slices."""
+
+    def __init__(self, engine: Any) -> None:
+        self.gradients: dict[str, Tensor | None] = {}
+        for part in engine.basic_optimizer.parts():
+            part.register_step_pre_hook(self._note)
+
+    def _note(self, part: dist_optim.DistributedOptimizer, *_: Any) -> None:
+        for placed in part.placed_parameters():
+            if isinstance(placed.layout, Elsewhere):
+                continue
+            own = placed.local_gradient()
+            gathered: list[Any] = [None] * num_ranks(part.process_group)
+            if num_ranks(part.process_group) > 1:
+                dist.all_gather_object(gathered, own, group=part.process_group)
+            else:
+                gathered = [own]
+            slices = [piece.flatten() for piece in gathered if piece is not None]
+            self.gradients[placed.fqn] = torch.cat(slices).view(placed.shape) if slices else None
+
+
+def start_of(run: ZeroRun) -> list[Tensor]:
+    model = run.make_model().bfloat16() if run.is_bf16 else run.make_model()
+    return [p.detach().float() for p in model.parameters()]
+
+
+def distance(run: ZeroRun) -> float:
+    """How far the engine's weights end from those of one process, in units of the way travelled."""
+    expected = Reference(run).train().weights()
+    engine = engine_of(run)
+    train_engine(engine, run)
+    return relative_distance(weights_of(engine, run), expected, start_of(run))
+
+
+def distance_given_gradients(run: ZeroRun) -> float:
+    """The same, with the engine's own gradients given to the one process: no summation order is left to differ."""
+    reference = Reference(run)
+    engine = engine_of(run)
+    recorder = Recorder(engine)
+    for step in range(STEPS):
+        train_engine(engine, run, range(step, step + 1))
+        reference.follow(recorder.gradients)
+    assert engine.basic_optimizer.num_steps == STEPS
+    return relative_distance(weights_of(engine, run), reference.weights(), start_of(run))
+
+
+def distances_of_evaluation(run: ZeroRun) -> list[float]:
+    """For weight-swapping optimizers: the model's weights after ``eval()``, and after training on."""
+    reference = Reference(run)
+    engine = engine_of(run)
+    recorder, optimizer = Recorder(engine), engine.basic_optimizer
+    found = []
+    for step in range(STEPS):
+        train_engine(engine, run, range(step, step + 1))
+        reference.follow(recorder.gradients)
+        if step in (2, STEPS - 1):
+            for mode in ("eval", "train"):
+                getattr(optimizer, mode)()
+                getattr(reference.optimizer, mode)()
+                found.append(relative_distance(weights_of(engine, run), reference.weights(), start_of(run)))
+    return found
+
+
+def distance_after_resume(run: ZeroRun, directory: str) -> float:
+    """Train, save through the engine, load into a new engine, train on: against the run that was never interrupted."""
+    straight = engine_of(run)
+    train_engine(straight, run)
+    first = engine_of(run)
+    train_engine(first, run, range(STEPS // 2))
+    first.save_checkpoint(directory, tag="half")
+    second = engine_of(run)
+    second.load_checkpoint(directory, tag="half")
+    train_engine(second, run, range(STEPS // 2, STEPS))
+    return relative_distance(weights_of(second, run), weights_of(straight, run), start_of(run))
