@@ -1,0 +1,100 @@
+"""What a rank holds: its share of the state, and in a step no more full tensors than the rounds in flight need."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from parity import Net
+from placements import inject, place
+
+import dist_optim
+from dist_optim.instance import UpstreamInstance
+from dist_optim.testing import RankPool
+
+NUM_MATRICES = 24
+SHAPE = (96, 64)
+MATRIX_BYTES = 4 * SHAPE[0] * SHAPE[1]
+SHAPES = (SHAPE, SHAPE[::-1]) * (NUM_MATRICES // 2)
+LOW_RANK = {"target_modules": "all-linear", "rank": 8}
+
+
+def make_net() -> Net:
+    torch.manual_seed(0)
+    return Net(SHAPES, ())
+
+
+def build_and_step(placement: str, name: str, **options: Any) -> dist_optim.DistributedOptimizer:
+    model = place(make_net(), placement)
+    optimizer = dist_optim.build_optimizer(model, name, lr=1e-3, print_audit=False, **options)
+    inject(model, {name: torch.randn(p.shape) for name, p in make_net().named_parameters()})
+    optimizer.step()
+    return optimizer
+
+
+def state_bytes(placement: str, name: str, options: dict[str, Any]) -> int:
+    return build_and_step(placement, name, **options).optimizer_state_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("galore_adamw", LOW_RANK),
+        ("apollo_adamw", LOW_RANK),
+        ("adafactor", {}),
+        ("adamw_torch", {}),
+        ("stable_adamw", {}),
+    ],
+)
+@pytest.mark.parametrize("placement", ["ddp", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
+def test_state_of_every_rank_is_its_share(
+    name: str, options: dict[str, Any], placement: str, pool: str, one_rank: RankPool, request: pytest.FixtureRequest
+) -> None:
+    (total,) = one_rank.run(state_bytes, "none", name, options)
+    held = request.getfixturevalue(pool).run(state_bytes, placement, name, options)
+    assert sum(held) >= total > 0
+    assert max(held) <= 1.1 * total / len(held)
+
+
+def peak_of_full_tensors(resident: bool) -> tuple[int, int]:
+    """Bytes of full parameters and gradients that exist at once, at most in a step, and after it."""
+    held: list[int] = []
+    upstream_step = UpstreamInstance.step
+
+    def step(self: UpstreamInstance, parameters: Any, gradients: Any, present: Any) -> Any:
+        inputs = sum(
+            tensor.untyped_storage().nbytes() for field in (parameters, gradients) for tensor in field.values()
+        )
+        held.append(inputs + sum(full_bytes(other) for other in created if other is not self)
+        return upstream_step(self, parameters, gradients, present)
+
+    created: list[UpstreamInstance] = []
+    upstream_init = UpstreamInstance.__init__
+
+    def init(self: UpstreamInstance, *arguments: Any) -> None:
+        created.append(self)
+        upstream_init(self, *arguments)
+
+    with mock.patch.object(UpstreamInstance, "step", step), mock.patch.object(UpstreamInstance, "__init__", init):
+        options = {**LOW_RANK, "bucket_bytes": 2 * MATRIX_BYTES, "resident_parameters": resident}
+        optimizer = build_and_step("fsdp2", "galore_adamw", **options)
+    return max(held), sum(full_bytes(instance) for instance in optimizer.instances())
+
+
+def full_bytes(instance: UpstreamInstance) -> int:
+    return sum(shadow.untyped_storage().nbytes() for shadow in instance.shadows.values() if shadow.ndim == 2)
+
+
+def test_pull_mode_holds_no_more_than_the_rounds_in_flight(two_ranks: RankPool) -> None:
+    for peak, after in two_ranks.run(peak_of_full_tensors, False):
+        # A round is two matrices an owner, each with its gradient; two rounds are in flight.
+        assert 0 < peak <= 2 * 2 * 2 * MATRIX_BYTES
+        assert after < MATRIX_BYTES / 10
+
+
+def test_resident_mode_keeps_what_its_rank_owns(two_ranks: RankPool) -> None:
+    for _, after in two_ranks.run(peak_of_full_tensors, True):
+        assert after == NUM_MATRICES // 2 * MATRIX_BYTES
