@@ -65,10 +65,9 @@ def peak_of_full_tensors(resident: bool) -> tuple[int, int]:
     upstream_step = UpstreamInstance.step
 
     def step(self: UpstreamInstance, parameters: Any, gradients: Any, present: Any) -> Any:
-        inputs = sum(
-            tensor.untyped_storage().nbytes() for field in (parameters, gradients) for tensor in field.values()
-        )
-        held.append(inputs + sum(full_bytes(other) for other in created if other is not self)
+        shown = [tensor for field in (parameters, gradients) for tensor in field.values()]
+        held.append(sum(tensor.untyped_storage().nbytes() for tensor in shown))
+        held[-1] += sum(full_bytes(other) for other in created if other is not self)
         return upstream_step(self, parameters, gradients, present)
 
     created: list[UpstreamInstance] = []
