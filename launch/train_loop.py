@@ -196,7 +196,7 @@ def _finish(run: TrainingRun) -> dict[str, Any]:
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)  # accelerate may wrap it
     summary = {
         "optim": run.arguments.optim,
-        "strategy": strategy_name(accelerator.distributed_type),
+        "strategy": strategy_name(accelerator),
         "world_size": accelerator.num_processes,
         "steps": run.step,
         "train_loss_first": run.train_losses[0],
@@ -214,8 +214,12 @@ def _finish(run: TrainingRun) -> dict[str, Any]:
     return summary
 
 
-def strategy_name(distributed_type: DistributedType) -> str:
+def strategy_name(accelerator: Accelerator) -> str:
     """How the model is spread, in the words of the summary."""
-    if distributed_type is DistributedType.NO:
+    kind = accelerator.distributed_type
+    if kind is DistributedType.NO:
         return "none"
-    return "ddp" if distributed_type.value.startswith("MULTI_") else distributed_type.value.lower()
+    if kind is not DistributedType.FSDP:
+        return "ddp" if kind.value.startswith("MULTI_") else kind.value.lower()
+    replicates = accelerator.parallelism_config is not None and accelerator.parallelism_config.dp_replicate_size > 1
+    return "hsdp" if replicates else f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"

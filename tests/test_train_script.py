@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -370,7 +371,22 @@ class TestParts:
     def test_number_of_steps_for_ten_batches(self, flags: dict[str, Any], num_steps: int) -> None:
         assert train_loop.num_training_steps(TrainArguments(output_dir="out", **flags), 10) == num_steps
 
-    def test_strategy_names(self) -> None:
-        names = {kind: train_loop.strategy_name(kind) for kind in (DistributedType.NO, DistributedType.MULTI_CPU)}
-        assert names == {DistributedType.NO: "none", DistributedType.MULTI_CPU: "ddp"}
-        assert train_loop.strategy_name(DistributedType.FSDP) == "fsdp"
+    @pytest.mark.parametrize(
+        ("kind", "fsdp_version", "num_replicas", "name"),
+        [
+            (DistributedType.NO, None, None, "none"),
+            (DistributedType.MULTI_CPU, None, None, "ddp"),
+            (DistributedType.FSDP, 1, None, "fsdp1"),
+            (DistributedType.FSDP, 2, None, "fsdp2"),
+            (DistributedType.FSDP, 2, 2, "hsdp"),
+        ],
+    )
+    def test_strategy_names(
+        self, kind: DistributedType, fsdp_version: int | None, num_replicas: int | None, name: str
+    ) -> None:
+        accelerator: Any = SimpleNamespace(
+            distributed_type=kind,
+            state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version)),
+            parallelism_config=num_replicas and SimpleNamespace(dp_replicate_size=num_replicas),
+        )
+        assert train_loop.strategy_name(accelerator) == name

@@ -1,0 +1,99 @@
+"""FSDP asked for on the CPU is FSDP done: a rehearsal of a GPU job on a machine without GPUs.
+
+accelerate 1.15 reads an FSDP configuration everywhere, and obeys it on accelerators only: on the CPU it drops the
+plugin and trains DDP, without a word. ``turn_fsdp_on`` takes the decision that accelerate takes on a GPU: it gives the
+shared state the distributed type FSDP, and the plugin with the accelerator's mixed precision. All that follows
+(wrapping, clipping, gathering of state dicts) is accelerate's and torch's own code. ``accelerate.prepare`` beside this
+file calls it where ``ACCELERATE_USE_FSDP`` is set and the accelerator's device is the CPU; nobody else needs to.
+
+What differs from a GPU:
+
+* The device is ``cpu``, not ``cpu:0``: FSDP1 compares it with torch's own name of the current CPU.
+* ``sync_module_states`` must be off: accelerate needs a GPU for it. Ranks start from equal weights by their seed.
+* Under FSDP1, ``accelerator.get_state_dict`` gathers without offloading. torch's ``offload_to_cpu`` means "copy" on a
+  GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a segmentation fault.
+* The settings are those of the launcher's environment (``FSDP_VERSION`` and its kin). A plugin that a script gives to
+  ``Accelerator(fsdp_plugin=...)`` is lost there on the CPU: give it to ``turn_fsdp_on`` as well, before ``prepare``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, FullyShardedDataParallel, StateDictType
+
+from dist_optim.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+__all__ = ["assert_fsdp", "is_ignored", "turn_fsdp_on"]
+
+
+def is_ignored(accelerator: Accelerator) -> bool:
+    """Whether FSDP was asked for and accelerate would train something else, because the device is a CPU."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    return asked and accelerator.device.type == "cpu" and accelerator.distributed_type.value != "FSDP"
+
+
+def turn_fsdp_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None = None) -> None:
+    """Make accelerate train FSDP on the CPU ranks of this job, as its configuration asks.
+
+    Lasts as long as accelerate's shared state and this accelerator; nothing else is changed.
+
+    Args:
+        accelerator: On the CPU, with a process group, before the model is prepared.
+        plugin: The settings; read from the launcher's environment when None.
+
+    Raises:
+        UnsupportedError: There is no process group, a GPU would take the model, or the settings are not known.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if accelerator.distributed_type is not DistributedType.MULTI_CPU:
+        raise UnsupportedError(
+            "FSDP was asked for (ACCELERATE_USE_FSDP is set), but accelerate runs one process on the CPU here. Start "
+            "ranks with: accelerate launch --config_file configs/accelerate/fsdp2_cpu_2.yaml SCRIPT, and pass cpu=True "
+            "to Accelerator; or remove FSDP from the accelerate configuration."
+        )
+    if torch.accelerator.is_available():
+        raise UnsupportedError(
+            "FSDP was asked for on the CPU of a machine with an accelerator, which FSDP2 would use. Hide it (NVIDIA's: "
+            "CUDA_VISIBLE_DEVICES=''), or train on it (without cpu=True)."
+        )
+    if plugin is None and "FSDP_VERSION" not in os.environ:
+        raise UnsupportedError(
+            "FSDP was asked for by Accelerator(fsdp_plugin=...), which accelerate drops on the CPU. Call "
+            "dist_optim.integrations.cpu_rehearsal.turn_fsdp_on(accelerator, fsdp_plugin) before prepare, or give the "
+            "settings to accelerate launch: --config_file configs/accelerate/fsdp2_cpu_2.yaml."
+        )
+    plugin = plugin or FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    state = accelerator.state
+    state.fsdp_plugin = plugin
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.device = PartialState._shared_state["device"] = torch.device("cpu")
+    if plugin.fsdp_version == 1:
+        accelerator.get_state_dict = _full_state_dict_of_fsdp1
+
+
+def _full_state_dict_of_fsdp1(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+    """What ``Accelerator.get_state_dict`` returns on a GPU: the full tensors on rank 0, nothing on the others."""
+    config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, config):
+        return model.state_dict()
+
+
+def assert_fsdp(model: nn.Module) -> None:
+    """Fail unless FSDP shards this model: a rehearsal of something else would be worse than none."""
+    if not any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        raise RuntimeError(
+            f"FSDP was asked for, but {type(model).__name__} came back from accelerate without it: this version of "
+            "accelerate takes the decision elsewhere. dist_optim knows accelerate 1.15."
+        )
