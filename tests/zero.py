@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 import dist_optim
 from dist_optim.agreement import num_ranks
+from dist_optim.exchange.plan import split_sizes
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.testing import relative_distance
 
 STEPS = 6
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GALORE = {"target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3, "scale": 0.25}
 NO_DECAY = ["model.norm.weight"] + [
     f"model.layers.{layer}.{norm}.weight"
@@ -49,8 +51,13 @@ class ZeroRun:
     """Build the model under ``zero.Init``."""
 
     @property
-    def is_bf16(self) -> bool:
-        return "bf16" in self.config
+    def dtype(self) -> torch.dtype:
+        """Of the model that the engine trains."""
+        return next((dtype for key, dtype in HALF.items() if key in self.config), torch.float32)
+
+    @property
+    def has_masters(self) -> bool:
+        return not self.config.get("bf16", {}).get("bf16_master_weights_and_grads", False)
 
     @property
     def accumulation(self) -> int:
@@ -72,11 +79,13 @@ def deepspeed() -> Any:
     """The package, quiet, with our names in it, and without its C++ all-reduce, which takes a minute to compile."""
     import deepspeed as package
     import deepspeed.comm.torch as backend
+    from deepspeed.accelerator import get_accelerator
 
     from dist_optim.integrations.deepspeed import register
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     backend.build_shm_op = lambda: None
+    type(get_accelerator()).is_fp16_supported = lambda self: True  # it is slow on the CPU, and right
     register()
     return package
 
@@ -137,13 +146,14 @@ def weights_of(engine: Any, run: ZeroRun) -> list[Tensor]:
 
 
 class Reference:
-    """The same run in one process: fp32 weights stepped by the optimizer, and a bf16 copy where the run has one."""
+    """The same run in one process: the weights that the optimizer steps, in fp32 where the engine has such masters."""
 
     def __init__(self, run: ZeroRun) -> None:
         self.run = run
         self.model = run.make_model()
-        if run.is_bf16:
-            self.model = self.model.bfloat16().float()  # masters start from the rounded weights
+        self.model = self.model.to(run.dtype)
+        if run.has_masters:
+            self.model = self.model.float()  # masters start from the rounded weights
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         name = run.name.removeprefix("dist_optim.")
         self.optimizer = dist_optim.build_optimizer(
@@ -168,8 +178,7 @@ class Reference:
         self.optimizer.step()
 
     def weights(self) -> list[Tensor]:
-        rounded = torch.bfloat16 if self.run.is_bf16 else torch.float32
-        return [p.detach().to(rounded).float() for p in self.model.parameters()]
+        return [p.detach().to(self.run.dtype).float().clone() for p in self.model.parameters()]
 
 
 class Recorder:
@@ -195,8 +204,7 @@ class Recorder:
 
 
 def start_of(run: ZeroRun) -> list[Tensor]:
-    model = run.make_model().bfloat16() if run.is_bf16 else run.make_model()
-    return [p.detach().float() for p in model.parameters()]
+    return [p.detach().float() for p in run.make_model().to(run.dtype).parameters()]
 
 
 def distance(run: ZeroRun) -> float:
@@ -211,12 +219,38 @@ def distance_given_gradients(run: ZeroRun) -> float:
     """The same, with the engine's own gradients given to the one process: no summation order is left to differ."""
     reference = Reference(run)
     engine = engine_of(run)
-    recorder = Recorder(engine)
+    recorder, taken = Recorder(engine), 0
     for step in range(STEPS):
         train_engine(engine, run, range(step, step + 1))
-        reference.follow(recorder.gradients)
-    assert engine.basic_optimizer.num_steps == STEPS
+        if engine.basic_optimizer.num_steps > taken:  # else fp16 overflowed, and the step was skipped
+            reference.follow(recorder.gradients)
+            taken += 1
+    assert engine.basic_optimizer.num_steps == taken == STEPS - engine.skipped_steps > 0
     return relative_distance(weights_of(engine, run), reference.weights(), start_of(run))
+
+
+def elements_moved(run: ZeroRun) -> tuple[int, int]:
+    """Elements that the ranks send each other in one way of a step, and the largest that a cut could make them send."""
+    optimizer = engine_of(run).basic_optimizer
+    sent = largest = 0
+    for part in optimizer.parts():
+        for bucket in part.plan.buckets:
+            for rank, _ in enumerate(bucket.owned):
+                to_owners, _ = split_sizes(bucket, rank)
+                sent += sum(to_owners) - to_owners[rank]
+        largest += max((item.shape.numel() for bucket in part.plan.buckets for item in bucket.items), default=0)
+    return sent, largest * (dist.get_world_size() - 1)
+
+
+def bytes_of_state(run: ZeroRun) -> tuple[int, int]:
+    """State that this rank holds after a step, and all of it in one process."""
+    engine = engine_of(run)
+    train_engine(engine, run, range(1))
+    reference = Reference(run)
+    for parameter in reference.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    reference.optimizer.step()
+    return engine.basic_optimizer.optimizer_state_bytes(), reference.optimizer.optimizer_state_bytes()
 
 
 def distances_of_evaluation(run: ZeroRun) -> list[float]:

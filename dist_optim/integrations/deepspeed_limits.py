@@ -36,8 +36,6 @@ def _reasons_of_engine(engine: Any) -> Iterator[str]:
         yield "Mixture-of-experts layers have param groups of their own; use FSDP2 for this model."
     if engine.mpu is not None or engine.autotp_size() > 1:
         yield "Tensor parallelism cuts the matrices that the optimizer needs whole; use data parallelism alone."
-    if engine.fp16_enabled():
-        yield 'fp16 is not tested; set "bf16": {"enabled": true} in place of "fp16".'
     if engine.torch_autocast_enabled():
         yield 'torch_autocast is not tested; set "bf16": {"enabled": true} instead.'
     if engine.is_deepcompile_enabled():

@@ -156,5 +156,6 @@ def _refuse_unserved_wrappers(model: nn.Module) -> None:
         kind = type(module)
         if kind.__name__ == "DeepSpeedEngine":
             raise UnsupportedLayoutError(
-                "The model is a DeepSpeed engine, which is not served yet. Use DDP or FSDP2, or one process."
+                "The model is a DeepSpeed engine, which wraps its optimizer itself. Name the optimizer in DeepSpeed's "
+                "JSON, and call dist_optim.integrations.deepspeed.register() before deepspeed.initialize."
             )

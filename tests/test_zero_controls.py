@@ -1,0 +1,249 @@
+"""DeepSpeed: names, refusals, and that the comparisons of ``test_zero`` see the bugs they are there for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any
+
+import pytest
+import torch
+import zero
+from zero import ZeroRun
+
+import dist_optim
+from dist_optim.errors import DistOptimError, UnsupportedError, UnsupportedLayoutError, WrongModeError
+from dist_optim.layouts import detect_zero
+from dist_optim.testing import RankPool
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
+
+
+def raised_by(run: ZeroRun) -> str:
+    """The error of building an engine for the run; empty where there is none."""
+    try:
+        zero.engine_of(run)
+    except DistOptimError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"stage": 2, "zero": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
+        ({"stage": 3, "zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "NVMe"),
+        ({"stage": 3, "zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
+        ({"stage": 3, "zero": {"offload_param": {"device": "cpu"}}}, "offload_param"),
+        ({"stage": 3, "zero": {"zero_quantized_weights": True}}, "zero_quantized"),
+        ({"stage": 3, "zero": {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
+        ({"stage": 2, "zero": {"zenflow": {"topk_ratio": 0.1}, "offload_optimizer": {"device": "cpu"}}}, "ZenFlow"),
+    ],
+)
+def test_what_is_not_tested_is_refused_with_the_remedy(more: dict[str, Any], message: str, two_ranks: RankPool) -> None:
+    for said in two_ranks.run(raised_by, ZeroRun("adamw_torch", ADAMW, **more)):
+        assert said.startswith("UnsupportedError") and message in said
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("galore_adam", ADAMW, "galore_adam is not a supported DeepSpeed Optimizer.*galore_adamw"),
+        ("galore_adamw", {**ADAMW, "rank": 8}, "target_modules"),
+        ("galore_adamw", {**ADAMW, "rnak": 8, "target_modules": "all-linear"}, "rank"),
+        ("adamw_torch", {**ADAMW, "max_grad_norm": 1.0}, "no hyperparameter 'max_grad_norm'"),
+        ("galore_adamw_layerwise", {**ADAMW, "target_modules": "all-linear"}, "UnsupportedError"),
+    ],
+)
+def test_a_wrong_name_or_value_raises_on_all_ranks(
+    name: str, options: dict[str, Any], message: str, two_ranks: RankPool
+) -> None:
+    for said in two_ranks.run(raised_by, ZeroRun(name, options, 2)):
+        assert re.search(message, said)
+
+
+def names_that_resolve() -> list[str]:
+    package = zero.deepspeed()
+    engine = package.DeepSpeedEngine
+    return [name for name in dist_optim.names() if engine._is_supported_optimizer(None, f"dist_optim.{name}")]
+
+
+def test_every_registered_name_resolves(one_rank: RankPool) -> None:
+    assert one_rank.run(names_that_resolve) == [dist_optim.names()]
+
+
+def test_a_name_that_deepspeed_has_too_is_ours_with_the_prefix(two_ranks: RankPool) -> None:
+    run = ZeroRun("dist_optim.adagrad", {"lr": 1e-2}, 2, real_batches=True)
+    assert two_ranks.run(zero.distance, run) == [0.0, 0.0]
+
+
+def other_version() -> str:
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.zero import utils
+
+    from dist_optim.integrations.deepspeed import register
+    from dist_optim.integrations.zero_optimizer import ZeroOptimizer
+
+    zero.deepspeed()
+    known = engine.DeepSpeedEngine._configure_optimizer
+    utils.ZERO_SUPPORTED_OPTIMIZERS.remove(ZeroOptimizer)
+    engine.DeepSpeedEngine._configure_optimizer = lambda self, other: None
+    try:
+        register()
+    except UnsupportedError as error:
+        return str(error)
+    finally:
+        engine.DeepSpeedEngine._configure_optimizer = known
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(ZeroOptimizer)
+    return ""
+
+
+def test_an_unknown_version_is_refused(one_rank: RankPool) -> None:
+    (said,) = one_rank.run(other_version)
+    assert "_configure_optimizer" in said and "deepspeed==" in said
+
+
+def distance_without_patches(run: ZeroRun, attach: bool) -> float | str:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from dist_optim.integrations.deepspeed import build_deepspeed_optimizer, initialize
+
+    package = zero.deepspeed()
+    patched = DeepSpeedEngine._configure_optimizer
+    DeepSpeedEngine._configure_optimizer = patched.__wrapped__
+    try:
+        if attach:
+            engine = initialize(run.make_model(), run.json())[0]
+        else:
+            model = run.make_model()
+            optimizer, config = build_deepspeed_optimizer(model, run.json())
+            engine = package.initialize(model=model, optimizer=optimizer, config=config)[0]
+        zero.train_engine(engine, run)
+    except WrongModeError as error:
+        return str(error)
+    finally:
+        DeepSpeedEngine._configure_optimizer = patched
+    expected = zero.Reference(run).train().weights()
+    return zero.relative_distance(zero.weights_of(engine, run), expected, zero.start_of(run))
+
+
+def test_the_explicit_builder_needs_no_patch(two_ranks: RankPool) -> None:
+    run = ZeroRun("adafactor", {"lr": 1e-2}, 2, real_batches=True)
+    assert two_ranks.run(distance_without_patches, run, True) == [0.0, 0.0]
+    for said in two_ranks.run(distance_without_patches, run, False):
+        assert "attach(engine)" in str(said)
+
+
+def engine_given_to_build_optimizer() -> str:
+    engine = zero.engine_of(ZeroRun("sgd", {"lr": 0.1}, 2))
+    try:
+        dist_optim.build_optimizer(engine, "sgd", lr=0.1, print_audit=False)
+    except UnsupportedLayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_an_engine_given_to_build_optimizer_is_refused(two_ranks: RankPool) -> None:
+    for said in two_ranks.run(engine_given_to_build_optimizer):
+        assert "DeepSpeed" in said
+
+
+def metric_schedule() -> str:
+    run = ZeroRun("sgd", {"lr": 0.1}, 0)
+    engine = zero.engine_of(run)
+    engine.lr_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(engine.basic_optimizer)
+    try:
+        zero.train_engine(engine, run)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_metric_schedule_fed_by_the_engine_is_refused(two_ranks: RankPool) -> None:
+    assert all("ReduceLROnPlateau" in said for said in two_ranks.run(metric_schedule))
+
+
+def stale_gradient_in_the_norm(clip: float) -> str:
+    run = ZeroRun("adamw_torch", ADAMW, 3, config={"gradient_clipping": clip}, make_model=zero.SometimesIdle)
+    try:
+        zero.train_engine(zero.engine_of(run), run)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_clipping_by_a_stale_gradient_is_refused(two_ranks: RankPool) -> None:
+    assert all("gradient_clipping" in said for said in two_ranks.run(stale_gradient_in_the_norm, 1.0))
+    assert two_ranks.run(stale_gradient_in_the_norm, 0.0) == ["", ""]
+
+
+# Negative controls -----------------------------------------------------------------------------------------------
+
+
+def with_presence_as_deepspeed_shows_it(run: ZeroRun) -> float:
+    from dist_optim.integrations import zero_optimizer
+
+    agree = zero_optimizer.agree_on_presence
+    zero_optimizer.agree_on_presence = lambda has, *_: ([True] * len(has), [False] * len(has))
+    try:
+        return zero.distance(run)
+    finally:
+        zero_optimizer.agree_on_presence = agree
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_zeros_in_place_of_no_gradient_are_seen(stage: int, two_ranks: RankPool) -> None:
+    run = ZeroRun("adamw_torch", ADAMW, stage, real_batches=True, make_model=zero.SometimesIdle)
+    assert min(two_ranks.run(with_presence_as_deepspeed_shows_it, run)) > 1e-3
+
+
+def with_shifted_slices(run: ZeroRun) -> str:
+    cut = detect_zero.ParamSlice._cut
+    detect_zero.ParamSlice._cut = lambda self, whole: (
+        whole if self.layout.is_replicated else whole.view(-1).narrow(0, max(self.offset - 1, 0), self.numel)
+    )
+    try:
+        return raised_by(run)
+    finally:
+        detect_zero.ParamSlice._cut = cut
+
+
+def with_overlapping_ranges(run: ZeroRun) -> str:
+    range_of = detect_zero._range_of
+    detect_zero._range_of = lambda part, rank: (0, part.numel)
+    try:
+        return raised_by(run)
+    finally:
+        detect_zero._range_of = range_of
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_layout_that_is_not_what_it_seems_is_refused(stage: int, two_ranks: RankPool) -> None:
+    run = ZeroRun("adamw_torch", ADAMW, stage)
+    assert all("own values" in said for said in two_ranks.run(with_shifted_slices, run))
+    assert all("do not tile" in said for said in two_ranks.run(with_overlapping_ranges, run))
+
+
+def with_upstream_on_the_flat_partition(stage: int) -> float:
+    from transformers.optimization import Adafactor
+
+    package = zero.deepspeed()
+    options = {"lr": 1e-2, "relative_step": False, "scale_parameter": False, "warmup_init": False}
+    run = ZeroRun("adafactor", {"lr": 1e-2}, stage, real_batches=True)
+    model = run.make_model()
+    config = {key: value for key, value in run.json().items() if key != "optimizer"}
+    engine = package.initialize(
+        model=model,
+        optimizer=Adafactor(model.parameters(), **options),
+        config={**config, "zero_allow_untested_optimizer": True},
+    )[0]
+    zero.train_engine(engine, run)
+    expected = zero.Reference(run).train().weights()
+    return zero.relative_distance(zero.weights_of(engine, run), expected, zero.start_of(run))
+
+
+def test_upstream_alone_on_the_flat_partition_is_seen_to_differ(two_ranks: RankPool) -> None:
+    assert two_ranks.run(with_upstream_on_the_flat_partition, 0) == [0.0, 0.0]
+    assert min(two_ranks.run(with_upstream_on_the_flat_partition, 2)) > 0.1
