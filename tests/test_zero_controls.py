@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from dist_optim.testing import RankPool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "deepspeed"
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 
 
@@ -177,6 +181,55 @@ def stale_gradient_in_the_norm(clip: float) -> str:
 def test_clipping_by_a_stale_gradient_is_refused(two_ranks: RankPool) -> None:
     assert all("gradient_clipping" in said for said in two_ranks.run(stale_gradient_in_the_norm, 1.0))
     assert two_ranks.run(stale_gradient_in_the_norm, 0.0) == ["", ""]
+
+
+def distance_through_accelerate(run: ZeroRun) -> float:
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DummyOptim
+
+    zero.deepspeed()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        config = run.json()
+        config["optimizer"]["params"] = {**run.options, "lr": "auto", "weight_decay": "auto"}
+        accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
+        )
+        plain = run.make_model()
+        named = DummyOptim(plain.parameters(), lr=run.options["lr"], weight_decay=run.options["weight_decay"])
+        model, optimizer = accelerator.prepare(plain, named)
+        for step in range(zero.STEPS):
+            for part in zero.parts_of(run, step):
+                accelerator.backward(zero.loss_of(model, part, step))
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+    expected = zero.Reference(run).train().weights()
+    return zero.relative_distance(zero.weights_of(model, run), expected, zero.start_of(run))
+
+
+@pytest.mark.parametrize("more", [{}, {"offload_optimizer": {"device": "cpu"}}], ids=["", "offload"])
+def test_accelerate_resolves_the_name_and_fills_in_auto(more: dict[str, Any], two_ranks: RankPool) -> None:
+    run = ZeroRun("galore_adamw", {**ADAMW, **zero.GALORE}, 2, zero=more, real_batches=True)
+    assert two_ranks.run(distance_through_accelerate, run) == [0.0, 0.0]
+
+
+def steps_taken_with(config: dict[str, Any]) -> int:
+    run = ZeroRun("galore_adamw", {}, config["zero_optimization"]["stage"])
+    engine = zero.deepspeed().initialize(model=run.make_model(), config=config)[0]
+    zero.train_engine(engine, run, range(2))
+    return engine.basic_optimizer.num_steps
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_configurations_train_as_they_stand(stage: int, two_ranks: RankPool) -> None:
+    config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
+    assert config["zero_optimization"]["stage"] == stage
+    assert two_ranks.run(steps_taken_with, config) == [2, 2]
 
 
 # Negative controls -----------------------------------------------------------------------------------------------
