@@ -33,9 +33,11 @@ lint: $(STAMP) ## ruff and mypy
 	@echo "+ mypy dist_optim launch"
 	@mypy dist_optim launch
 
-parity: $(STAMP) ## measure every optimizer under every engine; writes docs/parity.json, docs/parity.md, README's table
+parity: $(STAMP) ## measure every optimizer under every engine; writes docs/parity.md, docs/end_to_end.md, README's table
 	@echo "+ python tests/measure_parity.py"
 	@python tests/measure_parity.py
+	@echo "+ python tests/measure_end_to_end.py"
+	@python tests/measure_end_to_end.py
 
 clean: ## remove the environment, the caches and the runs
 	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist

@@ -63,6 +63,10 @@ def _owner_lines(optimizer: DistributedOptimizer) -> list[str]:
     if total and len(optimizer.plan.buckets[0].owned) > 1:
         shares = (f"rank {r} {tensors[r]} tensors, {owned[r] / total:.1%}" for r in sorted(owned))
         lines.append(f"  stepped whole by their owners, in {len(optimizer.plan.buckets)} rounds: {'; '.join(shares)}")
+    if optimizer.num_replicas > 1:
+        lines.append(
+            f"  the {optimizer.num_replicas} replicas of the shards all step the same: repeated work, no traffic"
+        )
     trainable = [p for p in placed if p.parameter.requires_grad]
     local = [p for i, p in enumerate(placed) if p.parameter.requires_grad and i not in optimizer.plan.owners]
     if local:

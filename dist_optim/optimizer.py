@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dist_optim import state_dicts
-from dist_optim.agreement import assert_ranks_equal, own_rank
+from dist_optim.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.audit import route_audit
 from dist_optim.before_step import agree_on_gradients, assert_gradients_reduced, hyperparameters_of
 from dist_optim.clipping import clip_gradients
@@ -371,6 +371,11 @@ class DistributedOptimizer(Optimizer):
 
     def _counters(self) -> list[dict[str, Any]]:
         return self._any_instance().group_counters(self._pushed_keys | {"params"})
+
+    @property
+    def num_replicas(self) -> int:
+        """How many groups of ranks hold the same shards (HSDP), and step them alike."""
+        return num_ranks(self._all_ranks) // num_ranks(self.process_group)
 
     def placed_parameters(self) -> list[PlacedParameter]:
         """All parameters and where they are stored, in group order."""

@@ -6,8 +6,10 @@ import copy
 import json
 from unittest import mock
 
+import measure_end_to_end
 import pytest
 from cases.torch_native import CASES as NATIVE
+from end_to_end import PLACEMENTS, RUNS
 from measure_parity import Cell, all_rows, even, measure_case, measure_refusal, worst
 from parity_tables import (
     COLUMNS,
@@ -21,6 +23,7 @@ from parity_tables import (
     refusals,
     with_table,
 )
+from test_end_to_end import FACTOR
 
 import dist_optim
 from dist_optim.optimizers.torch_native import FusedDriver
@@ -98,3 +101,12 @@ def test_even_cases_divide_by_two_and_three() -> None:
 def test_readme_without_its_marks_is_an_error() -> None:
     with pytest.raises(ValueError, match="lost the marks"):
         with_table("nothing here", "")
+
+
+def test_end_to_end_page_is_what_its_results_give_and_stays_within_the_noise() -> None:
+    rows = json.loads(measure_end_to_end.RESULTS.read_text())
+    assert measure_end_to_end.PAGE.read_text() == measure_end_to_end.page(rows), MEASURE
+    assert {row["name"] for row in rows} == {str(run) for run in RUNS}, MEASURE
+    assert {run.name for run in RUNS} == {name for name in dist_optim.names() if not dist_optim.get_spec(name).refusal}
+    for row in rows:
+        assert all(row[placement] <= FACTOR * row["floor"] for placement in PLACEMENTS), row

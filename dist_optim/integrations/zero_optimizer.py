@@ -133,8 +133,9 @@ class ZeroOptimizer(Optimizer):
             plan=Plan(owners, tuple(bucket for part in self._parts for bucket in part.plan.buckets)),
             param_groups=self._parts[0].param_groups,
             placed_parameters=lambda: members,
+            num_replicas=1,
         )
-        return route_audit(shown)  # type: ignore[arg-type]  # it reads these four attributes
+        return route_audit(shown)  # type: ignore[arg-type]  # it reads these five attributes
 
     # Stepping -----------------------------------------------------------------------------------------------------
 
