@@ -110,6 +110,13 @@ def test_a_layer_without_gradient_is_left_alone(stage: int, two_ranks: RankPool)
     assert two_ranks.run(zero.distance, run) == [pytest.approx(0, abs=1e-5 if stage == 3 else 0)] * 2
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("name", ["apollo_adamw", "grokadamw"])
+def test_frozen_and_tied_parameters_keep_their_positions(name: str, stage: int, two_ranks: RankPool) -> None:
+    run = run_of(name, stage, real_batches=True, make_model=zero.make_frozen_tied)
+    assert two_ranks.run(zero.distance_given_gradients, run) == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_only_matrices_that_a_boundary_cuts_travel(stage: int, two_ranks: RankPool, three_ranks: RankPool) -> None:
     for pool in (two_ranks, three_ranks):

@@ -139,6 +139,15 @@ class SometimesIdle(nn.Module):
         return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), tokens.flatten())
 
 
+def make_frozen_tied() -> nn.Module:
+    """A Llama whose head is its embedding, with frozen parameters before and between the trained ones."""
+    model = make_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0.self_attn.k_proj" not in name and "layers.1.mlp.up_proj" not in name)
+    return model
+
+
 def weights_of(engine: Any, run: ZeroRun) -> list[Tensor]:
     parameters = list(engine.module.parameters())
     with deepspeed().zero.GatheredParameters(parameters, enabled=run.stage == 3):
