@@ -116,6 +116,7 @@ def _quieten_libraries() -> None:
     for name in ("bitsandbytes", "torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")  # accelerate calls it
+    warnings.filterwarnings("ignore", message="FSDP.state_dict_type")  # its deprecation; FSDP1 has no other door
 
 
 def _parse(argv: list[str]) -> tuple[Arguments | None, UsageError | None]:

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, ParallelismConfig
 from end_to_end import batch, make_llama
 from placements import full_parameters
 from torch import Tensor, nn
 
 import dist_optim
+from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.accelerate import prepare
 from dist_optim.testing import relative_distance
 
@@ -27,6 +28,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp1": {**FSDP, "FSDP_VERSION": "1", "FSDP_USE_ORIG_PARAMS": "true"},
     "fsdp2": {**FSDP, "FSDP_VERSION": "2"},
+    "hsdp": {**FSDP, "FSDP_VERSION": "2"},
 }
 """What ``accelerate launch`` sets for each strategy."""
 
@@ -60,13 +62,17 @@ def started_by_accelerate(strategy: str, training: Training | None = None) -> It
     settings = training.settings if training else {}
     with mock.patch.dict(os.environ, {**ENVIRONMENTS[strategy], **settings}):
         try:
-            yield Accelerator(
+            accelerator = Accelerator(
                 cpu=True,
                 mixed_precision=training.mixed_precision if training else "no",
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
                     num_steps=training.accumulation if training else 1, sync_with_dataloader=False
                 ),
             )
+            if strategy == "hsdp":
+                sizes = ParallelismConfig(dp_replicate_size=2, dp_shard_size=dist.get_world_size() // 2)
+                cpu_rehearsal.turn_fsdp_on(accelerator, parallelism_config=sizes)
+            yield accelerator
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
@@ -110,8 +116,6 @@ def prepare_stock(
     accelerator: Accelerator, model: nn.Module, kind: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> tuple[nn.Module, Any]:
     """As accelerate's own documentation has it: the optimizer first, then both together, and FSDP1 in two steps."""
-    from dist_optim.integrations import cpu_rehearsal
-
     if cpu_rehearsal.is_ignored(accelerator):
         cpu_rehearsal.turn_fsdp_on(accelerator)
     if accelerator.is_fsdp2:

@@ -51,6 +51,15 @@ def test_the_loop_stays_within_the_noise_floor_of_one_process(name: str, two_ran
     two_ranks.run(loop_equals_one_process, name)
 
 
+def hsdp_equals_one_process() -> None:
+    training = replace(LOOPS["schedule-free, evaluation every 2 steps"], name="galore_adamw", options=GALORE)
+    assert_no_problems_on_any_rank(problems_of("galore, evaluation every 2 steps", distances(training, ["hsdp"])))
+
+
+def test_hsdp_of_accelerate_stays_within_the_noise_floor_of_one_process(four_ranks: RankPool) -> None:
+    four_ranks.run(hsdp_equals_one_process)
+
+
 def evaluate_without_resharding(strategy: str) -> float:
     with mock.patch("dist_optim.build.reshard", lambda model: None):
         found = distances(LOOPS["schedule-free, evaluation every 2 steps"], [strategy])[strategy]
@@ -179,6 +188,21 @@ def test_a_plugin_that_accelerate_dropped_is_asked_for(two_ranks: RankPool) -> N
     for message, is_fsdp2 in two_ranks.run(prepare_with_a_plugin_of_the_script):
         assert "turn_fsdp_on(accelerator, fsdp_plugin)" in message
         assert is_fsdp2
+
+
+def prepare_alone() -> str:
+    """As ``python script.py`` with FSDP asked for: no launcher has named any ranks."""
+    with mock.patch.dict(os.environ):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        with started_by_accelerate("fsdp2") as accelerator, pytest.raises(DistOptimError) as caught:
+            prepare(accelerator, make_model(ADAMW), "sgd", lr=0.1)
+    return str(caught.value)
+
+
+def test_fsdp_asked_for_in_one_cpu_process_is_refused(one_rank: RankPool) -> None:
+    (message,) = one_rank.run(prepare_alone)
+    assert "configs/accelerate/fsdp2_cpu_2.yaml" in message
 
 
 def test_a_rehearsal_of_something_else_fails() -> None:

@@ -29,7 +29,7 @@ from dist_optim.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 
 __all__ = ["assert_fsdp", "is_ignored", "turn_fsdp_on"]
 
@@ -40,7 +40,11 @@ def is_ignored(accelerator: Accelerator) -> bool:
     return asked and accelerator.device.type == "cpu" and accelerator.distributed_type.value != "FSDP"
 
 
-def turn_fsdp_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None = None) -> None:
+def turn_fsdp_on(
+    accelerator: Accelerator,
+    plugin: FullyShardedDataParallelPlugin | None = None,
+    parallelism_config: ParallelismConfig | None = None,
+) -> None:
     """Make accelerate train FSDP on the CPU ranks of this job, as its configuration asks.
 
     Lasts as long as accelerate's shared state and this accelerator; nothing else is changed.
@@ -48,6 +52,7 @@ def turn_fsdp_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
     Args:
         accelerator: On the CPU, with a process group, before the model is prepared.
         plugin: The settings; read from the launcher's environment when None.
+        parallelism_config: Sizes of a replicate x shard mesh (HSDP). ``Accelerator`` itself refuses one on the CPU.
 
     Raises:
         UnsupportedError: There is no process group, a GPU would take the model, or the settings are not known.
@@ -79,6 +84,9 @@ def turn_fsdp_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.device = PartialState._shared_state["device"] = torch.device("cpu")
+    if parallelism_config is not None:
+        state.parallelism_config = parallelism_config
+        state.device_mesh = parallelism_config.get_device_mesh("cpu")
     if plugin.fsdp_version == 1:
         accelerator.get_state_dict = _full_state_dict_of_fsdp1
 
