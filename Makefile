@@ -32,6 +32,9 @@ lint: $(STAMP) ## ruff and mypy
 	@ruff check .
 	@echo "+ mypy dist_optim launch"
 	@mypy dist_optim launch
+	@echo "+ mypy tests; mypy tests_multigpu"
+	@mypy tests
+	@MYPYPATH=tests_multigpu:tests mypy tests_multigpu
 
 parity: $(STAMP) ## measure every optimizer under every engine; writes docs/parity.md, docs/end_to_end.md, README's table
 	@echo "+ python tests/measure_parity.py"

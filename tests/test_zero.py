@@ -32,7 +32,7 @@ STEPPED_WHOLE = ["galore_adamw", "apollo_adamw", "grokadamw", "adamw_bnb_8bit"]
 BF16 = {"bf16": {"enabled": True}}
 NO_MASTER = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}  # the first step overflows
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "round robin 1": dict(stage=1, zero={"round_robin_gradients": True}),
     "round robin 2": dict(stage=2, zero={"round_robin_gradients": True}),
     "alignment": dict(stage=2, zero={"parameter_alignment": True}),

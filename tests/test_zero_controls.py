@@ -254,13 +254,13 @@ def test_zeros_in_place_of_no_gradient_are_seen(stage: int, two_ranks: RankPool)
 
 def with_shifted_slices(run: ZeroRun) -> str:
     cut = detect_zero.ParamSlice._cut
-    detect_zero.ParamSlice._cut = lambda self, whole: (
+    detect_zero.ParamSlice._cut = lambda self, whole: (  # type: ignore[method-assign]
         whole if self.layout.is_replicated else whole.view(-1).narrow(0, max(self.offset - 1, 0), self.numel)
     )
     try:
         return raised_by(run)
     finally:
-        detect_zero.ParamSlice._cut = cut
+        detect_zero.ParamSlice._cut = cut  # type: ignore[method-assign]
 
 
 def with_overlapping_ranges(run: ZeroRun) -> str:
