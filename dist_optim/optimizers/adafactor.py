@@ -8,8 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from dist_optim.errors import HyperparameterError
-from dist_optim.hyperparameters import Hyperparameter
-from dist_optim.optimizers.common import flag, weight_decay
+from dist_optim.optimizers.common import adafactor_hyperparameters
 from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
 from dist_optim.upstream import ParamGroup, UpstreamDriver
 
@@ -50,52 +49,7 @@ SPECS = (
         load=UpstreamClass("transformers.optimization", "Adafactor"),
         package="transformers",
         traits=frozenset({Trait.WHOLE_TENSOR}),
-        hyperparameters=(
-            Hyperparameter(
-                name="lr",
-                kind="float",
-                default=None,
-                minimum=0.0,
-                optional=True,
-                meaning="learning rate; None with relative_step=True",
-            ),
-            Hyperparameter(
-                name="eps",
-                kind="floats",
-                default=(1e-30, 1e-3),
-                minimum=0.0,
-                meaning="added to the squared gradient; least scale of a parameter with scale_parameter",
-            ),
-            Hyperparameter(
-                name="clip_threshold",
-                kind="float",
-                default=1.0,
-                minimum=0.0,
-                minimum_open=True,
-                meaning="largest root mean square of a tensor's update before the learning rate",
-            ),
-            Hyperparameter(
-                name="decay_rate",
-                kind="float",
-                default=-0.8,
-                maximum=0.0,
-                meaning="the second moment decays by 1 - t ** decay_rate at step t",
-            ),
-            Hyperparameter(
-                name="beta1",
-                kind="float",
-                default=None,
-                minimum=0.0,
-                maximum=1.0,
-                maximum_open=True,
-                optional=True,
-                meaning="decay rate of a running average of the update; None keeps none",
-            ),
-            weight_decay(0.0),
-            flag("scale_parameter", False, "scale the rate of a tensor by its root mean square"),
-            flag("relative_step", False, "compute the rate from the number of steps, in place of lr"),
-            flag("warmup_init", False, "let relative steps grow from 1e-6"),
-        ),
+        hyperparameters=adafactor_hyperparameters(None),
         driver=AdafactorDriver(),
         paper="https://arxiv.org/abs/1804.04235",
         summary="Adam with a second moment factored into rows and columns, and clipped updates",

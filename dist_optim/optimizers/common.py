@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dist_optim.hyperparameters import Hyperparameter, Scope
 
-__all__ = ["betas", "epsilon", "flag", "learning_rate", "weight_decay"]
+__all__ = [
+    "adafactor_hyperparameters",
+    "betas",
+    "epsilon",
+    "factored_moment",
+    "flag",
+    "learning_rate",
+    "weight_decay",
+]
 
 
 def learning_rate(default: float | None = 1e-3) -> Hyperparameter:
@@ -46,3 +54,63 @@ def weight_decay(default: float = 0.0, meaning: str = "decoupled weight decay") 
 def flag(name: str, default: bool, meaning: str, scope: Scope = Scope.GROUP, optional: bool = False) -> Hyperparameter:
     """A switch."""
     return Hyperparameter(name=name, kind="bool", default=default, meaning=meaning, scope=scope, optional=optional)
+
+
+def factored_moment(scope: Scope = Scope.GROUP) -> tuple[Hyperparameter, ...]:
+    """``eps``, ``clip_threshold`` and ``decay_rate`` of methods with Adafactor's second moment."""
+    return (
+        Hyperparameter(
+            name="eps",
+            kind="floats",
+            default=(1e-30, 1e-3),
+            minimum=0.0,
+            scope=scope,
+            meaning="added to the squared gradient; least scale of a parameter, where updates are scaled by it",
+        ),
+        Hyperparameter(
+            name="clip_threshold",
+            kind="float",
+            default=1.0,
+            minimum=0.0,
+            minimum_open=True,
+            scope=scope,
+            meaning="largest root mean square of a tensor's update before the learning rate",
+        ),
+        Hyperparameter(
+            name="decay_rate",
+            kind="float",
+            default=-0.8,
+            maximum=0.0,
+            scope=scope,
+            meaning="the second moment decays by 1 - t ** decay_rate at step t",
+        ),
+    )
+
+
+def adafactor_hyperparameters(default_rate: float | None) -> tuple[Hyperparameter, ...]:
+    """All of Adafactor's, with the Trainer's defaults: a given rate, and neither scaling nor relative steps."""
+    return (
+        Hyperparameter(
+            name="lr",
+            kind="float",
+            default=default_rate,
+            minimum=0.0,
+            optional=True,
+            meaning="learning rate; None with relative_step=True",
+        ),
+        *factored_moment(),
+        Hyperparameter(
+            name="beta1",
+            kind="float",
+            default=None,
+            minimum=0.0,
+            maximum=1.0,
+            maximum_open=True,
+            optional=True,
+            meaning="decay rate of a running average of the update; None keeps none",
+        ),
+        weight_decay(0.0),
+        flag("scale_parameter", False, "scale the rate of a tensor by its root mean square"),
+        flag("relative_step", False, "compute the rate from the number of steps, in place of lr"),
+        flag("warmup_init", False, "let relative steps grow from 1e-6"),
+    )

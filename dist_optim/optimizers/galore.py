@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import UnsupportedError
-from dist_optim.hyperparameters import Hyperparameter
 from dist_optim.optimizers.bnb import MIN_8BIT_SIZE, isolate_overrides, registered_overrides
-from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
+from dist_optim.optimizers.common import adafactor_hyperparameters, betas, epsilon, flag, learning_rate, weight_decay
 from dist_optim.optimizers.low_rank import ONE_SIDED, LowRankDriver, low_rank_hyperparameters
 from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
 from dist_optim.upstream import ParamGroup
@@ -148,48 +147,6 @@ _COMMON: dict[str, Any] = {
     "licence": "Apache-2.0",
 }
 
-_ADAFACTOR = (
-    Hyperparameter(
-        name="lr", kind="float", default=1e-3, minimum=0.0, optional=True, meaning="learning rate; None: relative_step"
-    ),
-    Hyperparameter(
-        name="eps",
-        kind="floats",
-        default=(1e-30, 1e-3),
-        minimum=0.0,
-        meaning="added to the squared gradient; smallest scale of a parameter",
-    ),
-    Hyperparameter(
-        name="clip_threshold",
-        kind="float",
-        default=1.0,
-        minimum=0.0,
-        minimum_open=True,
-        meaning="largest root mean square of an update",
-    ),
-    Hyperparameter(
-        name="decay_rate",
-        kind="float",
-        default=-0.8,
-        maximum=0.0,
-        meaning="power of the step in the decay of the second moment",
-    ),
-    Hyperparameter(
-        name="beta1",
-        kind="float",
-        default=None,
-        minimum=0.0,
-        maximum=1.0,
-        maximum_open=True,
-        optional=True,
-        meaning="decay rate of a first moment; None keeps none",
-    ),
-    weight_decay(0.0),
-    flag("scale_parameter", False, "multiply the learning rate by the root mean square of the parameter"),
-    flag("relative_step", False, "compute the learning rate from the step; lr must be None"),
-    flag("warmup_init", False, "relative_step starts small"),
-)
-
 SPECS = (
     OptimizerSpec(
         name="galore_adamw",
@@ -212,7 +169,7 @@ SPECS = (
         name="galore_adafactor",
         load=UpstreamClass("galore_torch", "GaLoreAdafactor"),
         traits=frozenset({Trait.LOW_RANK, Trait.WHOLE_TENSOR}),
-        hyperparameters=(*_ADAFACTOR, *_LOW_RANK),
+        hyperparameters=(*adafactor_hyperparameters(1e-3), *_LOW_RANK),
         driver=GaLoreAdafactorDriver(),
         summary="Adafactor on gradients projected to their leading singular vectors",
         state_bytes="for an m x n matrix, m >= n, rank r: 4 (rn + m + r) / mn; other matrices 4 (m + n) / mn",

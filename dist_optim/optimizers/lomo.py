@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dist_optim.hyperparameters import Hyperparameter, Scope
-from dist_optim.optimizers.common import learning_rate, weight_decay
+from dist_optim.optimizers.common import factored_moment, learning_rate, weight_decay
 from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
 
 __all__ = ["SPECS"]
@@ -64,31 +64,7 @@ SPECS = (
                 scope=Scope.CONSTRUCTOR,
                 meaning="factor on the loss during backward",
             ),
-            Hyperparameter(
-                name="eps",
-                kind="floats",
-                default=(1e-30, 1e-3),
-                minimum=0.0,
-                scope=Scope.CONSTRUCTOR,
-                meaning="added to the squared gradient; smallest scale of a parameter",
-            ),
-            Hyperparameter(
-                name="clip_threshold",
-                kind="float",
-                default=1.0,
-                minimum=0.0,
-                minimum_open=True,
-                scope=Scope.CONSTRUCTOR,
-                meaning="largest root mean square of an update",
-            ),
-            Hyperparameter(
-                name="decay_rate",
-                kind="float",
-                default=-0.8,
-                maximum=0.0,
-                scope=Scope.CONSTRUCTOR,
-                meaning="power of the step in the decay of the second moment",
-            ),
+            *factored_moment(Scope.CONSTRUCTOR),
             *_CLIPS,
             weight_decay(0.0),
         ),
