@@ -300,4 +300,20 @@ def _one_process_group(
             "Parameters are sharded over different process groups. Shard the model over one mesh axis, or build one "
             "optimizer for each part with params=."
         )
-    return next(iter(groups.values()), process_group)
+    group = next(iter(groups.values()), process_group)
+    _refuse_unreachable_devices(placed, group)
+    return group
+
+
+def _refuse_unreachable_devices(placed: Iterable[PlacedParameter], group: dist.ProcessGroup | None) -> None:
+    """Parameters that are offloaded to the CPU need a process group that communicates there."""
+    if num_ranks(group) == 1:
+        return
+    served = {part.partition(":")[0] for part in dist.get_backend_config(group).split(",")}
+    for one in placed:
+        if one.device.type not in served:
+            raise UnsupportedError(
+                f"{one.fqn!r} is on {one.device.type}, where the process group has no backend (it serves "
+                f"{', '.join(sorted(served))}). Start it with a backend for each device: "
+                "torch.distributed.init_process_group('cpu:gloo,cuda:nccl')."
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -255,3 +256,12 @@ def test_parameters_replaced_in_the_middle_of_a_run_are_refused() -> None:
     model.extra[0] = nn.Parameter(torch.zeros(5, 3))
     with pytest.raises(errors.ParameterError, match="'extra.0'.*no longer the model's"):
         optimizer.step()
+
+
+def build_where_only_cuda_communicates() -> None:
+    with mock.patch.object(dist, "get_backend_config", lambda group: "cuda:nccl"):
+        build("sgd", lr=0.1)
+
+
+def test_parameters_on_a_device_that_cannot_communicate_are_refused(two_ranks: RankPool) -> None:
+    assert_raised_on_both(two_ranks, "is on cpu, where.*'cpu:gloo,cuda:nccl'", build_where_only_cuda_communicates)
