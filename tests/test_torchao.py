@@ -83,10 +83,10 @@ def test_quantization_is_decided_on_the_whole_tensor(case: Case, two_ranks: Rank
 def shards_stepped_alone(case: Case) -> list[str]:
     """Negative control: every rank steps its own slice, as if the optimizer were elementwise."""
 
-    def runs_locally(self: Any, index: int) -> bool:
-        return not self._placed[index].layout.is_replicated
+    def runs_locally(spec: Any, placed: Any, values: Any) -> bool:
+        return not placed.layout.is_replicated
 
-    with mock.patch.object(dist_optim.DistributedOptimizer, "_runs_locally", runs_locally):
+    with mock.patch.object(dist_optim.optimizer, "runs_on_local_slices", runs_locally):
         return run_case(case, "fsdp2")
 
 
