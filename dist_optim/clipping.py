@@ -6,7 +6,8 @@ one-process run. Here each tensor's norm is computed by torch's own kernel on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from dist_optim.exchange.plan import Bucket, Item, make_plan
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
 from dist_optim.layouts.detect import PlacedParameter
 
-__all__ = ["clip_gradients"]
+__all__ = ["clip_gradients", "total_norm"]
 
 BUCKET_NUMEL = 16 << 20
 
@@ -46,38 +47,55 @@ def clip_gradients(
     Returns:
         The global norm before clipping, a 0-D tensor, equal on all ranks.
     """
+    total = total_norm(placed, present, partial(_norm, norm_type=norm_type), norm_type, owners, process_group)
+    coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for one, is_present in zip(placed, present, strict=True):
+        gradient = one.local_gradient() if is_present else None
+        if gradient is not None:
+            gradient.mul_(coefficient.to(gradient.device))
+    return total
+
+
+@torch.no_grad()
+def total_norm(
+    placed: Sequence[PlacedParameter],
+    present: Sequence[bool],
+    norm_of: Callable[[Tensor], Tensor],
+    norm_type: float,
+    owners: Sequence[int | None],
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """The norm of all gradients together, from ``norm_of`` of each whole gradient. Collective; as ``clip_gradients``.
+
+    Returns:
+        A 0-D tensor, equal on all ranks.
+    """
     items = [
         Item(index, one.shape, one.layout, one.dtype, one.device, float(one.shape.numel()))
         for index, one in enumerate(placed)
         if present[index]
     ]
-    norms = [torch.zeros((), dtype=one.dtype, device=one.device) for one in placed]
+    norms = [norm_of(torch.zeros(1, dtype=one.dtype, device=one.device)) for one in placed]
     for item in items:
         gradient = placed[item.index].local_gradient()
         if item.layout.is_replicated and gradient is not None and (owners[item.index] or 0) == own_rank(process_group):
-            norms[item.index] = _norm(gradient, norm_type)
+            norms[item.index] = norm_of(gradient)
     sharded = [item for item in items if not item.layout.is_replicated]
     plan = make_plan(sharded, num_ranks(process_group), BUCKET_NUMEL)
-    run_tasks(_norm_task(bucket, placed, norms, norm_type, process_group) for bucket in plan.buckets)
+    run_tasks(_norm_task(bucket, placed, norms, norm_of, process_group) for bucket in plan.buckets)
     if not items:
         return torch.zeros((), device=placed[0].device)
     stacked = torch.stack([norms[item.index].to(placed[0].device) for item in items])
     if num_ranks(process_group) > 1:
         dist.all_reduce(stacked, group=process_group)  # every norm is at one rank, and zero elsewhere: a sum is exact
-    total = torch.linalg.vector_norm(stacked, norm_type)
-    coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    for item in items:
-        gradient = placed[item.index].local_gradient()
-        if gradient is not None:
-            gradient.mul_(coefficient.to(gradient.device))
-    return total
+    return torch.linalg.vector_norm(stacked, norm_type)
 
 
 def _norm_task(
     bucket: Bucket,
     placed: Sequence[PlacedParameter],
     norms: list[Tensor],
-    norm_type: float,
+    norm_of: Callable[[Tensor], Tensor],
     process_group: dist.ProcessGroup | None,
 ) -> Task[None]:
     local = {}
@@ -86,7 +104,7 @@ def _norm_task(
         local[item.index] = placed[item.index].local() if gradient is None else gradient  # None: nothing is stored here
     (full,) = yield from gather_to_owner(bucket, [local], process_group)
     for item in bucket.owned[own_rank(process_group)]:
-        norms[item.index] = _norm(full[item.index], norm_type)
+        norms[item.index] = norm_of(full[item.index])
 
 
 def _norm(gradient: Tensor, norm_type: float) -> Tensor:

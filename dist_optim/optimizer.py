@@ -6,7 +6,7 @@ bucket: full tensors to their owners, the upstream step there, updated tensors b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dist_optim import state_dicts
 from dist_optim.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.audit import route_audit
 from dist_optim.before_step import agree_on_gradients, assert_gradients_reduced, hyperparameters_of
-from dist_optim.clipping import clip_gradients
+from dist_optim.clipping import clip_gradients, total_norm
 from dist_optim.errors import UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Bucket
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
@@ -93,6 +93,12 @@ class DistributedOptimizer(Optimizer):
             if placed.parameter.requires_grad
         }
         refuse_misfits(spec, list(members.values()))
+        self._needs_total_norm = spec.driver.needs_total_norm(arguments)
+        if self._needs_total_norm and any(isinstance(placed.layout, Elsewhere) for placed in self._placed):
+            raise UnsupportedError(
+                f"{spec.name}: clip_grad_norm needs all gradients at once, and the engine steps one part of them after "
+                'another. Let the engine clip ("gradient_clipping" in DeepSpeed\'s configuration).'
+            )
         self._trainable = set(members)
         here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
         self._local_indices = [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
@@ -183,6 +189,8 @@ class DistributedOptimizer(Optimizer):
         present = self._agree_on_gradients()
         for instance in self.instances():
             instance.push_hyperparameters(self.param_groups, self._pushed_keys)
+        if self._needs_total_norm:
+            self._hand_out_total_norm(present)
         if self._local_instance is not None:
             self._step_locally(self._local_instance, present)
         absent = {index for index, is_present in enumerate(present) if not is_present}
@@ -298,15 +306,28 @@ class DistributedOptimizer(Optimizer):
         """
         self._reshard()
         present = self._agree_on_gradients()
-        order = sorted(range(len(self._placed)), key=lambda index: self._placed[index].position)
-        ordered = [self._placed[index] for index in order]
-        kept = [present[index] for index in order]
-        owners = self.plan.owners if self._reduction is not None else {}
-        owner_of = [owners.get(index) for index in order]
+        ordered, kept, owner_of = self._in_model_order(present)
         total = clip_gradients(ordered, kept, max_norm, norm_type, owner_of, self.process_group)
         if self._reduction is not None:
             self._reduction.accept_changes()
         return total
+
+    def _in_model_order(self, present: Sequence[bool]) -> tuple[list[PlacedParameter], list[bool], list[int | None]]:
+        """All parameters in the order of ``model.parameters()``, whether each has a gradient, and who alone has it."""
+        order = sorted(range(len(self._placed)), key=lambda index: self._placed[index].position)
+        owners = self.plan.owners if self._reduction is not None else {}
+        return (
+            [self._placed[index] for index in order],
+            [present[index] for index in order],
+            [owners.get(index) for index in order],
+        )
+
+    def _hand_out_total_norm(self, present: Sequence[bool]) -> None:
+        """The norm of all gradients together, in fp32, to every upstream optimizer of this rank."""
+        placed, kept, owners = self._in_model_order(present)
+        total = total_norm(placed, kept, _norm_in_fp32, 2.0, owners, self.process_group)
+        for instance in self.instances():
+            self.spec.driver.take_total_norm(instance.optimizer, total)
 
     def reduce_to_owners(self, ddp: DistributedDataParallel) -> None:
         """Replace DDP's all-reduce by a reduction of each gradient to its owner. Once, right after building."""
@@ -377,6 +398,26 @@ class DistributedOptimizer(Optimizer):
         """How many groups of ranks hold the same shards (HSDP), and step them alike."""
         return num_ranks(self._all_ranks) // num_ranks(self.process_group)
 
+    @property
+    def all_ranks(self) -> dist.ProcessGroup | None:
+        """All ranks that train the model: those that share the work, and under HSDP their replicas too."""
+        return self._all_ranks
+
+    def stepped_here(self) -> Iterator[tuple[int, PlacedParameter, bool]]:
+        """Positions and parameters that this rank steps, and whether it steps its own slice only."""
+        for instance in self.instances():
+            for index in instance.shadows:
+                yield index, self._placed[index], instance is self._local_instance
+
+    def encoded_state(self, index: int) -> dict[str, Any]:
+        """State of one parameter that is stepped here, as plain tensors and scalars; empty before its first step."""
+        (instance,) = (one for one in self.instances() if index in one.shadows)
+        return instance.encoded_state(index)
+
+    def free_gathered_copies(self) -> None:
+        """Free full copies of sharded parameters that the engine may have left: call it after changing the shards."""
+        self._reshard()
+
     def placed_parameters(self) -> list[PlacedParameter]:
         """All parameters and where they are stored, in group order."""
         return list(self._placed)
@@ -402,6 +443,10 @@ class DistributedOptimizer(Optimizer):
                 "groups at once: build_optimizer(model, name, params=[{'params': [...]}, ...])."
             )
         super().add_param_group(param_group)
+
+
+def _norm_in_fp32(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient.float(), 2.0)
 
 
 def _without_params(group: Mapping[str, Any]) -> ParamGroup:

@@ -66,6 +66,8 @@ class OptimizerSpec:
 
     name: str
     load: Callable[[], type[Optimizer]]
+    stands_for: tuple[UpstreamClass, ...] = ()
+    """Classes of other packages that mean this optimizer when they are given in place of its name."""
     package: str
     """pip name of the upstream package."""
     extra: str = ""
@@ -225,8 +227,9 @@ def _find_spec(optimizer_class: type[Optimizer]) -> OptimizerSpec | None:
     for spec in sorted(_specs.values(), key=lambda spec: bool(spec.refusal)):
         if spec.forced or not isinstance(spec.load, UpstreamClass):
             continue
-        if getattr(sys.modules.get(spec.load.module), spec.load.name, None) is optimizer_class:
-            return spec
+        for known in (spec.load, *spec.stands_for):
+            if getattr(sys.modules.get(known.module), known.name, None) is optimizer_class:
+                return spec
     return None
 
 

@@ -56,6 +56,13 @@ class UpstreamDriver:
         """One upstream step. ``parameters`` are those that are really stepped here (no ghosts)."""
         optimizer.step()
 
+    def needs_total_norm(self, values: Mapping[str, Any]) -> bool:
+        """Whether a step with these constructor arguments needs the norm of all gradients together."""
+        return False
+
+    def take_total_norm(self, optimizer: Optimizer, total: Tensor) -> None:
+        """Receive that norm, a 0-D fp32 tensor, right before the step. Called only where it is needed."""
+
     def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
         """Estimated cost of one step of a tensor, in units of an elementwise pass over one element."""
         return float(shape.numel())

@@ -172,7 +172,8 @@ def measure(rows: Sequence[Row], console: Console) -> dict[str, dict[str, Cell]]
 
 def versions() -> dict[str, str]:
     """Of torch and the upstream packages, as installed."""
-    packages = {dist_optim.get_spec(name).package for name in dist_optim.names()} - {"torch"}
+    packages = {dist_optim.get_spec(name).package for name in dist_optim.names()} - {"torch", "dist-optim"}
+    packages.add("lomo-optim")  # the reference of our own LOMO and AdaLomo
     return {"torch": torch.__version__} | {name: importlib.metadata.version(name) for name in sorted(packages)}
 
 

@@ -1,4 +1,4 @@
-"""LOMO and the layerwise names: listed with all that is known of them, and refused until they can be right."""
+"""The layerwise names: listed with all that is known of them, and refused until they can be right."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from dist_optim.errors import UnsupportedError
 from dist_optim.testing import RankPool
 
 INSTEAD = {
-    "lomo": "sgd",
-    "adalomo": "adafactor",
     "galore_adamw_layerwise": "galore_adamw",
     "galore_adafactor_layerwise": "galore_adafactor",
     "galore_adamw_8bit_layerwise": "galore_adamw_8bit",
@@ -31,8 +29,8 @@ def test_building_is_refused_and_names_what_to_use(name: str) -> None:
 
 
 def every_rank_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="lomo"):
-        dist_optim.build_optimizer(nn.Linear(4, 4), "lomo", lr=1e-2)
+    with pytest.raises(UnsupportedError, match="galore_adamw_layerwise"):
+        dist_optim.build_optimizer(nn.Linear(4, 4), "galore_adamw_layerwise", lr=1e-2)
 
 
 def test_all_ranks_are_refused_together(two_ranks: RankPool) -> None:
@@ -45,14 +43,7 @@ def test_names_are_fully_described(name: str) -> None:
     assert Trait.FUSED_BACKWARD in spec.traits
     assert spec.paper.startswith("https://arxiv.org/abs/") and spec.licence and spec.state_bytes and spec.summary
     assert {"lr", "weight_decay"} <= {record.name for record in spec.records()}
-    if name.endswith("_layerwise"):
-        assert spec.records() == dist_optim.get_spec(INSTEAD[name]).records()
-
-
-def test_lomos_class_is_refused_like_its_name() -> None:
-    lomo_optim = pytest.importorskip("lomo_optim")
-    with pytest.raises(UnsupportedError, match="adalomo: it updates parameters inside backward"):
-        dist_optim.build_optimizer(nn.Linear(4, 4), lomo_optim.AdaLomo, lr=1e-2)
+    assert spec.records() == dist_optim.get_spec(INSTEAD[name]).records()
 
 
 def test_registering_imports_no_upstream_package() -> None:
