@@ -2,13 +2,14 @@
 
 Reading order: ``registry`` (what an optimizer is), ``layouts`` (which part of a tensor a rank holds), ``exchange.plan``
 and ``exchange.transfer`` (who owns what, and how it moves), ``instance`` (one upstream optimizer with ghosts),
-``optimizer`` (the step), ``build`` (from a model and a name), then ``integrations``.
+``optimizer`` (the step), ``build`` (from a model and a name), ``checkpoint``, then ``integrations``.
 
 Importing this package needs torch alone; upstream packages and frameworks are imported on use.
 """
 
 from dist_optim import optimizers as _optimizers  # noqa: F401  registers the families
 from dist_optim.build import build_optimizer
+from dist_optim.checkpoint import load_checkpoint, save_checkpoint
 from dist_optim.errors import DistOptimError
 from dist_optim.hyperparameters import Hyperparameter, Scope, parse_optim_args
 from dist_optim.optimizer import DistributedOptimizer
@@ -26,9 +27,11 @@ __all__ = [
     "UpstreamDriver",
     "build_optimizer",
     "get_spec",
+    "load_checkpoint",
     "names",
     "parse_optim_args",
     "register",
+    "save_checkpoint",
 ]
 
 __version__ = "0.1.0"

@@ -7,6 +7,9 @@ DistOptimError
 ├── TargetModulesError      (ValueError)           `target_modules` is missing or selects nothing
 ├── ParameterError          (ValueError)           a parameter is stale, foreign, or listed twice
 ├── StateDictError          (ValueError)           a state dict does not belong to this optimizer or rank
+├── ScheduleError           (ValueError)           a learning-rate schedule is unknown, or cannot do what was asked
+├── MetricError             (ValueError)           no learning-rate decision can be taken from what ranks gave
+├── CheckpointError         (RuntimeError)         a checkpoint cannot be written or read
 ├── WrongModeError          (RuntimeError)         step() while the weights for evaluation are in place
 ├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
 │   └── UnsupportedLayoutError                     a sharding that cannot be served
@@ -19,11 +22,14 @@ A built-in base in parentheses lets callers catch what they already catch. Nothi
 """
 
 __all__ = [
+    "CheckpointError",
     "DistOptimError",
     "HyperparameterError",
+    "MetricError",
     "MissingPackageError",
     "ParameterError",
     "RanksDisagreeError",
+    "ScheduleError",
     "StateDictError",
     "StepFailedError",
     "TargetModulesError",
@@ -56,6 +62,18 @@ class ParameterError(DistOptimError, ValueError):
 
 class StateDictError(DistOptimError, ValueError):
     """A state dict does not fit this optimizer: other parameters, another algorithm, or another rank's share."""
+
+
+class CheckpointError(DistOptimError, RuntimeError):
+    """A checkpoint cannot be written or read: no such folder, not a checkpoint, incomplete, or of another model."""
+
+
+class ScheduleError(DistOptimError, ValueError):
+    """A learning-rate schedule is unknown, has an unknown option, or could never do what it is for."""
+
+
+class MetricError(DistOptimError, ValueError):
+    """What the ranks gave as a metric cannot be reduced to one number."""
 
 
 class WrongModeError(DistOptimError, RuntimeError):

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated, detect, numel_on
+from dist_optim.layouts.layout import boxes_on
 from dist_optim.testing import RankPool, assert_equal, assert_no_problems_on_any_rank
 
 CASES = [
@@ -34,6 +35,20 @@ def test_pieces_of_all_ranks_tile_the_tensor(layout: DimShard | FlatRange, shape
         layout.view_of(seen, rank).add_(1)
         assert numel_on(layout, full.shape, rank) == layout.view_of(full, rank).numel()
     assert_equal(seen, torch.ones_like(full))
+
+
+@pytest.mark.parametrize(("layout", "shape"), [*CASES, (FlatRange((0, 3, 17, 60)), (3, 4, 5))], ids=str)
+def test_boxes_name_the_blocks_that_a_rank_stores(layout: DimShard | FlatRange, shape: tuple[int, ...]) -> None:
+    full = torch.arange(math.prod(shape)).view(shape)
+    num_ranks = layout.world_size if isinstance(layout, DimShard) else len(layout.bounds) - 1
+    for rank in range(num_ranks):
+        stored = []
+        for box in boxes_on(layout, full.shape, rank):
+            block = full
+            for dim, (start, length) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+                block = block.narrow(dim, start, length)
+            stored += block.flatten().tolist()
+        assert stored == layout.view_of(full, rank).flatten().tolist()
 
 
 def test_replicated_layout_is_the_tensor_itself() -> None:

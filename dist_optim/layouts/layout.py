@@ -6,13 +6,21 @@ through it, unpacking writes through it, tests cut their references with it, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "numel_on"]
+__all__ = ["Box", "DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "boxes_on", "numel_on"]
+
+
+class Box(NamedTuple):
+    """A block of a tensor: where it starts in each dim, and how long it is there."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 class Layout(Protocol):
@@ -87,3 +95,41 @@ class Elsewhere:
 def numel_on(layout: Layout, shape: torch.Size, rank: int) -> int:
     """Elements of a tensor of this shape that ``rank`` holds."""
     return layout.view_of(torch.empty(shape, device="meta"), rank).numel()
+
+
+def boxes_on(layout: Layout, shape: torch.Size, rank: int) -> list[Box]:
+    """The blocks that make up what ``rank`` holds of a tensor of this shape, in the order of its storage.
+
+    A range of the flattened tensor that cuts rows is several blocks; a rank that holds nothing has none.
+    """
+    if isinstance(layout, FlatRange):
+        return _boxes_of_range(tuple(shape), layout.bounds[rank], layout.bounds[rank + 1])
+    view = layout.view_of(torch.empty(shape, device="meta"), rank)
+    if view.numel() == 0:
+        return []
+    offset, offsets = view.storage_offset(), []
+    for stride in view.stride():  # of the full tensor, which is contiguous: strides fall, so this reads off digits
+        offsets.append(offset // stride)
+        offset %= stride
+    return [Box(tuple(offsets), tuple(view.shape))]
+
+
+def _boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> list[Box]:
+    """Blocks of the elements ``start <= i < end`` of a contiguous tensor."""
+    if start >= end:
+        return []
+    if not shape:
+        return [Box((), ())]
+    row = math.prod(shape[1:])
+    first_whole, end_whole = -(-start // row), end // row
+    if first_whole > end_whole:  # inside one row
+        return _inside_row(shape, end_whole, start - end_whole * row, end - end_whole * row)
+    boxes = _inside_row(shape, first_whole - 1, start - (first_whole - 1) * row, row) if start % row else []
+    if first_whole < end_whole:
+        boxes.append(Box((first_whole,) + (0,) * (len(shape) - 1), (end_whole - first_whole, *shape[1:])))
+    return boxes + _inside_row(shape, end_whole, 0, end - end_whole * row)
+
+
+def _inside_row(shape: tuple[int, ...], index: int, start: int, end: int) -> list[Box]:
+    inner = _boxes_of_range(shape[1:], start, end)
+    return [Box((index, *box.offsets), (1, *box.sizes)) for box in inner]

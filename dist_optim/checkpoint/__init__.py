@@ -1,0 +1,12 @@
+"""Checkpoints on logical names: what they hold does not know the sharding.
+
+Reading order: ``directory`` (a folder appears whole or not at all), ``pieces`` (blocks of logical tensors, written and
+read by ``torch.distributed.checkpoint``), ``optimizer_state``, ``exported`` (the weights to export), ``whole_run``
+(model, optimizer and schedule together).
+"""
+
+from dist_optim.checkpoint.exported import exported_weights
+from dist_optim.checkpoint.optimizer_state import load_optimizer, save_optimizer
+from dist_optim.checkpoint.whole_run import load_checkpoint, save_checkpoint
+
+__all__ = ["exported_weights", "load_checkpoint", "load_optimizer", "save_checkpoint", "save_optimizer"]

@@ -1,0 +1,191 @@
+"""Logical tensors in blocks: what a rank holds of each, written and read by ``torch.distributed.checkpoint``.
+
+The files know full tensors under logical names, cut into blocks wherever the writing ranks happened to hold them. A
+reading rank asks for its own blocks; what overlaps is read. So the files do not know the sharding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from dist_optim.errors import CheckpointError
+from dist_optim.layouts.layout import Layout, boxes_on
+
+__all__ = ["Pieces", "StoredTensor", "read_pieces", "stored_tensors", "write_pieces"]
+
+_FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, EOFError, KeyError)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The blocks of one logical tensor that this rank holds; the tensors are views of its storage."""
+
+    shape: torch.Size
+    blocks: Mapping[torch.Size, Tensor]
+    """By where the block starts in the full tensor."""
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Pieces:
+        """All of a tensor, on every rank that holds it alike."""
+        return cls(tensor.shape, {torch.Size([0] * tensor.ndim): tensor.detach()})
+
+    @classmethod
+    def part(cls, local: Tensor, layout: Layout, shape: torch.Size, rank: int) -> Pieces:
+        """What ``rank`` holds of a tensor of this shape; ``local`` is the storage of it."""
+        if layout.is_replicated:
+            return cls.whole(local)
+        boxes = boxes_on(layout, shape, rank)
+        flat = local.detach().reshape(-1) if len(boxes) > 1 else local.detach()
+        sizes = [torch.Size(box.sizes).numel() for box in boxes]
+        parts = flat.split(sizes) if len(boxes) > 1 else [flat] * len(boxes)
+        return cls(shape, {torch.Size(b.offsets): p.view(b.sizes) for b, p in zip(boxes, parts, strict=True)})
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Shape and dtype of a tensor in the files."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def write_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: dist.ProcessGroup | None) -> None:
+    """Write every rank's blocks; one that several ranks hold is written once. Collective.
+
+    Raises:
+        CheckpointError: On all ranks: a disk is full, or ranks hold blocks that do not make up a tensor.
+    """
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.save(dict(pieces), storage_writer=writer, planner=_WritePlanner(), process_group=process_group)
+    except _FAILURES as error:
+        raise CheckpointError(
+            f"Writing {str(directory)!r} failed: {_first_line(error)}. Check that the folder is on a disk that all "
+            "ranks share and that it is not full; what was saved there before is untouched."
+        ) from error
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Names, shapes and dtypes of the tensors in a folder. Not a collective.
+
+    Raises:
+        CheckpointError: It holds no complete set of tensors.
+    """
+    try:
+        metadata = dcp.FileSystemReader(directory).read_metadata()
+    except Exception as error:  # a truncated pickle raises almost anything
+        raise CheckpointError(
+            f"{str(directory)!r} holds no complete checkpoint: {_first_line(error)}. Give a folder that was saved to "
+            "its end."
+        ) from error
+    return {
+        name: StoredTensor(entry.size, entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: dist.ProcessGroup | None) -> None:
+    """Fill every block from the files, in place. Collective; each rank may ask for other names.
+
+    Raises:
+        CheckpointError: On all ranks: files are missing or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(
+                dict(pieces),
+                storage_reader=dcp.FileSystemReader(directory),
+                planner=_ReadPlanner(),
+                process_group=process_group,
+            )
+    except _FAILURES as error:
+        raise CheckpointError(
+            f"Reading {str(directory)!r} failed: {_first_line(error)}. A file is missing or damaged: resume from "
+            "another checkpoint."
+        ) from error
+
+
+class _WritePlanner(dcp.DefaultSavePlanner):
+    """Plans ``Pieces`` where torch's planner plans tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    index=MetadataIndex(name, offsets),
+                    type=WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        chunk=ChunkStorageMetadata(offsets=offsets, sizes=block.shape),
+                        properties=TensorProperties.create_from_tensor(block),
+                        size=pieces.shape,
+                    ),
+                )
+                for name, pieces in self.state_dict.items()
+                for offsets, block in pieces.blocks.items()
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return _block(self.state_dict, index)
+
+
+class _ReadPlanner(dcp.DefaultLoadPlanner):
+    """Reads into ``Pieces`` where torch's planner reads into tensors."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator  # type: ignore[assignment]
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, pieces in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            chunks = [ChunkStorageMetadata(offsets, block.shape) for offsets, block in pieces.blocks.items()]
+            items += create_read_items_for_chunk_list(name, stored, chunks)  # type: ignore[arg-type]
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return _block(self.state_dict, index)
+
+
+def _block(pieces: Mapping[str, Pieces], index: MetadataIndex) -> Tensor:
+    assert index.offset is not None
+    return pieces[index.fqn].blocks[index.offset]
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the trace of every rank that torch puts around it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"{type(inner).__name__} on rank {rank}: {str(inner).splitlines()[0] if str(inner) else ''}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
