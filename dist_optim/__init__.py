@@ -2,7 +2,7 @@
 
 Reading order: ``registry`` (what an optimizer is), ``layouts`` (which part of a tensor a rank holds), ``exchange.plan``
 and ``exchange.transfer`` (who owns what, and how it moves), ``instance`` (one upstream optimizer with ghosts),
-``optimizer`` (the step), ``build`` (from a model and a name), ``checkpoint``, then ``integrations``.
+``optimizer`` (the step), ``build`` (from a model and a name), ``schedulers``, ``checkpoint``, then ``integrations``.
 
 Importing this package needs torch alone; upstream packages and frameworks are imported on use.
 """
@@ -14,18 +14,21 @@ from dist_optim.errors import DistOptimError
 from dist_optim.hyperparameters import Hyperparameter, Scope, parse_optim_args
 from dist_optim.optimizer import DistributedOptimizer
 from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass, get_spec, names, register
+from dist_optim.schedulers import MetricScheduler, build_scheduler
 from dist_optim.upstream import UpstreamDriver
 
 __all__ = [
     "DistOptimError",
     "DistributedOptimizer",
     "Hyperparameter",
+    "MetricScheduler",
     "OptimizerSpec",
     "Scope",
     "Trait",
     "UpstreamClass",
     "UpstreamDriver",
     "build_optimizer",
+    "build_scheduler",
     "get_spec",
     "load_checkpoint",
     "names",

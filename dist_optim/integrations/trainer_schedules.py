@@ -1,0 +1,93 @@
+"""Hugging Face Trainer: its arguments as a schedule, and its evaluations as decisions that all ranks take together.
+
+The stock Trainer lets each rank step on what its own ``compute_metrics`` returned, so that anything random, timed or
+rank-dependent in there parts the ranks for good.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_optim.errors import ScheduleError
+from dist_optim.schedulers import MetricScheduler, build_scheduler, metric_scheduler_in, resolve_schedule
+
+__all__ = ["LOG_NAME", "decide_after_evaluation", "scheduler_for_trainer"]
+
+LOG_NAME = "lr_decisions.jsonl"
+
+
+def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) -> LRScheduler | MetricScheduler:
+    """What ``Trainer.create_scheduler`` creates. Collective.
+
+    ``lr_scheduler_kwargs`` may also hold ``metric_from_rank`` and ``on_nonfinite`` of ``build_scheduler``. A metric
+    schedule follows ``metric_for_best_model`` in the direction of ``greater_is_better``, and writes its decisions to
+    ``output_dir/lr_decisions.jsonl``.
+
+    Args:
+        args: The ``TrainingArguments``.
+        optimizer: What steps, wrapped or not.
+        num_training_steps: Optimizer steps of the whole run.
+
+    Raises:
+        ScheduleError: As ``build_scheduler``, and where a metric schedule would never see a metric.
+    """
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    options = dict(args.lr_scheduler_kwargs or {})
+    decision: dict[str, Any] = {}
+    if resolve_schedule(name).is_metric_driven:
+        _refuse_without_evaluation(name, args)
+        decision = {
+            "greater_is_better": args.greater_is_better,
+            "log_path": os.path.join(args.output_dir, LOG_NAME),
+            "stepped_by_engine": True,  # the Trainer's loop, or DeepSpeed's engine
+        }
+    return build_scheduler(
+        optimizer,
+        name,
+        num_training_steps=num_training_steps,
+        num_warmup_steps=args.warmup_steps,
+        **decision,
+        **options,
+    )
+
+
+def decide_after_evaluation(lr_scheduler: Any, metrics: Mapping[str, Any], args: Any, step: int) -> None:
+    """Take the decision that follows an evaluation. Collective where the schedule follows a metric; else nothing.
+
+    A rank whose ``metrics`` lack the metric takes part, and does not count.
+
+    Args:
+        lr_scheduler: The Trainer's, wrapped or not.
+        metrics: What ``evaluate`` returned on this rank.
+        args: The ``TrainingArguments``.
+        step: ``state.global_step``, for the log.
+
+    Raises:
+        MetricError: On all ranks: none of them has the metric.
+    """
+    scheduler = metric_scheduler_in(lr_scheduler)
+    if scheduler is None:
+        return
+    name = str(args.metric_for_best_model)
+    key = name if name.startswith("eval_") else f"eval_{name}"
+    scheduler.step(
+        metrics.get(key),
+        at_step=step,
+        absence=(
+            f"metric_for_best_model={name!r} asks for {key!r}, and evaluation gave: {', '.join(metrics) or 'nothing'}. "
+            "Return it from compute_metrics on at least one rank, or set metric_for_best_model to one that is there."
+        ),
+    )
+
+
+def _refuse_without_evaluation(name: str, args: Any) -> None:
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy == "no":
+        raise ScheduleError(
+            f"lr_scheduler_type={name!r} decides after each evaluation, and none is configured. Set eval_strategy "
+            'to "steps" (with eval_steps) or "epoch".'
+        )
