@@ -66,5 +66,5 @@ def attach_schedule(
 
 
 def schedule_of_engine(wrapped: Any) -> Any:
-    """What a user of DeepSpeed's JSON steps: the metric schedule itself, out of a wrapper that would drop its metric."""
+    """What a user of DeepSpeed's JSON steps: a metric schedule itself, since accelerate's wrapper drops its metric."""
     return metric_scheduler_in(wrapped) or wrapped
