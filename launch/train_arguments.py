@@ -130,10 +130,24 @@ class TrainArguments:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches an optimizer step."})
     logging_steps: int = field(default=10, metadata={"help": "A line of metrics every so many steps."})
     eval_steps: int = field(default=100, metadata={"help": "Evaluate every so many steps, and at start and end."})
+    save_steps: int = field(
+        default=500, metadata={"help": "A checkpoint every so many steps, as OUTPUT_DIR/checkpoint-STEP; 0 for none."}
+    )
+    save_total_limit: int | None = field(default=None, metadata={"help": "Keep only the latest so many checkpoints."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Go on from this checkpoint folder, or from the last one of --output_dir, if any: last."},
+    )
     seed: int = field(default=42, metadata={"help": "Seeds the weights and the order of the data."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision in bfloat16."})
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there are GPUs."})
+    deepspeed: str | None = field(
+        default=None, metadata={"help": "DeepSpeed's configuration file; its values and the flags must agree."}
+    )
+    local_rank: int = field(default=-1, metadata={"help": "Set by the deepspeed launcher; the environment decides."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+    given: frozenset[str] = field(default=frozenset(), init=False)
+    """Names of the arguments that the user gave; the others hold defaults."""
 
     def check(self) -> None:
         """Raise `UsageError` for a number out of range or an unknown schedule."""
@@ -146,6 +160,9 @@ class TrainArguments:
         _check_range("max_grad_norm", self.max_grad_norm, minimum=0)
         _check_range("warmup_steps", self.warmup_steps, minimum=0)
         _check_range("num_train_epochs", self.num_train_epochs, above=0)
+        _check_range("save_steps", self.save_steps, minimum=0)
+        if self.save_total_limit is not None:
+            _check_range("save_total_limit", self.save_total_limit, minimum=1)
         if self.max_steps != -1:
             _check_range("max_steps", self.max_steps, minimum=1)
         for name in (
@@ -174,17 +191,17 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     parsed: list[Any]
     parser = _Parser((ModelArguments, DataArguments, TrainArguments), allow_abbrev=False)
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        parsed = _parse_file(parser, argv[0])
-    else:
-        *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
-        _refuse_unknown(unknown)
+        argv = _flags_of_file(argv[0])
+    *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    _refuse_unknown(unknown)
     model, data, train = parsed
+    train.given = frozenset(flag[2:].partition("=")[0] for flag in argv if flag.startswith("--"))
     for part in (model, data, train):
         part.check()
     return model, data, train
 
 
-def _parse_file(parser: _Parser, path: str) -> list[Any]:
+def _flags_of_file(path: str) -> list[str]:
     """Turn the file's entries into flags, so that both ways check types alike."""
     try:
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -197,7 +214,7 @@ def _parse_file(parser: _Parser, path: str) -> list[Any]:
     for key, value in entries.items():
         if value is not None:
             argv += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return list(parser.parse_args_into_dataclasses(argv))
+    return argv
 
 
 def _known_names() -> list[str]:

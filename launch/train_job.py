@@ -20,6 +20,7 @@ from dist_optim.errors import DistOptimError
 from dist_optim.integrations.accelerate import prepare
 from train_arguments import DataArguments, ModelArguments, TrainArguments, UsageError, parse_arguments
 from train_data import Blocks, load_blocks
+from train_deepspeed import accelerator_arguments, is_asked_for, leave_out
 from train_loop import TrainingRun, num_training_steps, train
 from train_model import load_model, load_tokenizer, no_decay_names
 from train_report import RunDirectory, print_summary
@@ -33,7 +34,10 @@ def main(argv: list[str], watch: SignalWatch) -> None:
     """Run the whole job on this rank; ends the process itself when the user's request cannot be served."""
     _quieten_libraries()
     arguments, error = _parse(argv)
-    accelerator = _start_accelerator(arguments, argv)
+    engine_arguments: dict[str, Any] = {}
+    if arguments is not None and is_asked_for(arguments[2]):
+        engine_arguments, error = _engine_arguments(arguments[2])
+    accelerator = _start_accelerator(arguments, argv, engine_arguments)
     try:
         raise_together(error)
         assert arguments is not None  # a rank without arguments has an error, and has raised it
@@ -113,13 +117,23 @@ def _quieten_libraries() -> None:
     """Keep the output to the job: no other library's bars, nor its warnings about kernels that are not used here."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "torch.utils._pytree", "torchao"):
+    for name in ("DeepSpeed", "bitsandbytes", "torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")  # accelerate calls it
+    # accelerate and DeepSpeed call them.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.* is deprecated")
     warnings.filterwarnings("ignore", message="FSDP.state_dict_type")  # its deprecation; FSDP1 has no other door
 
 
-def _parse(argv: list[str]) -> tuple[Arguments | None, UsageError | None]:
+def _engine_arguments(arguments: TrainArguments) -> tuple[dict[str, Any], DistOptimError | None]:
+    """DeepSpeed's part of the Accelerator, or the error, and then a job without it: ranks must meet to end together."""
+    try:
+        return accelerator_arguments(arguments), None
+    except DistOptimError as error:
+        leave_out()
+        return {}, error
+
+
+def _parse(argv: list[str]) -> tuple[Arguments | None, DistOptimError | None]:
     """The arguments, or the error: raised later, when the ranks can agree on it."""
     try:
         return parse_arguments(argv), None
@@ -127,14 +141,18 @@ def _parse(argv: list[str]) -> tuple[Arguments | None, UsageError | None]:
         return None, error
 
 
-def _start_accelerator(arguments: Arguments | None, argv: list[str]) -> Accelerator:
+def _start_accelerator(arguments: Arguments | None, argv: list[str], engine_arguments: dict[str, Any]) -> Accelerator:
     """Join the other ranks; refuses to train with fewer than the launcher was asked for."""
     train_arguments = arguments[2] if arguments else None
     use_cpu = train_arguments.use_cpu if train_arguments else "--use_cpu" in argv
-    accelerator = Accelerator(
+    placement = {
         # Without a GPU, accelerate forms a process group only when it is told to use the CPU.
-        cpu=use_cpu or not torch.accelerator.is_available(),
-        mixed_precision="bf16" if train_arguments and train_arguments.bf16 else None,
+        "cpu": use_cpu or not torch.accelerator.is_available(),
+        "mixed_precision": "bf16" if train_arguments and train_arguments.bf16 else None,
+        **engine_arguments,
+    }
+    accelerator = Accelerator(
+        **placement,
         # Every optimizer step takes the same number of micro-batches, also across the end of an epoch.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=train_arguments.gradient_accumulation_steps if train_arguments else 1, sync_with_dataloader=False

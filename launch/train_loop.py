@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -18,7 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dist_optim.agreement import gather_objects
+import train_checkpoints as checkpoints
 from train_arguments import TrainArguments
+from train_checkpoints import endless_batches
 from train_report import RunDirectory, peak_memory_bytes
 
 __all__ = ["TrainingRun", "evaluate", "num_training_steps", "train"]
@@ -43,6 +44,10 @@ class TrainingRun:
     eval_loader: DataLoader[dict[str, Tensor]]
     num_steps: int
     step: int = 0
+    window: list[Tensor] = field(default_factory=list)
+    """Losses of the steps since the last line of metrics."""
+    random_state: dict[str, Any] | None = None
+    """Where the random generators of a resumed run stood."""
     train_s: float = 0.0
     """Time in training steps, without evaluation."""
     train_losses: list[float] = field(default_factory=list)
@@ -54,6 +59,25 @@ class TrainingRun:
         arguments = self.arguments
         samples = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         return samples * self.block_size * self.accelerator.num_processes
+
+    def progress(self) -> dict[str, Any]:
+        """How far this rank has come, as plain values."""
+        return {
+            "step": self.step,
+            "train_s": self.train_s,
+            "train_losses": self.train_losses,
+            "eval_losses": self.eval_losses,
+            "window": [loss.item() for loss in self.window],
+            "rows": self.directory.rows if self.directory is not None else [],
+        }
+
+    def continue_from(self, progress: dict[str, Any]) -> None:
+        """Take over what ``progress`` returned."""
+        self.step, self.train_s = progress["step"], progress["train_s"]
+        self.train_losses, self.eval_losses = list(progress["train_losses"]), list(progress["eval_losses"])
+        self.window = [torch.tensor(loss, device=self.accelerator.device) for loss in progress["window"]]
+        if self.directory is not None:
+            self.directory.restore(progress["rows"])
 
     def discard(self) -> None:
         """Remove what an unfinished run has written."""
@@ -84,7 +108,8 @@ def train(run: TrainingRun) -> dict[str, Any]:
     Collective over all ranks.
     """
     try:
-        _evaluate_and_record(run)
+        if run.step == 0:
+            _evaluate_and_record(run)
         _train_steps(run)
         if not run.eval_losses or run.step % run.arguments.eval_steps:
             _evaluate_and_record(run)
@@ -100,13 +125,15 @@ def _train_steps(run: TrainingRun) -> None:
     arguments, accelerator = run.arguments, run.accelerator
     bar = tqdm(
         total=run.num_steps,
+        initial=run.step,
         desc="train",
         unit="step",
         dynamic_ncols=True,
         disable=arguments.disable_tqdm or not accelerator.is_main_process,
     )
-    batches = _endless_batches(run.train_loader)
-    window: list[Tensor] = []
+    num_consumed = run.step * arguments.gradient_accumulation_steps
+    batches = endless_batches(accelerator, run.train_loader, num_consumed, run.random_state)
+    window = run.window
     with bar:
         while run.step < run.num_steps:
             started = time.perf_counter()
@@ -124,6 +151,8 @@ def _train_steps(run: TrainingRun) -> None:
             bar.update()
             if run.step % arguments.eval_steps == 0:
                 _evaluate_and_record(run)
+            if arguments.save_steps and run.step % arguments.save_steps == 0:
+                checkpoints.save(run)
 
 
 def _train_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]]) -> StepResult:
@@ -138,18 +167,12 @@ def _train_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]]) -> StepR
             losses.append(loss.detach().float())
             if accelerator.sync_gradients:
                 if arguments.max_grad_norm > 0:
-                    grad_norm = float(accelerator.clip_grad_norm_(run.model.parameters(), arguments.max_grad_norm))
+                    norm = accelerator.clip_grad_norm_(run.model.parameters(), arguments.max_grad_norm)
+                    grad_norm = None if norm is None else float(norm)  # ZeRO-0 in fp32 does not tell it
                 run.optimizer.step()
                 run.scheduler.step()
                 run.optimizer.zero_grad()
     return StepResult(torch.stack(losses).mean(), learning_rate, grad_norm)
-
-
-def _endless_batches(loader: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Epoch after epoch, each in its own order."""
-    for epoch in itertools.count():
-        loader.set_epoch(epoch)  # type: ignore[attr-defined]  # accelerate's subclass has it
-        yield from loader
 
 
 @torch.no_grad()
@@ -193,7 +216,9 @@ def _finish(run: TrainingRun) -> dict[str, Any]:
     accelerator = run.accelerator
     run.optimizer.eval()  # optimizers that train on other weights than they deliver swap here
     state_dict = accelerator.get_state_dict(run.model)
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)  # accelerate may wrap it
+    optimizer = run.optimizer
+    while not hasattr(optimizer, "optimizer_state_bytes"):  # accelerate wraps it, and DeepSpeed once more
+        optimizer = optimizer.optimizer
     summary = {
         "optim": run.arguments.optim,
         "strategy": strategy_name(accelerator),
@@ -219,6 +244,8 @@ def strategy_name(accelerator: Accelerator) -> str:
     kind = accelerator.distributed_type
     if kind is DistributedType.NO:
         return "none"
+    if kind is DistributedType.DEEPSPEED:
+        return f"zero{accelerator.deepspeed_config['zero_optimization']['stage']}"
     if kind is not DistributedType.FSDP:
         return "ddp" if kind.value.startswith("MULTI_") else kind.value.lower()
     replicates = accelerator.parallelism_config is not None and accelerator.parallelism_config.dp_replicate_size > 1

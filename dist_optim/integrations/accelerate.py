@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from dist_optim.agreement import raise_together
 from dist_optim.build import build_optimizer, resolve
 from dist_optim.errors import DistOptimError, MissingPackageError, UnsupportedError
 from dist_optim.integrations import cpu_rehearsal
+from dist_optim.integrations.accelerate_deepspeed import prepare_engine, refuse_missed_ranks
+from dist_optim.integrations.accelerate_schedules import (
+    ScheduleChoice,
+    attach_schedule,
+    refuse_stray_options,
+    schedule_of_engine,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler
 
-__all__ = ["prepare"]
+    from dist_optim.schedulers import MetricScheduler
 
-SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP")
+__all__ = ["prepare", "refuse_unserved"]
+
+SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP", "DEEPSPEED")
 
 
 def prepare(
@@ -31,13 +39,15 @@ def prepare(
     model: nn.Module,
     optimizer: str | type[Optimizer],
     *,
-    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    scheduler: ScheduleChoice | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
     **options: Any,
-) -> tuple[nn.Module, AcceleratedOptimizer, AcceleratedScheduler | None]:
+) -> tuple[nn.Module, AcceleratedOptimizer, AcceleratedScheduler | MetricScheduler | None]:
     """Wrap the model by accelerate's strategy, build the optimizer on it, and a schedule on the optimizer.
 
-    Strategies: one process, DDP, FSDP 1 (with original parameters), FSDP 2, and FSDP 2 on a replicate x shard mesh. On
-    the CPU, FSDP asked for is FSDP done: see ``dist_optim.integrations.cpu_rehearsal``.
+    Strategies: one process, DDP, FSDP 1 (with original parameters), FSDP 2, FSDP 2 on a replicate x shard mesh, and
+    DeepSpeed's ZeRO 0 to 3. On the CPU, FSDP or DeepSpeed asked for is what is done, or it is refused: see
+    ``dist_optim.integrations.cpu_rehearsal``.
 
     Collective: every process calls it with the same arguments. Data loaders go through ``accelerator.prepare`` as
     usual; the optimizer must not. The returned optimizer and scheduler obey ``accelerator.accumulate``: between
@@ -47,35 +57,42 @@ def prepare(
         accelerator: Not yet given this model.
         model: The plain model.
         optimizer: A registered name or an optimizer class.
-        scheduler: Makes the learning-rate schedule of an optimizer; None for a constant rate.
+        scheduler: The learning-rate schedule: a name or a class, or a function that makes one of an optimizer; None for
+            a constant rate. One that follows a metric is not wrapped: call its ``step(metric)`` after evaluating.
+        scheduler_options: Keywords of ``dist_optim.build_scheduler`` for a name or a class.
         **options: Everything that ``dist_optim.build_optimizer`` takes: ``lr``, ``target_modules``, ``rank``, ...
 
     Returns:
-        The prepared model, the optimizer (``optimizer.optimizer`` is the ``DistributedOptimizer``), and the scheduler
-        (None where none was asked for).
+        The prepared model, the optimizer (``optimizer.optimizer`` is the ``DistributedOptimizer``; under DeepSpeed,
+        DeepSpeed's wrapper), and the scheduler (None where neither the call nor DeepSpeed's JSON asks for one).
 
     Raises:
         UnsupportedError: The strategy, or a setting of it, is not served yet.
         DistOptimError: Whatever ``build_optimizer`` refuses.
     """
     try:
-        from accelerate.scheduler import AcceleratedScheduler
+        import accelerate  # noqa: F401  the caller has one
     except ImportError as error:
         raise MissingPackageError(
             f"dist_optim.integrations.accelerate needs accelerate ({error}). Install it with: "
             "pip install 'dist-optim[train]'"
         ) from error
 
-    raise_together(_why_refused(accelerator, optimizer))
-    placed = _place(accelerator, model)
-    built = build_optimizer(placed, optimizer, **options)
-    prepared = accelerator.prepare_optimizer(built)
-    if scheduler is None:
-        return placed, prepared, None
-    # split_batches=True is accelerate's word for "one step a call": its default steps num_processes times.
-    wrapped = AcceleratedScheduler(scheduler(built), [prepared], step_with_optimizer=True, split_batches=True)
-    accelerator._schedulers.append(wrapped)
-    return placed, prepared, wrapped
+    raise_together(_why_refused(accelerator, optimizer) or refuse_stray_options(scheduler, scheduler_options))
+    built: Optimizer
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        placed, prepared, engine_schedule, built = prepare_engine(
+            accelerator, model, optimizer, scheduler is not None, options
+        )
+        if scheduler is None:
+            return placed, prepared, schedule_of_engine(engine_schedule)
+    else:
+        placed = _place(accelerator, model)
+        built = build_optimizer(placed, optimizer, **options)
+        prepared = accelerator.prepare_optimizer(built)
+        if scheduler is None:
+            return placed, prepared, None
+    return placed, prepared, attach_schedule(accelerator, built, prepared, scheduler, scheduler_options)
 
 
 def _place(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -99,24 +116,27 @@ def _why_refused(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> 
         resolve(optimizer)
         if cpu_rehearsal.is_ignored(accelerator):
             cpu_rehearsal.turn_fsdp_on(accelerator)
-        _refuse_unserved(accelerator)
+        refuse_unserved(accelerator)
     except DistOptimError as error:
         return error
     return None
 
 
-def _refuse_unserved(accelerator: Accelerator) -> None:
+def refuse_unserved(accelerator: Accelerator) -> None:
     strategy = accelerator.distributed_type.value
     if strategy not in SERVED:
         raise UnsupportedError(
-            f"accelerate's strategy {strategy} is not served yet. Use one process, DDP (--multi_gpu) or FSDP "
-            "(--use_fsdp --fsdp_version 2)."
+            f"accelerate's strategy {strategy} is not served yet. Use one process, DDP (--multi_gpu), FSDP "
+            "(--use_fsdp --fsdp_version 2) or DeepSpeed (--use_deepspeed)."
         )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
-        # On the CPU accelerate silently trains DDP, or one process, in its place.
+    if strategy == "DEEPSPEED":
+        refuse_missed_ranks(accelerator)
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
+        # Told to use the CPU, accelerate silently trains DDP, or one process, in its place.
         raise UnsupportedError(
-            f"DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED is set), but accelerate runs {strategy} here. Remove "
-            "DeepSpeed from the accelerate configuration, or run where accelerate supports it."
+            f"DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED is set), but accelerate runs {strategy} here. Rehearse "
+            "on the CPU with Accelerator(**dist_optim.integrations.cpu_rehearsal.deepspeed_arguments(), ...), without "
+            "cpu=True; or remove DeepSpeed from the accelerate configuration."
         )
     if strategy == "FSDP":
         _refuse_fsdp_settings(accelerator)

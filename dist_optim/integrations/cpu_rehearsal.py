@@ -1,4 +1,4 @@
-"""FSDP asked for on the CPU is FSDP done: a rehearsal of a GPU job on a machine without GPUs.
+"""FSDP or DeepSpeed asked for on the CPU is what is done: a rehearsal of a GPU job on a machine without GPUs.
 
 accelerate 1.15 reads an FSDP configuration everywhere, and obeys it on accelerators only: on the CPU it drops the
 plugin and trains DDP, without a word. ``turn_fsdp_on`` takes the decision that accelerate takes on a GPU: it gives the
@@ -14,6 +14,9 @@ What differs from a GPU:
   GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a segmentation fault.
 * The settings are those of the launcher's environment (``FSDP_VERSION`` and its kin). A plugin that a script gives to
   ``Accelerator(fsdp_plugin=...)`` is lost there on the CPU: give it to ``turn_fsdp_on`` as well, before ``prepare``.
+
+DeepSpeed trains on the CPU, but accelerate counts its ranks only where the backend is named to it, and ``cpu=True``
+turns DeepSpeed off. ``Accelerator(**deepspeed_arguments())`` does both right.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 
-__all__ = ["assert_fsdp", "is_ignored", "turn_fsdp_on"]
+__all__ = ["assert_fsdp", "deepspeed_arguments", "full_state_dict_of_fsdp1", "is_ignored", "turn_fsdp_on"]
 
 
 def is_ignored(accelerator: Accelerator) -> bool:
@@ -88,10 +91,34 @@ def turn_fsdp_on(
         state.parallelism_config = parallelism_config
         state.device_mesh = parallelism_config.get_device_mesh("cpu")
     if plugin.fsdp_version == 1:
-        accelerator.get_state_dict = _full_state_dict_of_fsdp1
+        accelerator.get_state_dict = full_state_dict_of_fsdp1
 
 
-def _full_state_dict_of_fsdp1(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+def deepspeed_arguments() -> dict[str, Any]:
+    """Keywords for ``Accelerator`` in a rehearsal of DeepSpeed on CPU ranks; call it before DeepSpeed is imported.
+
+    DeepSpeed then runs on the CPU and over gloo alone: its own C++ all-reduce, which takes a compiler and a minute at
+    the first start, is left out.
+
+    Raises:
+        UnsupportedError: DeepSpeed has already chosen an accelerator.
+    """
+    from accelerate.utils import InitProcessGroupKwargs
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu" or torch.accelerator.is_available():
+        raise UnsupportedError(
+            "A rehearsal of DeepSpeed on the CPU was asked for, and this machine has an accelerator, which accelerate "
+            "would use. Hide it (NVIDIA's: CUDA_VISIBLE_DEVICES=''), or train on it."
+        )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return {"cpu": False, "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
+
+
+def full_state_dict_of_fsdp1(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
     """What ``Accelerator.get_state_dict`` returns on a GPU: the full tensors on rank 0, nothing on the others."""
     config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, config):

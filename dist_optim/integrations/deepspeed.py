@@ -16,22 +16,39 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from dist_optim.agreement import own_rank, raise_together
 from dist_optim.build import arrange, resolve
-from dist_optim.errors import DistOptimError, MissingPackageError, UnknownOptimizerError, UnsupportedError
+from dist_optim.errors import (
+    DistOptimError,
+    HyperparameterError,
+    MissingPackageError,
+    UnknownOptimizerError,
+    UnsupportedError,
+)
 from dist_optim.integrations.deepspeed_limits import refuse_unserved
-from dist_optim.integrations.zero_optimizer import ZeroOptimizer
+from dist_optim.integrations.deepspeed_schedules import register_schedules
+from dist_optim.integrations.zero_optimizer import GROUP_NUMBER, ZeroOptimizer
 from dist_optim.layouts.detect import PlacedParameter, named_parameters
 from dist_optim.layouts.detect_zero import logical_shape
 from dist_optim.layouts.layout import Replicated
+from dist_optim.optimizer import DistributedOptimizer
 from dist_optim.registry import get_spec, names
 
-__all__ = ["UnknownDeepSpeedOptimizerError", "build_deepspeed_optimizer", "initialize", "register"]
+__all__ = [
+    "PREFIX",
+    "UnknownDeepSpeedOptimizerError",
+    "build_deepspeed_optimizer",
+    "build_optimizer_for_engine",
+    "initialize",
+    "is_ours",
+    "register",
+]
 
 PREFIX = "dist_optim."
 _PATCHED = {
@@ -46,7 +63,9 @@ class UnknownDeepSpeedOptimizerError(UnknownOptimizerError, AssertionError):
 
 
 def register() -> None:
-    """Make every name of ``dist_optim.names()`` resolve in the JSON. Calling it again does nothing.
+    """Make every name of ``dist_optim.names()`` resolve in the JSON, and schedules' names in its ``scheduler`` section.
+
+    Calling it again does nothing.
 
     Raises:
         MissingPackageError: deepspeed is not installed.
@@ -69,6 +88,7 @@ def register() -> None:
     ):
         setattr(engine_class, method, extend(getattr(engine_class, method)))
     supported.append(ZeroOptimizer)
+    register_schedules()
 
 
 def build_deepspeed_optimizer(model: nn.Module, ds_config: Mapping[str, Any]) -> tuple[ZeroOptimizer, dict[str, Any]]:
@@ -127,7 +147,7 @@ def _deepspeed_parts() -> tuple[Any, list[type]]:
 def _extend_support(original: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(original)
     def _is_supported_optimizer(self: Any, optimizer_name: str) -> bool:
-        if _is_ours(optimizer_name) or original(self, optimizer_name):
+        if is_ours(optimizer_name) or original(self, optimizer_name):
             return True
         try:
             get_spec(optimizer_name.removeprefix(PREFIX))
@@ -144,7 +164,7 @@ def _extend_construction(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         name = self.optimizer_name()
-        if not _is_ours(name):
+        if not is_ours(name):
             return original(self, model_parameters)
         error: DistOptimError | None = None
         optimizer: ZeroOptimizer | None = None
@@ -162,6 +182,7 @@ def _extend_construction(original: Callable[..., Any]) -> Callable[..., Any]:
 def _extend_configuration(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        raise_together(_why_no_client(client_optimizer))
         original(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, ZeroOptimizer):
             _attach(self, self.basic_optimizer)
@@ -169,7 +190,26 @@ def _extend_configuration(original: Callable[..., None]) -> Callable[..., None]:
     return _configure_optimizer
 
 
-def _is_ours(name: str | None) -> bool:
+def _why_no_client(client: Any) -> DistOptimError | None:
+    """Why this client optimizer would not train what the user asked for; None where nothing is known against it."""
+    if isinstance(client, DistributedOptimizer):
+        return UnsupportedError(
+            f"{client.spec.name}: dist_optim.build_optimizer was given the plain model, whose parameters DeepSpeed "
+            "flattens. Use dist_optim.integrations.accelerate.prepare, or name the optimizer in DeepSpeed's JSON."
+        )
+    groups = getattr(client, "param_groups", [])
+    if not isinstance(client, ZeroOptimizer) and any(GROUP_NUMBER in group for group in groups):
+        return UnsupportedError(
+            f"{type(client).__name__} was put in the place of the optimizer that was asked for, on its param groups "
+            "(accelerate does so where the optimizer is offloaded to the CPU). Set "
+            '"zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration, or use '
+            "dist_optim.integrations.accelerate.prepare."
+        )
+    return None
+
+
+def is_ours(name: str | None) -> bool:
+    """Whether DeepSpeed's configuration means one of our optimizers by this name."""
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     if name is None or name in DEEPSPEED_OPTIMIZERS:
@@ -177,28 +217,48 @@ def _is_ours(name: str | None) -> bool:
     return name.removeprefix(PREFIX) in names()
 
 
-def _build(model: nn.Module, name: str, parameters: Any, options: Mapping[str, Any]) -> ZeroOptimizer:
-    """The optimizer over the model before DeepSpeed flattens it.
+def build_optimizer_for_engine(
+    model: nn.Module,
+    optimizer: str | type[Optimizer],
+    *,
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    no_decay: Iterable[str] = (),
+    print_audit: bool = True,
+    **hyperparameters: Any,
+) -> ZeroOptimizer:
+    """The optimizer over the model before DeepSpeed flattens it: a client optimizer for ``deepspeed.initialize``.
 
     Args:
-        model: The user's module.
-        name: A registered name, with or without the prefix.
-        parameters: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
-        options: ``params`` of the JSON's section.
+        model: The user's module, possibly made under ``zero.Init``.
+        optimizer: A registered name or an optimizer class.
+        params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
+        target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``, hyperparameters.
+
+    Raises:
+        DistOptimError: As ``dist_optim.build_optimizer``, on this rank alone.
     """
-    spec = resolve(name.removeprefix(PREFIX))
-    hyperparameters = dict(options)
-    own = {key: hyperparameters.pop(key) for key in ("target_modules", "no_decay") if key in hyperparameters}
+    spec = resolve(optimizer)
     placed = {
         fqn: PlacedParameter(fqn, parameter, logical_shape(parameter), Replicated(), None, position)
         for position, (fqn, parameter) in enumerate(named_parameters(model))
     }
-    chosen = None if parameters is None else list(parameters)
+    chosen: Any = None if params is None else list(params)
     trainable = {id(one.parameter) for one in placed.values() if one.parameter.requires_grad}
     if chosen is not None and {id(one) for one in chosen} == trainable:
         chosen = None  # a plain list of all that is trained: frozen parameters keep their positions, as in one process
-    groups, arguments = arrange(model, spec, placed, hyperparameters, params=chosen, **own)
-    return ZeroOptimizer(spec, groups, arguments)
+    groups, arguments = arrange(
+        model, spec, placed, hyperparameters, params=chosen, no_decay=no_decay, target_modules=target_modules
+    )
+    return ZeroOptimizer(spec, groups, arguments, print_audit=print_audit)
+
+
+def _build(model: nn.Module, name: str, parameters: Any, options: Mapping[str, Any]) -> ZeroOptimizer:
+    """From a section of the JSON: ``options`` are its ``params``."""
+    own = {key: value for key, value in options.items() if key not in ("params", "print_audit")}
+    for key in sorted(options.keys() - own.keys()):
+        raise HyperparameterError(f'"optimizer": "params" has no key {key!r}. Remove it.')
+    return build_optimizer_for_engine(model, name.removeprefix(PREFIX), params=parameters, **own)
 
 
 def _attach(engine: Any, optimizer: ZeroOptimizer) -> None:
@@ -212,7 +272,7 @@ def _attach(engine: Any, optimizer: ZeroOptimizer) -> None:
         error = caught
     raise_together(error)
     optimizer.attach(engine)
-    if own_rank() == 0:
+    if own_rank() == 0 and optimizer.print_audit:
         clip = engine.gradient_clipping()
         said = f"to a norm of {clip:g}" if clip > 0 else "not at all"
         print(optimizer.route_audit(), flush=True)

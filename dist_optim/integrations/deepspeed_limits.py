@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from dist_optim.errors import UnsupportedError
 
 __all__ = ["refuse_unserved"]
@@ -59,11 +57,6 @@ def _reasons_of_zero(zero: Any) -> Iterator[str]:
             yield 'offload_optimizer.ratio < 1 steps the rest by another optimizer; set "ratio": 1.0.'
         if offload.super_offload:
             yield 'super_offload steps by its own CPU Adam; set "super_offload": false.'
-        if torch.accelerator.is_available():
-            yield (
-                "offload_optimizer puts gradients on the CPU, out of reach of the accelerator's collectives; remove it "
-                "(the optimizer state of these optimizers is small), or use ZeRO-3."
-            )
     if zero.zero_hpz_partition_size > 1:
         yield 'Hierarchical partitioning is not tested; set "zero_hpz_partition_size": 1.'
     if zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:

@@ -21,15 +21,26 @@ from dist_optim.agreement import agree_on_presence, num_ranks, raise_together
 from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, ParameterError, StateDictError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Plan
+from dist_optim.integrations.deepspeed_schedules import feeds_wrong_metric
 from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.layouts.detect_zero import Call, check_slices, push_weights, read_calls, wrapper_kind
+from dist_optim.layouts.detect_zero import (
+    Call,
+    check_slices,
+    push_weights,
+    read_calls,
+    with_reachable_groups,
+    wrapper_kind,
+)
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.optimizer import DistributedOptimizer
 from dist_optim.probe import prove_separable
 from dist_optim.registry import OptimizerSpec
 from dist_optim.upstream import ParamGroup
 
-__all__ = ["ZeroOptimizer"]
+__all__ = ["GROUP_NUMBER", "ZeroOptimizer"]
+
+GROUP_NUMBER = "dist_optim_group"
+"""Key in the param groups that DeepSpeed sees: which of our groups it is (DeepSpeed drops empty ones)."""
 
 
 class ZeroOptimizer(Optimizer):
@@ -43,10 +54,19 @@ class ZeroOptimizer(Optimizer):
         spec: The optimizer.
         groups: Param groups of the unwrapped model; ``params`` lists ``PlacedParameter``, frozen ones included.
         arguments: Constructor keywords for upstream.
+        print_audit: Whether rank 0 prints the route audit when the engine is known.
     """
 
-    def __init__(self, spec: OptimizerSpec, groups: Sequence[ParamGroup], arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        groups: Sequence[ParamGroup],
+        arguments: Mapping[str, Any],
+        *,
+        print_audit: bool = True,
+    ) -> None:
         self.spec = spec
+        self.print_audit = print_audit
         self._groups = list(groups)
         self._arguments = dict(arguments)
         self._calls: list[Call] = []
@@ -62,7 +82,7 @@ class ZeroOptimizer(Optimizer):
             own = {key: value for key, value in group.items() if key != "params"}
             trained = [placed.parameter for placed in group["params"] if placed.parameter.requires_grad]
             if trained:
-                outer.append({**arguments, **own, "params": trained, "dist_optim_group": number})
+                outer.append({**arguments, **own, "params": trained, GROUP_NUMBER: number})
         if not outer:
             raise ParameterError(f"{spec.name}: the model has no trainable parameter.")
         super().__init__(outer, {})
@@ -107,6 +127,7 @@ class ZeroOptimizer(Optimizer):
             error = caught
         raise_together(error, group)
         check_slices(self._calls, group)
+        self._calls = with_reachable_groups(self._calls)
         try:
             self._parts = [self._build_part(call, _group_of(call)) for call in self._calls]
         except DistOptimError as caught:
@@ -176,9 +197,8 @@ class ZeroOptimizer(Optimizer):
         names = [placed.fqn for placed in self._trainable()]
         now = self._engine.global_steps
         touched = [self._touched_in.get(name) == now for name in names]
-        device = next(iter(self._calls[0].slices.values())).live.device
         group = self._engine.seq_data_parallel_group
-        present, _ = agree_on_presence(touched, [False] * len(names), device, group)
+        present, _ = agree_on_presence(touched, [False] * len(names), torch.device(self._engine.device), group)
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
         stale = sorted(self._had_gradient - self._present)
         if stale and self._engine.gradient_clipping() > 0 and _keeps_stale_gradients(self._engine):
@@ -206,13 +226,13 @@ class ZeroOptimizer(Optimizer):
 
     def _push_hyperparameters(self, part: DistributedOptimizer) -> None:
         for outer in self._outer:
-            inner = part.param_groups[outer["dist_optim_group"]]
+            inner = part.param_groups[outer[GROUP_NUMBER]]
             inner.update({key: outer[key] for key in (inner.keys() & outer.keys()) - self._counters})
 
     def _pull_hyperparameters(self) -> None:
         """Show in DeepSpeed's groups what upstream's hold; what upstream counts there differs from call to call."""
         for outer in self._outer:
-            inner = self._parts[0].param_groups[outer["dist_optim_group"]]
+            inner = self._parts[0].param_groups[outer[GROUP_NUMBER]]
             outer.update({key: value for key, value in inner.items() if key not in self._counters})
 
     def _trainable(self) -> list[PlacedParameter]:
@@ -303,8 +323,9 @@ def _keeps_stale_gradients(engine: Any) -> bool:
 
 
 def _refuse_metric_schedule(engine: Any) -> None:
-    if isinstance(engine.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    if feeds_wrong_metric(engine):
         raise UnsupportedError(
-            "The engine steps ReduceLROnPlateau itself, and gives it the batch size as its metric. Do not pass it to "
-            "deepspeed.initialize: build it on engine.optimizer.optimizer and call its step(metric) yourself."
+            f"The engine steps {type(engine.lr_scheduler).__name__} itself, and gives it the batch size as its metric. "
+            "Do not pass it to deepspeed.initialize: call dist_optim.build_scheduler(engine.optimizer, ...) after it, "
+            "and its step(metric) after evaluating; or name it in the JSON's scheduler section."
         )

@@ -11,7 +11,7 @@ others once a training step. Updates must be written within the call: DeepSpeed 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,16 @@ from dist_optim.agreement import gather_objects, own_rank, raise_together
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
 
-__all__ = ["Call", "ParamSlice", "check_slices", "logical_shape", "push_weights", "read_calls", "wrapper_kind"]
+__all__ = [
+    "Call",
+    "ParamSlice",
+    "check_slices",
+    "logical_shape",
+    "push_weights",
+    "read_calls",
+    "with_reachable_groups",
+    "wrapper_kind",
+]
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -117,6 +126,29 @@ def read_calls(engine: Any, groups: Sequence[NamedParameters]) -> list[Call]:
         f"DeepSpeed wraps the optimizer in {kind}, whose layout is not known. Use ZeRO stage 0, 1, 2 or 3 without "
         "further options, or FSDP2."
     )
+
+
+def with_reachable_groups(calls: Sequence[Call]) -> list[Call]:
+    """The calls with process groups that communicate where the slices are. Collective where a group is made.
+
+    Offloaded slices are in the host's memory, out of reach of NCCL: gloo moves them, between the same ranks.
+    """
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    return [Call({name: _within_reach(part, made) for name, part in call.slices.items()}) for call in calls]
+
+
+def _within_reach(part: ParamSlice, made: dict[tuple[int, ...], dist.ProcessGroup]) -> ParamSlice:
+    group = part.process_group
+    if group is None or part.live.device.type in _devices_of(group):
+        return part
+    ranks = tuple(dist.get_process_group_ranks(group))
+    if ranks not in made:
+        made[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+    return replace(part, process_group=made[ranks])
+
+
+def _devices_of(group: dist.ProcessGroup) -> set[str]:
+    return {part.partition(":")[0] for part in dist.get_backend_config(group).split(",")}
 
 
 def check_slices(calls: Sequence[Call], process_group: dist.ProcessGroup | None) -> None:
