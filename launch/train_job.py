@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from torch.utils.data import DataLoader
 
+import train_checkpoints as checkpoints
 from dist_optim import get_spec, parse_optim_args
 from dist_optim.agreement import raise_together
 from dist_optim.errors import DistOptimError
@@ -70,9 +71,13 @@ def build(
     """
     set_seed(arguments.seed)
     local_error: DistOptimError | None = None
+    directory: RunDirectory | None = None
     try:
         hyperparameters = _hyperparameters(arguments)
-        directory = RunDirectory(arguments.output_dir, arguments.overwrite_output_dir) if is_rank_0() else None
+        resumes = arguments.resume_from_checkpoint is not None
+        checkpoint = checkpoints.find(arguments.resume_from_checkpoint, arguments.output_dir)
+        if is_rank_0():
+            directory = RunDirectory(arguments.output_dir, arguments.overwrite_output_dir, resumes)
         tokenizer = load_tokenizer(model_arguments)
         model = load_model(model_arguments, tokenizer, data_arguments.block_size)
         train_blocks, eval_blocks = load_blocks(data_arguments, tokenizer)
@@ -98,7 +103,7 @@ def build(
         **hyperparameters,
     )
     raise_together(None if directory is None else directory.open())
-    return TrainingRun(
+    run = TrainingRun(
         accelerator=accelerator,
         arguments=arguments,
         block_size=data_arguments.block_size,
@@ -111,6 +116,11 @@ def build(
         eval_loader=eval_loader,
         num_steps=num_steps,
     )
+    if checkpoint is not None:
+        checkpoints.load(run, checkpoint)
+    if is_rank_0() and resumes:
+        print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
+    return run
 
 
 def _quieten_libraries() -> None:

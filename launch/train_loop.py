@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dist_optim.agreement import gather_objects
 import train_checkpoints as checkpoints
+from dist_optim.agreement import gather_objects
 from train_arguments import TrainArguments
 from train_checkpoints import endless_batches
 from train_report import RunDirectory, peak_memory_bytes

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from train_arguments import UsageError
+from train_checkpoints import checkpoints_in
 
 __all__ = ["RunDirectory", "peak_memory_bytes", "print_summary"]
 
@@ -27,11 +28,16 @@ FINISHED_NAMES = ("model", "metrics.jsonl", "loss.png", "summary.json")
 class RunDirectory:
     """One run's folder: `open` it, `add` lines of metrics as they come, then `finish`."""
 
-    def __init__(self, output_dir: str, overwrite: bool) -> None:
+    def __init__(self, output_dir: str, overwrite: bool, resumes: bool = False) -> None:
         """Name the folder; nothing is written yet.
 
+        Args:
+            output_dir: The folder.
+            overwrite: Whether a run that it holds may be replaced.
+            resumes: Whether the run goes on from a checkpoint, or would if there were one.
+
         Raises:
-            UsageError: It holds a run and ``overwrite`` is false.
+            UsageError: It holds a run, or checkpoints of one, that would be replaced unasked.
         """
         self.path = Path(output_dir)
         self.unfinished = self.path / ".unfinished"
@@ -42,6 +48,14 @@ class RunDirectory:
                 f"--output_dir {output_dir!r} already holds a run ({', '.join(held)}). Choose another folder, or add "
                 "--overwrite_output_dir to replace that run once the new one has finished."
             )
+        saved = checkpoints_in(output_dir)
+        if saved and not overwrite and not resumes:
+            raise UsageError(
+                f"--output_dir {output_dir!r} holds checkpoints of a run ({saved[-1].name} is the last). Go on from it "
+                "with --resume_from_checkpoint last, choose another folder, or add --overwrite_output_dir."
+            )
+        self.stale = [] if resumes else saved
+        """Checkpoints of the run to be replaced."""
 
     def open(self) -> UsageError | None:
         """Make room for the results, or say why that cannot be done; an earlier unfinished run is dropped."""
@@ -58,6 +72,19 @@ class RunDirectory:
         with open(self.unfinished / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row)) + "\n")
 
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Take over the metrics of a run that goes on."""
+        self.rows = []
+        (self.unfinished / "metrics.jsonl").unlink(missing_ok=True)
+        for row in rows:
+            self.add(row)
+
+    def drop_stale_checkpoints(self) -> None:
+        """Remove the checkpoints of the run that this one replaces."""
+        for path in self.stale:
+            shutil.rmtree(path, ignore_errors=True)
+        self.stale = []
+
     def finish(self, model: Any, state_dict: dict[str, Any], tokenizer: Any, summary: dict[str, Any]) -> None:
         """Write the rest and move everything into place."""
         model.save_pretrained(self.unfinished / "model", state_dict=state_dict)
@@ -71,6 +98,7 @@ class RunDirectory:
             if old.is_dir():
                 old.rename(self.unfinished / f"old_{name}")
             (self.unfinished / name).replace(old)
+        self.drop_stale_checkpoints()
         self.discard()
 
     def discard(self) -> None:
