@@ -148,7 +148,8 @@ class MetricScheduler:
             if metrics is _NOT_GIVEN:
                 raise ScheduleError(
                     f"{self.name} follows a metric, and step() was called without one. Call step(metric) after each "
-                    "evaluation, on all ranks (None on a rank that has none), and not after each batch."
+                    "evaluation, on all ranks (None on a rank that has none), and not after each batch. Where an engine "
+                    "does that, build it with stepped_by_engine=True."
                 )
             contribution = read_metric(metrics)
         except DistOptimError as caught:
