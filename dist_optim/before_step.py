@@ -17,7 +17,7 @@ from dist_optim.fingerprints import fingerprint
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.upstream import ParamGroup
 
-__all__ = ["agree_on_gradients", "assert_gradients_reduced", "hyperparameters_of"]
+__all__ = ["agree_on_gradients", "agree_on_hyperparameters", "assert_gradients_reduced", "hyperparameters_of"]
 
 DIGEST_BITS = 32
 
@@ -48,14 +48,11 @@ def agree_on_gradients(
     """
     has = [one.parameter.grad is not None for one in placed]
     lacks = [not has[at] and one.local().numel() > 0 for at, one in enumerate(placed)]
-    # Ranks with equal digests have no bit that one has and another lacks.
-    digest = zlib.crc32(repr(hyperparameters).encode())
-    bits = [bool(digest >> bit & 1) for bit in range(DIGEST_BITS)]
+    bits = _digest(hyperparameters)
     present, lacking = agree_on_presence(
         [*has, flag, *bits], [*lacks, False, *(not bit for bit in bits)], placed[0].device, process_group
     )
-    if any(some and others for some, others in zip(present[-DIGEST_BITS:], lacking[-DIGEST_BITS:], strict=True)):
-        _raise_on_differing(hyperparameters, process_group)
+    _raise_on_differing(hyperparameters, present[-DIGEST_BITS:], lacking[-DIGEST_BITS:], process_group)
     for at, one in enumerate(placed):
         if present[at] and lacking[at]:
             raise RanksDisagreeError(
@@ -72,7 +69,29 @@ def agree_on_gradients(
     return present[: len(placed)], present[len(placed)]
 
 
-def _raise_on_differing(hyperparameters: Sequence[tuple[str, Any]], process_group: dist.ProcessGroup | None) -> None:
+def agree_on_hyperparameters(
+    hyperparameters: Sequence[tuple[str, Any]], device: torch.device, process_group: dist.ProcessGroup | None
+) -> None:
+    """Raise ``RanksDisagreeError`` on all ranks when a named value differs. Collective: one small all-reduce."""
+    bits = _digest(hyperparameters)
+    present, lacking = agree_on_presence(bits, [not bit for bit in bits], device, process_group)
+    _raise_on_differing(hyperparameters, present, lacking, process_group)
+
+
+def _digest(hyperparameters: Sequence[tuple[str, Any]]) -> list[bool]:
+    digest = zlib.crc32(repr(hyperparameters).encode())
+    return [bool(digest >> bit & 1) for bit in range(DIGEST_BITS)]
+
+
+def _raise_on_differing(
+    hyperparameters: Sequence[tuple[str, Any]],
+    present: Sequence[bool],
+    lacking: Sequence[bool],
+    process_group: dist.ProcessGroup | None,
+) -> None:
+    """Ranks with equal digests have no bit that one has and another lacks."""
+    if not any(some and others for some, others in zip(present, lacking, strict=True)) or num_ranks(process_group) == 1:
+        return
     assert_ranks_equal(
         "Hyperparameters differ between ranks",
         hyperparameters,

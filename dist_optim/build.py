@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from dist_optim.agreement import num_ranks, own_rank, raise_together
 from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, HyperparameterError, ParameterError, TargetModulesError, UnsupportedError
+from dist_optim.fused_backward import install
+from dist_optim.fused_guards import why_not_fused
 from dist_optim.hyperparameters import Scope, check_hyperparameters
 from dist_optim.layouts.detect import PlacedParameter, detect, reshard
 from dist_optim.model_watch import ModelWatch
@@ -26,6 +28,8 @@ from dist_optim.upstream import ParamGroup
 
 __all__ = ["arrange", "build_optimizer", "resolve"]
 
+ONE_BUCKET = 1 << 62
+
 
 def build_optimizer(
     model: nn.Module,
@@ -37,6 +41,7 @@ def build_optimizer(
     process_group: dist.ProcessGroup | None = None,
     resident_parameters: bool = False,
     reduce_to_owner: bool = False,
+    fused_backward: bool | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     check_ranks_every: int = 0,
     print_audit: bool = True,
@@ -61,7 +66,11 @@ def build_optimizer(
         reduce_to_owner: Under DistributedDataParallel, reduce each gradient to its owner only, in place of the
             all-reduce: gradients and updated parameters together then cost the traffic of one all-reduce. Clip with
             ``optimizer.clip_grad_norm_``.
-        bucket_bytes: Bytes of parameters that one owner takes in one round of the exchange.
+        fused_backward: Update each parameter inside backward, as soon as its reduced gradient is there, and free the
+            gradient (``dist_optim.fused_backward``); for elementwise optimizers, ``lomo``, ``adalomo`` and layerwise
+            names. None: ``lomo`` and ``adalomo`` do so wherever it is served, and layerwise names always.
+        bucket_bytes: Bytes of parameters that one owner takes in one round of the exchange; with a fused backward,
+            bytes of gradients that wait for each other.
         check_ranks_every: Every so many steps ranks compare fingerprints of all that they should hold alike (rates,
             counters, replicated parameters, state of replicas), and raise with the first difference; 0 for never.
         print_audit: Whether rank 0 prints the route audit.
@@ -77,8 +86,10 @@ def build_optimizer(
     ddp: DistributedDataParallel | None = None
     try:
         ddp = find_ddp(model) if reduce_to_owner and num_ranks(process_group) > 1 else None
-        spec = resolve(optimizer)
+        spec = resolve(optimizer, inside_backward=fused_backward is not False)
         placed = detect(model, process_group)
+        alternative = "reduce_to_owner" if reduce_to_owner else "resident_parameters" if resident_parameters else ""
+        is_fused = _choose_fused(fused_backward, alternative, model, spec, placed, process_group)
         groups, arguments = arrange(
             model,
             spec,
@@ -96,7 +107,8 @@ def build_optimizer(
             arguments,
             process_group=_one_process_group(placed.values(), process_group),
             resident_parameters=resident_parameters,
-            bucket_bytes=bucket_bytes,
+            # Inside backward, what travels together is what was ready together: the plan only names owners.
+            bucket_bytes=ONE_BUCKET if is_fused else bucket_bytes,
             check_ranks_every=check_ranks_every,
             all_ranks=process_group,
             reshard=partial(reshard, model),
@@ -108,14 +120,44 @@ def build_optimizer(
     built.agree_on_plan()
     if ddp is not None:
         built.reduce_to_owners(ddp)
+    if is_fused:
+        install(built, model, bucket_bytes=bucket_bytes)
     built.register_step_pre_hook(ModelWatch(model, built.placed_parameters(), process_group))
     if print_audit and own_rank(built.process_group) == 0:
         print(route_audit(built), flush=True)
     return built
 
 
-def resolve(optimizer: str | type[Optimizer]) -> OptimizerSpec:
+def _choose_fused(
+    asked: bool | None,
+    alternative: str,
+    model: nn.Module,
+    spec: OptimizerSpec,
+    placed: Mapping[str, PlacedParameter],
+    process_group: dist.ProcessGroup | None,
+) -> bool:
+    """Whether to step inside backward: as asked; else where the optimizer is made for it and it is served.
+
+    Raises:
+        UnsupportedError: It was asked for, or is the only way of this name, and is not served here.
+    """
+    if asked is False or (asked is None and Trait.FUSED_BACKWARD not in spec.traits):
+        return False
+    reason = why_not_fused(model, spec, placed, process_group)
+    if alternative:
+        reason = f"{alternative}=True works on stored gradients. Leave it out."
+    if not reason or (asked is None and not spec.instead):
+        return not reason
+    hint = f" Or use {spec.instead}, the same algorithm with stored gradients." if spec.instead else ""
+    raise UnsupportedError(f"{spec.name} cannot step inside backward here: {reason}{hint}")
+
+
+def resolve(optimizer: str | type[Optimizer], *, inside_backward: bool = False) -> OptimizerSpec:
     """The spec of a name or a class, with its package at hand.
+
+    Args:
+        optimizer: What the user chose.
+        inside_backward: Whether the caller can step inside backward, as layerwise names always do.
 
     Raises:
         UnknownOptimizerError, MissingPackageError, UnsupportedError: It cannot be used.
@@ -129,6 +171,11 @@ def resolve(optimizer: str | type[Optimizer]) -> OptimizerSpec:
         raise ParameterError(_why_no_choice(optimizer))
     if spec.refusal:
         raise UnsupportedError(f"{spec.name}: {spec.refusal}")
+    if spec.instead and not inside_backward:
+        raise UnsupportedError(
+            f"{spec.name} steps each parameter inside backward, which is not served here. Use {spec.instead}, the same "
+            "algorithm with stored gradients."
+        )
     spec.load_class()
     return spec
 

@@ -18,7 +18,7 @@ from dist_optim.exchange.plan import Bucket, Item, make_plan
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
 from dist_optim.layouts.detect import PlacedParameter
 
-__all__ = ["clip_gradients", "total_norm"]
+__all__ = ["clip_gradients", "combine_norms", "norm_in_fp32", "total_norm"]
 
 BUCKET_NUMEL = 16 << 20
 
@@ -105,6 +105,36 @@ def _norm_task(
     (full,) = yield from gather_to_owner(bucket, [local], process_group)
     for item in bucket.owned[own_rank(process_group)]:
         norms[item.index] = norm_of(full[item.index])
+
+
+@torch.no_grad()
+def combine_norms(
+    norms: Sequence[Tensor],
+    is_everywhere: Sequence[bool],
+    device: torch.device,
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """The norm of all gradients together, from those of whole tensors, in their order. Collective.
+
+    Args:
+        norms: One 0-D tensor each; zero at all ranks but one, unless ``is_everywhere``: then equal on all ranks.
+        is_everywhere: Whether every rank has the norm.
+        device: Where the process group communicates.
+        process_group: The ranks that step together.
+    """
+    if not norms:
+        return torch.zeros((), device=device)
+    stacked = torch.stack([norm.to(device) for norm in norms])
+    if not all(is_everywhere):
+        if own_rank(process_group) > 0:
+            stacked[torch.tensor(is_everywhere, device=device)] = 0.0
+        dist.all_reduce(stacked, group=process_group)  # one rank has each norm, the others zero: a sum is exact
+    return torch.linalg.vector_norm(stacked, 2.0)
+
+
+def norm_in_fp32(gradient: Tensor) -> Tensor:
+    """The Euclidean norm of a gradient of any dtype, taken in fp32."""
+    return torch.linalg.vector_norm(gradient.float(), 2.0)
 
 
 def _norm(gradient: Tensor, norm_type: float) -> Tensor:

@@ -101,6 +101,42 @@ class UpstreamInstance:
             self.shadows[index].grad = None
         return {index: self.shadows[index].data for index in parameters}
 
+    def step_each(
+        self, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor], keys: Collection[str]
+    ) -> dict[int, Tensor]:
+        """Run upstream's step on each of these tensors alone, in time that does not grow with the others' number.
+
+        Upstream sees the tensor as the only member of its group, and the group's counters as they were: they move on
+        in ``tick``.
+
+        Args:
+            parameters: Tensors to update, by position.
+            gradients: Their gradients, in the same shapes.
+            keys: Hyperparameters in the groups; what is not among them upstream counts itself.
+
+        Returns:
+            The updated tensors, by position.
+        """
+        self.show(parameters)
+        every_group = self.optimizer.param_groups
+        for index, gradient in gradients.items():
+            shadow, group = self.shadows[index], every_group[self._group_of[index]]
+            members, counters = group["params"], _counters_in(group, keys)
+            shadow.grad = gradient
+            try:
+                self.optimizer.param_groups, group["params"] = [group], [shadow]
+                self.driver.step(self.optimizer, [shadow])
+            finally:
+                self.optimizer.param_groups, group["params"] = every_group, members
+                group.update(counters)
+                shadow.grad = None
+        return {index: self.shadows[index].data for index in parameters}
+
+    def tick(self, keys: Collection[str]) -> None:
+        """Let the groups' counters move on by one step, after ``step_each`` of what has a gradient in this step."""
+        if any(_counters_in(group, keys) for group in self.optimizer.param_groups):
+            self.driver.step(self.optimizer, [])
+
     def swap_weights(self, mode: str, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Call upstream's ``train()`` or ``eval()`` on the given tensors; returns them as they are afterwards."""
         self.show(parameters)
@@ -172,6 +208,12 @@ def _copy(key: str, value: Any, device: torch.device, group: ParamGroup) -> Any:
         return value
     stays = key == "step" and not group.get("fused") and not group.get("capturable")
     return value.detach().clone() if stays else value.detach().to(device, copy=True)
+
+
+def _counters_in(group: ParamGroup, keys: Collection[str]) -> dict[str, Any]:
+    """Copies of what upstream itself keeps in a group."""
+    found = {key: value for key, value in group.items() if key not in keys and key != "params" and _is_plain(value)}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
 def _is_plain(value: Any) -> bool:

@@ -7,7 +7,7 @@ bucket: full tensors to their owners, the upstream step there, updated tensors b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from dist_optim import state_dicts
 from dist_optim.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.audit import route_audit
 from dist_optim.before_step import agree_on_gradients, assert_gradients_reduced, hyperparameters_of
-from dist_optim.clipping import clip_gradients, total_norm
+from dist_optim.clipping import clip_gradients, norm_in_fp32, total_norm
 from dist_optim.errors import UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Bucket
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
@@ -38,6 +38,19 @@ from dist_optim.upstream import ParamGroup
 __all__ = ["DistributedOptimizer"]
 
 DEFAULT_BUCKET_BYTES = 64 << 20
+
+
+class InsideBackward(Protocol):
+    """Takes the updates over from ``step``: see ``dist_optim.fused_backward``."""
+
+    def finish_step(self) -> None:
+        """End a training step whose updates backward has made. Collective."""
+
+    def backward(self, loss: Tensor) -> Tensor | None:
+        """Back-propagate, and update; returns the norm of all gradients where it was measured. Collective."""
+
+    def why_no_clipping(self) -> str:
+        """What to say to who would clip gradients that are gone."""
 
 
 class DistributedOptimizer(Optimizer):
@@ -93,8 +106,8 @@ class DistributedOptimizer(Optimizer):
             if placed.parameter.requires_grad
         }
         refuse_misfits(spec, list(members.values()))
-        self._needs_total_norm = spec.driver.needs_total_norm(arguments)
-        if self._needs_total_norm and any(isinstance(placed.layout, Elsewhere) for placed in self._placed):
+        self.needs_total_norm = spec.driver.needs_total_norm(arguments)
+        if self.needs_total_norm and any(isinstance(placed.layout, Elsewhere) for placed in self._placed):
             raise UnsupportedError(
                 f"{spec.name}: clip_grad_norm needs all gradients at once, and the engine steps one part of them after "
                 'another. Let the engine clip ("gradient_clipping" in DeepSpeed\'s configuration).'
@@ -104,11 +117,11 @@ class DistributedOptimizer(Optimizer):
         self._local_indices = [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
         owned = {index: member for index, member in here.items() if index not in self._local_indices}
         self.plan = plan_owners(spec, owned, bucket_bytes, process_group)
-        self._local_instance: UpstreamInstance | None = None
+        self.local_instance: UpstreamInstance | None = None
         self._instances: list[UpstreamInstance] = []
         self._build_instances(groups, arguments)
         constructor_only = set(spec.in_scope(Scope.CONSTRUCTOR))
-        self._pushed_keys = {record.name for record in spec.records()} - constructor_only
+        self.pushed_keys = {record.name for record in spec.records()} - constructor_only
         self._fixed = [_without_params(group) for group in self._any_instance().optimizer.param_groups]
         outer = [
             {**values, "params": [placed.parameter for placed in group["params"]]}
@@ -120,7 +133,8 @@ class DistributedOptimizer(Optimizer):
         self._fingerprints: dict[int, int] = {}  # of the slices that resident copies were made of
         self._copies_are_stale = True
         self._reduction: OwnerReduction | None = None
-        self._failures = FailureNotice(self._placed[0].device, process_group)
+        self.inside_backward: InsideBackward | None = None  # set by fused_backward.install
+        self.failures = FailureNotice(self._placed[0].device, process_group)
 
     # Building -----------------------------------------------------------------------------------------------------
 
@@ -128,14 +142,18 @@ class DistributedOptimizer(Optimizer):
         rank = own_rank(self.process_group)
         if self._local_indices or not self.plan.buckets:
             shapes = {index: self._placed[index].local().shape for index in self._local_indices}
-            self._local_instance = UpstreamInstance(self.spec, groups, shapes, arguments)
+            self.local_instance = UpstreamInstance(self.spec, groups, shapes, arguments)
         for bucket in self.plan.buckets:
             shapes = {item.index: item.shape for item in bucket.owned[rank]}
             self._instances.append(UpstreamInstance(self.spec, groups, shapes, arguments))
 
     def instances(self) -> list[UpstreamInstance]:
         """The upstream optimizers of this rank."""
-        return ([self._local_instance] if self._local_instance else []) + self._instances
+        return ([self.local_instance] if self.local_instance else []) + self._instances
+
+    def owner_instances(self) -> list[UpstreamInstance]:
+        """Those that step whole tensors, one for each bucket of the plan."""
+        return list(self._instances)
 
     def _any_instance(self) -> UpstreamInstance:
         return self.instances()[0]
@@ -184,26 +202,33 @@ class DistributedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._failures.receive(self.spec.name, self.num_steps)
+        if self.inside_backward is not None:
+            self.inside_backward.finish_step()
+            return loss
+        self.failures.receive(self.spec.name, self.num_steps)
         self._reshard()
         present = self._agree_on_gradients()
         for instance in self.instances():
-            instance.push_hyperparameters(self.param_groups, self._pushed_keys)
-        if self._needs_total_norm:
+            instance.push_hyperparameters(self.param_groups, self.pushed_keys)
+        if self.needs_total_norm:
             self._hand_out_total_norm(present)
-        if self._local_instance is not None:
-            self._step_locally(self._local_instance, present)
+        if self.local_instance is not None:
+            self._step_locally(self.local_instance, present)
         absent = {index for index, is_present in enumerate(present) if not is_present}
         run_tasks(
             self._step_task(bucket.without(absent), instance, present)
             for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
         )
-        self._failures.send()
+        self.end_step()
+        return loss
+
+    def end_step(self) -> None:
+        """What follows the updates of a training step. Collective."""
+        self.failures.send()
         self._publish_counters()
         self.num_steps += 1
         if self._check_ranks_every and self.num_steps % self._check_ranks_every == 0:
             compare_ranks(self, self._all_ranks)
-        return loss
 
     def _publish_counters(self) -> None:
         """Show in our own groups what upstream counts in its groups: state dicts are read from ours."""
@@ -231,7 +256,7 @@ class DistributedOptimizer(Optimizer):
         try:
             updated = instance.step(full_parameters, full_gradients, present)
         except Exception as error:  # the other ranks wait for this bucket: go on, and raise when the exchange is done
-            self._failures.note(error)
+            self.failures.note(error)
             updated = full_parameters
         del full_gradients, full_parameters
         yield from scatter_from_owner(bucket, updated, parameters, self.process_group)
@@ -268,7 +293,7 @@ class DistributedOptimizer(Optimizer):
 
     def _agree_on_gradients(self) -> list[bool]:
         """Which parameters have a gradient, the same answer on every rank, and whether resident copies are stale."""
-        values = hyperparameters_of(self.param_groups, self._pushed_keys)
+        values = hyperparameters_of(self.param_groups, self.pushed_keys)
         if self._reduction is not None:
             flag = self._reduction.were_changed()
         else:
@@ -304,6 +329,8 @@ class DistributedOptimizer(Optimizer):
         Returns:
             The global norm before clipping: 0-D, equal on all ranks.
         """
+        if self.inside_backward is not None:
+            raise UnsupportedError(self.inside_backward.why_no_clipping())
         self._reshard()
         present = self._agree_on_gradients()
         ordered, kept, owner_of = self._in_model_order(present)
@@ -325,9 +352,20 @@ class DistributedOptimizer(Optimizer):
     def _hand_out_total_norm(self, present: Sequence[bool]) -> None:
         """The norm of all gradients together, in fp32, to every upstream optimizer of this rank."""
         placed, kept, owners = self._in_model_order(present)
-        total = total_norm(placed, kept, _norm_in_fp32, 2.0, owners, self.process_group)
+        total = total_norm(placed, kept, norm_in_fp32, 2.0, owners, self.process_group)
         for instance in self.instances():
             self.spec.driver.take_total_norm(instance.optimizer, total)
+
+    def backward(self, loss: Tensor) -> Tensor | None:
+        """``loss.backward()``; with ``clip_grad_norm`` and a fused backward, twice: for the norm, then for the updates.
+
+        Returns:
+            The norm of all gradients together before clipping, where it was measured in this way.
+        """
+        if self.inside_backward is not None:
+            return self.inside_backward.backward(loss)
+        torch.autograd.backward(loss)
+        return None
 
     def reduce_to_owners(self, ddp: DistributedDataParallel) -> None:
         """Replace DDP's all-reduce by a reduction of each gradient to its owner. Once, right after building."""
@@ -349,8 +387,8 @@ class DistributedOptimizer(Optimizer):
         if Trait.WEIGHT_SWAPPING not in self.spec.traits or mode == self.mode:
             return
         self._reshard()
-        if self._local_instance is not None:
-            self._local_instance.swap_weights(mode, self._local_parameters(self._local_indices))
+        if self.local_instance is not None:
+            self.local_instance.swap_weights(mode, self._local_parameters(self._local_indices))
         run_tasks(
             self._swap_task(bucket, instance, mode)
             for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
@@ -391,7 +429,7 @@ class DistributedOptimizer(Optimizer):
         return sorted({key for group in self._counters() for key in group})
 
     def _counters(self) -> list[dict[str, Any]]:
-        return self._any_instance().group_counters(self._pushed_keys | {"params"})
+        return self._any_instance().group_counters(self.pushed_keys | {"params"})
 
     @property
     def num_replicas(self) -> int:
@@ -407,7 +445,7 @@ class DistributedOptimizer(Optimizer):
         """Positions and parameters that this rank steps, and whether it steps its own slice only."""
         for instance in self.instances():
             for index in instance.shadows:
-                yield index, self._placed[index], instance is self._local_instance
+                yield index, self._placed[index], instance is self.local_instance
 
     def encoded_state(self, index: int) -> dict[str, Any]:
         """State of one parameter that is stepped here, as plain tensors and scalars; empty before its first step."""
@@ -443,10 +481,6 @@ class DistributedOptimizer(Optimizer):
                 "groups at once: build_optimizer(model, name, params=[{'params': [...]}, ...])."
             )
         super().add_param_group(param_group)
-
-
-def _norm_in_fp32(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient.float(), 2.0)
 
 
 def _without_params(group: Mapping[str, Any]) -> ParamGroup:

@@ -87,6 +87,8 @@ class OptimizerSpec:
     """State per parameter element, in words and bytes: for people who choose."""
     needs: tuple[str, ...] = ()
     """What it needs besides its package (``"CUDA"``, ``"a C++ compiler"``), and for what: for people who choose."""
+    instead: str = ""
+    """For a name that is always stepped inside backward: the name of the same algorithm with stored gradients."""
     refusal: str = ""
     """Why building this optimizer is refused, and what to use; empty when it is served."""
     forced: Mapping[str, Any] = field(default_factory=dict)

@@ -27,7 +27,7 @@ class _ClippingOptimizer(Optimizer):
     """What both share: gradients in fp32, clipped by value, then by the norm of all gradients together.
 
     The norm is not known here, where a rank may hold a part of the tensors: who steps the optimizer sets
-    ``clip_coefficient`` before.
+    ``clip_coefficient`` before each step.
     """
 
     clip_coefficient: Tensor | None = None
@@ -59,7 +59,6 @@ class _ClippingOptimizer(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.update(parameter, self.clipped(parameter.grad), group)
-        self.clip_coefficient = None
         return loss
 
     def begin_step(self, group: dict[str, Any]) -> None:

@@ -85,19 +85,21 @@ def adalomo_clipped(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return FromUpstream(groups, "AdaLomo", **CLIPS, **OTHER)
 
 
+STORED = {"fused_backward": False}
+"""These cases step from gradients that are put in place; ``test_fused_backward`` steps the same inside backward."""
 CLIPS = {"clip_grad_value": 1.5, "clip_grad_norm": 60.0}
 """The value binds from the first step on, the norm (of about 120, and growing) as well."""
 OTHER = {"eps": (1e-8, 0.2), "clip_threshold": 0.7, "decay_rate": -0.6, "loss_scale": 64.0}
 """The least scale of a parameter binds for some, and not for others."""
 
-_LOMO = Case("lomo", lomo, {"lr": 1e-2, "weight_decay": 0.05})
+_LOMO = Case("lomo", lomo, {"lr": 1e-2, "weight_decay": 0.05}, constructor=STORED)
 _ADALOMO = replace(_LOMO, name="adalomo", make_reference=adalomo)
 
 CASES = (
     _LOMO,
     replace(_LOMO, dtype=torch.bfloat16),
-    replace(_LOMO, make_reference=lomo_clipped, constructor=CLIPS, label="clipped"),
+    replace(_LOMO, make_reference=lomo_clipped, constructor={**STORED, **CLIPS}, label="clipped"),
     _ADALOMO,
     replace(_ADALOMO, dtype=torch.bfloat16),
-    replace(_ADALOMO, make_reference=adalomo_clipped, constructor={**CLIPS, **OTHER}, label="clipped"),
+    replace(_ADALOMO, make_reference=adalomo_clipped, constructor={**STORED, **CLIPS, **OTHER}, label="clipped"),
 )
