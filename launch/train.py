@@ -4,7 +4,7 @@
         --optim_target_modules attn mlp --optim_args "rank=32, update_proj_gap=50" --output_dir runs/mine
 
 Run by path. Reading order of its siblings: `train_job` (from arguments to a finished run), `train_arguments`,
-`train_data`, `train_model`, `train_loop`, `train_report`, `train_signals`.
+`train_data`, `train_model`, `train_loop`, `train_schedule`, `train_checkpoints`, `train_report`, `train_signals`.
 
 A mistake of the user ends all ranks with exit code 2 before training, SIGINT with 130, SIGTERM with 143.
 """

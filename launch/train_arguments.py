@@ -16,12 +16,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from dist_optim.errors import DistOptimError
+from dist_optim.schedulers import resolve_schedule, schedule_names
 
 __all__ = ["DataArguments", "ModelArguments", "TrainArguments", "UsageError", "parse_arguments"]
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-# The schedules that need the step count alone; the others of transformers want a metric or further settings.
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 
 
 class UsageError(DistOptimError, ValueError):
@@ -119,7 +118,16 @@ class TrainArguments:
     learning_rate: float = field(default=5e-5, metadata={"help": "The peak learning rate."})
     weight_decay: float = field(default=0.0, metadata={"help": "Applied to all but biases and norms."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the global gradient norm; 0 turns clipping off."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": f"One of: {', '.join(SCHEDULES)}."})
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata={
+            "help": f"One of: {', '.join(schedule_names())}; or a class of torch.optim.lr_scheduler. greedy and "
+            "reduce_lr_on_plateau decide after each evaluation, by the validation loss."
+        },
+    )
+    lr_scheduler_kwargs: str | None = field(
+        default=None, metadata={"help": 'Its options, for example "patience=2, min_lr=1e-6", or as JSON.'}
+    )
     warmup_steps: float = field(default=0, metadata={"help": "Warmup steps; below 1, a share of all steps."})
     max_steps: int = field(
         default=-1, metadata={"help": "Optimizer steps; overrides --num_train_epochs when positive."}
@@ -151,10 +159,10 @@ class TrainArguments:
 
     def check(self) -> None:
         """Raise `UsageError` for a number out of range or an unknown schedule."""
-        if self.lr_scheduler_type not in SCHEDULES:
-            raise UsageError(
-                f"--lr_scheduler_type {self.lr_scheduler_type!r} is not served. Choose one of: {', '.join(SCHEDULES)}."
-            )
+        try:
+            resolve_schedule(self.lr_scheduler_type)
+        except DistOptimError as error:
+            raise UsageError(f"--lr_scheduler_type: {error}") from error
         _check_range("learning_rate", self.learning_rate, minimum=0)
         _check_range("weight_decay", self.weight_decay, minimum=0)
         _check_range("max_grad_norm", self.max_grad_norm, minimum=0)

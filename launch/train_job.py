@@ -15,6 +15,7 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
 import train_checkpoints as checkpoints
+import train_schedule as schedule
 from dist_optim import get_spec, parse_optim_args
 from dist_optim.agreement import raise_together
 from dist_optim.errors import DistOptimError
@@ -74,6 +75,7 @@ def build(
     directory: RunDirectory | None = None
     try:
         hyperparameters = _hyperparameters(arguments)
+        schedule.check_schedule(arguments)
         resumes = arguments.resume_from_checkpoint is not None
         checkpoint = checkpoints.find(arguments.resume_from_checkpoint, arguments.output_dir)
         if is_rank_0():
@@ -91,15 +93,15 @@ def build(
         DataLoader(eval_blocks, batch_size=arguments.per_device_eval_batch_size),
     )
     num_steps = num_training_steps(arguments, len(train_loader))
+    schedule_options = schedule.build_options(arguments, num_steps, RunDirectory.unfinished_in(arguments.output_dir))
     model, optimizer, scheduler = prepare(
         accelerator,
         model,
         arguments.optim,
         target_modules=_target_modules(arguments),
         no_decay=no_decay_names(model),
-        scheduler=lambda optimizer: transformers.get_scheduler(
-            arguments.lr_scheduler_type, optimizer, _num_warmup_steps(arguments, num_steps), num_steps
-        ),
+        scheduler=arguments.lr_scheduler_type,
+        scheduler_options=schedule_options,
         **hyperparameters,
     )
     raise_together(None if directory is None else directory.open())
@@ -215,11 +217,6 @@ def _hyperparameters(arguments: TrainArguments) -> dict[str, Any]:
 def _target_modules(arguments: TrainArguments) -> str | list[str] | None:
     given = arguments.optim_target_modules
     return given[0] if given == ["all-linear"] else given
-
-
-def _num_warmup_steps(arguments: TrainArguments, num_steps: int) -> int:
-    share_or_count = arguments.warmup_steps
-    return round(share_or_count * num_steps) if share_or_count < 1 else int(share_or_count)
 
 
 def _refuse(error: DistOptimError, accelerator: Accelerator) -> NoReturn:

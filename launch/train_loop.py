@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import train_checkpoints as checkpoints
+import train_schedule as schedule
 from dist_optim.agreement import gather_objects
 from train_arguments import TrainArguments
 from train_checkpoints import endless_batches
@@ -151,6 +152,7 @@ def _train_steps(run: TrainingRun) -> None:
             bar.update()
             if run.step % arguments.eval_steps == 0:
                 _evaluate_and_record(run)
+                schedule.decide(run)
             if arguments.save_steps and run.step % arguments.save_steps == 0:
                 checkpoints.save(run)
 
@@ -170,7 +172,7 @@ def _train_step(run: TrainingRun, batches: Iterator[dict[str, Tensor]]) -> StepR
                     norm = accelerator.clip_grad_norm_(run.model.parameters(), arguments.max_grad_norm)
                     grad_norm = None if norm is None else float(norm)  # ZeRO-0 in fp32 does not tell it
                 run.optimizer.step()
-                run.scheduler.step()
+                schedule.step(run.scheduler)
                 run.optimizer.zero_grad()
     return StepResult(torch.stack(losses).mean(), learning_rate, grad_norm)
 
@@ -228,6 +230,7 @@ def _finish(run: TrainingRun) -> dict[str, Any]:
         "train_loss_last": run.train_losses[-1],
         "eval_loss_first": run.eval_losses[0],
         "eval_loss_last": run.eval_losses[-1],
+        **schedule.summarize(run),
         "tokens_per_second": run.step * run.tokens_per_step / run.train_s,
         "train_seconds": run.train_s,
         "optimizer_state_bytes_per_rank": gather_objects(optimizer.optimizer_state_bytes()),

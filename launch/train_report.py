@@ -19,10 +19,12 @@ import torch
 
 from train_arguments import UsageError
 from train_checkpoints import checkpoints_in
+from train_schedule import LOG_NAME, PLOT_NAME, plot_rates
 
 __all__ = ["RunDirectory", "peak_memory_bytes", "print_summary"]
 
-FINISHED_NAMES = ("model", "metrics.jsonl", "loss.png", "summary.json")
+FINISHED_NAMES = ("model", "metrics.jsonl", "loss.png", PLOT_NAME, "summary.json")
+OPTIONAL_NAMES = (LOG_NAME,)
 
 
 class RunDirectory:
@@ -40,7 +42,7 @@ class RunDirectory:
             UsageError: It holds a run, or checkpoints of one, that would be replaced unasked.
         """
         self.path = Path(output_dir)
-        self.unfinished = self.path / ".unfinished"
+        self.unfinished = self.unfinished_in(output_dir)
         self.rows: list[dict[str, Any]] = []
         held = [name for name in FINISHED_NAMES if (self.path / name).exists()]
         if held and not overwrite:
@@ -56,6 +58,11 @@ class RunDirectory:
             )
         self.stale = [] if resumes else saved
         """Checkpoints of the run to be replaced."""
+
+    @staticmethod
+    def unfinished_in(output_dir: str) -> Path:
+        """Where a run writes until it has finished."""
+        return Path(output_dir) / ".unfinished"
 
     def open(self) -> UsageError | None:
         """Make room for the results, or say why that cannot be done; an earlier unfinished run is dropped."""
@@ -90,6 +97,7 @@ class RunDirectory:
         model.save_pretrained(self.unfinished / "model", state_dict=state_dict)
         tokenizer.save_pretrained(self.unfinished / "model")
         _plot(self.rows, self.unfinished / "loss.png")
+        plot_rates(self.rows, self.unfinished / LOG_NAME, self.unfinished / PLOT_NAME)
         text = json.dumps(_finite(summary), indent=2) + "\n"
         (self.unfinished / "summary.json").write_text(text, encoding="utf-8")
         (self.path / "summary.json").unlink(missing_ok=True)
@@ -98,6 +106,10 @@ class RunDirectory:
             if old.is_dir():
                 old.rename(self.unfinished / f"old_{name}")
             (self.unfinished / name).replace(old)
+        for name in OPTIONAL_NAMES:
+            (self.path / name).unlink(missing_ok=True)
+            if (self.unfinished / name).exists():
+                (self.unfinished / name).replace(self.path / name)
         self.drop_stale_checkpoints()
         self.discard()
 
@@ -150,11 +162,18 @@ def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     table.add_row("steps", f"{summary['steps']}")
     table.add_row("training loss", f"{summary['train_loss_first']:.4f} → {summary['train_loss_last']:.4f}")
     table.add_row("validation loss", f"{summary['eval_loss_first']:.4f} → {summary['eval_loss_last']:.4f}")
+    table.add_row("last learning rate", _rate_and_decisions(summary))
     table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
     table.add_row("optimizer state, by rank", _in_mib(summary["optimizer_state_bytes_per_rank"]))
     table.add_row("peak memory, by rank", _in_mib(summary["peak_memory_bytes_per_rank"]))
     table.add_row("output", output_dir)
     Console().print(table)
+
+
+def _rate_and_decisions(summary: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {decision}" for decision, count in summary.get("lr_decisions", {}).items())
+    rate = f"{summary['learning_rate_last']:.3g}, {summary['lr_scheduler_type']}"
+    return f"{rate}: {counts}" if counts else rate
 
 
 def _in_mib(sizes: list[int]) -> str:

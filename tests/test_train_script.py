@@ -230,7 +230,7 @@ class TestRefusals:
             ("--learning_rate nan", "--learning_rate nan is out of range"),
             ("--max_steps 0", "--max_steps 0 is out of range"),
             ("--gradient_accumulation_steps 0", "must be at least 1"),
-            ("--lr_scheduler_type greedy", "Choose one of: linear"),
+            ("--lr_scheduler_type greddy", "Did you mean greedy"),
             ("--model_config nowhere.json", "llama_tiny.json"),
             ("--model_name_or_path a --model_config b", "exclude each other"),
             ("--train_file a --dataset_name b", "exclude each other"),
