@@ -29,7 +29,7 @@ def launch_environment(config: Path) -> dict[str, str]:
     return dict(prepare_multi_gpu_env(arguments).items() - os.environ.items())
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("[!z]*.yaml")))  # zero*: DeepSpeed's
 def test_accelerate_reads_the_file_as_the_strategy_of_its_name(name: str) -> None:
     given = launch_environment(CONFIGS / name)
     strategy = name.split(".")[0].split("_")[0]

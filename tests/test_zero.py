@@ -66,16 +66,10 @@ def run_of(name: str, stage: int, **more: Any) -> ZeroRun:
     return ZeroRun(name, OPTIMIZERS[name], stage, **more)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_one_process(name: str, stage: int, two_ranks: RankPool) -> None:
     assert two_ranks.run(zero.distance, run_of(name, stage, real_batches=True)) == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_equals_one_process_at_stage_3(name: str, two_ranks: RankPool) -> None:
-    run = run_of(name, 3, real_batches=True)
-    assert two_ranks.run(zero.distance_given_gradients, run) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -107,7 +101,7 @@ def test_resumes_through_the_engine(name: str, stage: int, two_ranks: RankPool, 
 def test_a_layer_without_gradient_is_left_alone(stage: int, two_ranks: RankPool) -> None:
     options = {"lr": 1e-2, "weight_decay": 0.1}
     run = ZeroRun("adamw_torch", options, stage, real_batches=True, make_model=zero.SometimesIdle)
-    assert two_ranks.run(zero.distance, run) == [pytest.approx(0, abs=1e-5 if stage == 3 else 0)] * 2
+    assert two_ranks.run(zero.distance, run) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -1,8 +1,10 @@
 """The body of the DeepSpeed tests: a small Llama through the real engine, named in the JSON, against one process.
 
-``distance`` trains both sides from their own gradients. ZeRO-3 computes in gathered buffers, at other addresses than
-one process, and matrix products then round differently; three ranks sum in another order. ``distance_given_gradients``
-takes that away: the engine's own gradients go to the one process too, and nothing but the optimizer can differ.
+``distance`` trains both sides from their own gradients. ZeRO-3 puts an autograd node around every module, and where
+three gradients meet (a residual stream, the inputs of query, key and value) they are then summed in another order. The
+one process gets such nodes too (``bracketed``), and is equal to the bit; nothing of this is ours. On three ranks the
+engine's average rounds otherwise. ``distance_given_gradients`` takes that away: the engine's own averaged gradients go
+to the one process, and nothing but the optimizer can differ.
 """
 
 from __future__ import annotations
@@ -154,12 +156,45 @@ def weights_of(engine: Any, run: ZeroRun) -> list[Tensor]:
         return [p.detach().float().clone() for p in parameters]
 
 
+class _Node(torch.autograd.Function):
+    """Changes nothing, and is a node in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def _through_node(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Node.apply(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_through_node, value))
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _through_node(value[key])
+    return value
+
+
+def bracketed(model: nn.Module) -> nn.Module:
+    """The model with ZeRO-3's shape of the graph: a node before and after each module."""
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda _, arguments: _through_node(arguments))
+        module.register_forward_hook(lambda _, arguments, output: _through_node(output))
+    return model
+
+
 class Reference:
     """The same run in one process: the weights that the optimizer steps, in fp32 where the engine has such masters."""
 
     def __init__(self, run: ZeroRun) -> None:
         self.run = run
         self.model = run.make_model()
+        if run.stage == 3:
+            bracketed(self.model)
         self.model = self.model.to(run.dtype)
         if run.has_masters:
             self.model = self.model.float()  # masters start from the rounded weights
@@ -172,13 +207,17 @@ class Reference:
 
     def train(self) -> Reference:
         for step in range(STEPS):
-            whole = [batch(step)] if not self.run.real_batches else batch(step).chunk(dist.get_world_size())
-            parts = [part for own in whole for part in own.chunk(self.run.accumulation)]
-            for part in parts:
-                (loss_of(self.model, part, step) / len(parts)).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.train_step(step)
         return self
+
+    def train_step(self, step: int) -> None:
+        """One step from its own gradients."""
+        whole = [batch(step)] if not self.run.real_batches else batch(step).chunk(dist.get_world_size())
+        parts = [part for own in whole for part in own.chunk(self.run.accumulation)]
+        for part in parts:
+            (loss_of(self.model, part, step) / len(parts)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def follow(self, gradients: dict[str, Tensor | None]) -> None:
         """One step with these gradients."""

@@ -1,0 +1,163 @@
+"""`launch/train.py` under DeepSpeed: its three launchers on two CPU ranks, and flags against the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from test_accelerate_configs import CONFIGS
+from test_train_script import REPOSITORY, SUMMARY_KEYS, FinishedRun, run_script
+
+import train_arguments
+import train_data
+from train_arguments import UsageError, parse_arguments
+from train_deepspeed import settle
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+JSONS = REPOSITORY / "configs" / "deepspeed"
+ZERO_YAML = sorted(path.name for path in CONFIGS.glob("zero*.yaml"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SHORT = ("--max_steps", "3", "--logging_steps", "1", "--eval_steps", "1", "--per_device_train_batch_size", "2")
+
+
+def test_every_json_has_its_accelerate_files() -> None:
+    names = sorted(path.stem for path in JSONS.glob("*.json"))
+    assert sorted(f"{name}{kind}.yaml" for name in names for kind in ("", "_cpu_2")) == ZERO_YAML
+
+
+@pytest.mark.parametrize("name", ZERO_YAML)
+def test_accelerate_reads_the_file_as_the_configuration_of_its_name(name: str) -> None:
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / name), "script.py"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    assert arguments.use_deepspeed and arguments.num_processes == (2 if "_cpu_2" in name else 8)
+    fields = list(defaults.deepspeed_config)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+    _, given = prepare_deepspeed_cmd_env(argparse.Namespace(**vars(arguments)))
+    path = given["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+    assert path == f"configs/deepspeed/{name.removesuffix('.yaml').removesuffix('_cpu_2')}.json"
+    config = json.loads((REPOSITORY / path).read_text())
+    assert f"zero{config['zero_optimization']['stage']}" == name[:5]
+    assert ("offload" in name) == ("offload_optimizer" in config["zero_optimization"])
+    assert given["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str("zero3" in name).lower()
+
+
+def deepspeed_launcher() -> list[str]:
+    """Two ranks on a free port: the launcher takes a fixed one otherwise, and 0 for a number."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        port = found.getsockname()[1]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+
+
+def finished(launcher: list[str], output_dir: Path, *flags: str | Path) -> FinishedRun:
+    done = run_script(launcher, *SHORT, *flags, "--output_dir", output_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FinishedRun(output_dir, done.stdout + done.stderr)
+
+
+@pytest.fixture
+def small_batches(tmp_path: Path) -> Path:
+    """zero2.json for the batch size of ``test_train_script.command``."""
+    config = json.loads((JSONS / "zero2.json").read_text())
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": "auto"}))
+    return path
+
+
+class TestLaunched:
+    def test_by_accelerate_with_the_configuration_of_the_repository(self, tmp_path: Path, small_batches: Path) -> None:
+        text = (CONFIGS / "zero2_cpu_2.yaml").read_text()
+        (tmp_path / "own.yaml").write_text(text.replace("configs/deepspeed/zero2.json", str(small_batches)))
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "own.yaml")]
+        run = finished(launcher, tmp_path / "run", "--optim", "galore_adamw")
+        assert run.summary.keys() >= SUMMARY_KEYS
+        assert (run.summary["optim"], run.summary["strategy"], run.summary["world_size"]) == (
+            "galore_adamw",
+            "zero2",
+            2,
+        )
+        assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
+        assert "low rank 64" in run.output  # target modules and rank are the configuration's
+
+    def test_by_torchrun_the_exported_model_holds_the_averaged_weights(self, tmp_path: Path) -> None:
+        """ZeRO-3 of a model made under zero.Init; accumulated, clipped, evaluated at every step."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        config: dict[str, Any] = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
+        (tmp_path / "zero3.json").write_text(json.dumps(config))
+        flags = ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant", "--learning_rate", "1e-3")
+        more = ("--deepspeed", tmp_path / "zero3.json", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5")
+        run = finished(TORCHRUN, tmp_path / "run", *flags, *more)
+        assert run.summary["strategy"] == "zero3"
+        assert "clips gradients to a norm of 0.5" in run.output
+        model = AutoModelForCausalLM.from_pretrained(run.output_dir / "model")
+        tokenizer = AutoTokenizer.from_pretrained(run.output_dir / "model")
+        data = train_arguments.DataArguments(block_size=64, max_eval_samples=6)
+        _, blocks = train_data.load_blocks(data, tokenizer)
+        with torch.no_grad():
+            loss = model(input_ids=blocks.rows.long(), labels=blocks.rows.long()).loss.item()
+        assert loss == pytest.approx(run.summary["eval_loss_last"], rel=1e-4)
+
+    def test_by_deepspeed_a_contradiction_ends_all_ranks(self, tmp_path: Path) -> None:
+        flags = ("--deepspeed", JSONS / "zero2.json", "--optim", "sgd", "--output_dir", tmp_path / "run")
+        done = run_script(deepspeed_launcher(), *flags)
+        assert done.returncode != 0
+        (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "--per_device_train_batch_size 2 contradicts" in message and "zero2.json" in message
+        assert not (tmp_path / "run").exists()
+
+    def test_by_deepspeed(self, tmp_path: Path, small_batches: Path) -> None:
+        run = finished(deepspeed_launcher(), tmp_path / "run", "--deepspeed", small_batches, "--optim", "galore_adamw")
+        assert (run.summary["strategy"], run.summary["world_size"]) == ("zero2", 2)
+
+
+def settled(config: dict[str, Any], *flags: str) -> tuple[dict[str, Any], train_arguments.TrainArguments]:
+    *_, arguments = parse_arguments(["--output_dir", "out", *flags])
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}):
+        settle(config, arguments, "zero.json")
+    return config, arguments
+
+
+def test_flags_fill_in_what_the_configuration_leaves_out() -> None:
+    section = {"type": "dist_optim.adagrad", "params": {"lr": "auto"}}
+    config, arguments = settled(
+        {"optimizer": section, "gradient_clipping": 0.3, "zero_optimization": {"stage": 3}},
+        *("--learning_rate", "0.5", "--gradient_accumulation_steps", "4", "--bf16"),
+    )
+    assert config["optimizer"]["params"] == {"lr": 0.5, "weight_decay": 0.0}
+    assert (config["gradient_accumulation_steps"], config["bf16"]["enabled"]) == (4, True)
+    assert config["train_batch_size"] == 8 * 4 * 2
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    assert (arguments.optim, arguments.max_grad_norm) == ("adagrad", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "words"),
+    [
+        ({"gradient_clipping": 1.0}, "--max_grad_norm 0.5", "--max_grad_norm 0.5 contradicts zero.json"),
+        ({"bf16": {"enabled": False}}, "--bf16", "bf16.enabled is False"),
+        ({"optimizer": {"type": "sgd"}}, "--optim adafactor", "--optim adafactor contradicts .* optimizer is sgd"),
+        (
+            {"optimizer": {"type": "sgd", "params": {"lr": 1}}},
+            "--learning_rate 2",
+            "optimizer.params.lr is 1",
+        ),
+        ({"train_batch_size": 17}, "", 'sets "train_batch_size": 17, and the other numbers give 16'),
+        ({"scheduler": {"type": "WarmupLR"}}, "", "use --lr_scheduler_type"),
+    ],
+)
+def test_a_flag_that_contradicts_the_configuration_is_refused(config: dict[str, Any], flags: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        settled(config, *flags.split())
