@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import dist_optim
+from dist_optim import run
 from dist_optim.catalogue import describe, describe_hyperparameters
 from dist_optim.errors import DistOptimError
 
@@ -74,6 +75,19 @@ def list_optimizers(
         _print_json(described)
     else:
         _print_one(_console(), described)
+
+
+@app.command(
+    "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def run_script(context: typer.Context) -> None:
+    """Run a Hugging Face script unmodified, with every optimizer of this list in its --optim.
+
+    In one process; on many ranks: accelerate launch -m dist_optim.run SCRIPT ARGUMENTS.
+
+    Example: dist-optim run train.py --optim galore_adamw --optim_target_modules all-linear --output_dir out
+    """
+    run.main(context.args)
 
 
 def _list_all(as_json: bool) -> None:

@@ -1,0 +1,122 @@
+"""Run a Hugging Face script as it is, with every registered optimizer in its ``--optim``::
+
+    accelerate launch -m dist_optim.run train.py --optim flash_adamw --output_dir out
+    torchrun --nproc_per_node 8 -m dist_optim.run train.py arguments.json
+    dist-optim run train.py --optim galore_adamw --optim_target_modules all-linear
+
+The script imports ``Trainer`` and ``TrainingArguments`` from transformers, defines its own dataclasses, subclasses what
+it likes. Nothing in it changes: before it starts, the names in ``REPLACED`` are given another meaning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_optim.errors import DistOptimError, UnsupportedError
+
+__all__ = ["REPLACED", "Replacement", "main", "replace_names"]
+
+USAGE = """usage: python -m dist_optim.run [-m] SCRIPT [ARGUMENTS ...]
+
+Run a Hugging Face script (or, after -m, a module) unmodified, with every name of `dist-optim list` in its --optim.
+Under a launcher: accelerate launch -m dist_optim.run SCRIPT ..., or torchrun ... -m dist_optim.run SCRIPT ...
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One name that the script, and the libraries that it imports, find changed."""
+
+    module: str
+    name: str
+    by: str
+    """Module of the class of the same name that takes its place: a subclass of it."""
+    why: str
+
+    def apply(self) -> None:
+        """Put it in place, for everyone who imports the name from now on."""
+        setattr(importlib.import_module(self.module), self.name, self.replacement())
+
+    def replacement(self) -> Any:
+        """The class that takes the place."""
+        return getattr(importlib.import_module(self.by), self.name)
+
+
+_OURS = "dist_optim.integrations.transformers"
+REPLACED = (
+    Replacement("transformers", "Trainer", _OURS, "builds the optimizer of --optim once the model is in place"),
+    Replacement(
+        "transformers.trainer", "Trainer", _OURS, "the same, for Seq2SeqTrainer, trl and others that extend it"
+    ),
+    Replacement("transformers", "TrainingArguments", _OURS, "takes every name of `dist-optim list` in --optim"),
+    Replacement("transformers.training_args", "TrainingArguments", _OURS, "the same, for those that extend it"),
+    Replacement("transformers.trainer", "TrainingArguments", _OURS, "the same, for a Trainer without arguments"),
+)
+"""All that is replaced; each by a subclass of the original."""
+
+
+def replace_names() -> None:
+    """Replace the names of ``REPLACED``, and say so on rank 0. Calling it again does nothing.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+        UnsupportedError: Something has extended the originals already, and would keep them.
+    """
+    ours = importlib.import_module(_OURS)
+    import transformers
+
+    if transformers.Trainer is ours.Trainer:
+        return
+    for original in (transformers.Trainer, transformers.TrainingArguments):
+        early = [known for known in original.__subclasses__() if not known.__module__.startswith("dist_optim.")]
+        if early:
+            raise UnsupportedError(
+                f"{early[0].__module__}.{early[0].__qualname__} was made of transformers' own {original.__name__} "
+                "before dist_optim.run could replace it. Import that module in the script, not before."
+            )
+    for replacement in REPLACED:
+        replacement.apply()
+    if os.environ.get("RANK", "0") == "0":
+        print(description(), file=sys.stderr, flush=True)
+
+
+def description() -> str:
+    """What is replaced, for the user to read."""
+    width = max(len(f"{one.module}.{one.name}") for one in REPLACED)
+    lines = [f"  {f'{one.module}.{one.name}':{width}}  {one.why}" for one in REPLACED]
+    return "\n".join([f"dist_optim.run: the script finds these replaced by subclasses of {_OURS}:", *lines])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``[-m] SCRIPT [ARGUMENTS ...]`` as ``python`` would, with the names replaced. Exits on bad usage."""
+    rest = list(arguments)
+    is_module = rest[:1] == ["-m"]
+    rest = rest[1:] if is_module else rest
+    if not rest or rest[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if rest else sys.stderr, end="")
+        raise SystemExit(0 if rest else 2)
+    script = rest[0]
+    if not is_module and not Path(script).is_file():
+        raise SystemExit(f"dist_optim.run: {script!r} is not a file. Give the script to run: {USAGE.splitlines()[0]}")
+    try:
+        replace_names()
+    except DistOptimError as error:
+        raise SystemExit(f"dist_optim.run: {error}") from error
+    sys.argv = rest
+    if is_module:
+        sys.path[0] = os.getcwd()
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
