@@ -21,6 +21,7 @@ from dist_optim.integrations.accelerate_schedules import (
     refuse_stray_options,
     schedule_of_engine,
 )
+from dist_optim.integrations.accelerate_state import serve_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +53,7 @@ def prepare(
     Collective: every process calls it with the same arguments. Data loaders go through ``accelerator.prepare`` as
     usual; the optimizer must not. The returned optimizer and scheduler obey ``accelerator.accumulate``: between
     synchronised steps their ``step()`` does nothing. The scheduler steps once a call, whatever the number of processes.
+    ``accelerator.save_state`` and ``load_state`` hold the optimizer too, under any sharding and number of processes.
 
     Args:
         accelerator: Not yet given this model.
@@ -90,6 +92,7 @@ def prepare(
         placed = _place(accelerator, model)
         built = build_optimizer(placed, optimizer, **options)
         prepared = accelerator.prepare_optimizer(built)
+        serve_state(accelerator, prepared)
         if scheduler is None:
             return placed, prepared, None
     return placed, prepared, attach_schedule(accelerator, built, prepared, scheduler, scheduler_options)
@@ -107,6 +110,7 @@ def _place(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         accelerator._optimizers.remove(wrapped_placeholder)
     if accelerator.distributed_type.value == "FSDP":
         cpu_rehearsal.assert_fsdp(placed)
+        cpu_rehearsal.gather_in_place(placed)
     return placed
 
 

@@ -10,7 +10,7 @@ What differs from a GPU:
 
 * The device is ``cpu``, not ``cpu:0``: FSDP1 compares it with torch's own name of the current CPU.
 * ``sync_module_states`` must be off: accelerate needs a GPU for it. Ranks start from equal weights by their seed.
-* Under FSDP1, ``accelerator.get_state_dict`` gathers without offloading. torch's ``offload_to_cpu`` means "copy" on a
+* Under FSDP1, ``accelerator.get_state_dict`` and ``save_state`` gather without offloading. torch's ``offload_to_cpu`` means "copy" on a
   GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a segmentation fault.
 * The settings are those of the launcher's environment (``FSDP_VERSION`` and its kin). A plugin that a script gives to
   ``Accelerator(fsdp_plugin=...)`` is lost there on the CPU: give it to ``turn_fsdp_on`` as well, before ``prepare``.
@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 
-__all__ = ["assert_fsdp", "deepspeed_arguments", "full_state_dict_of_fsdp1", "is_ignored", "turn_fsdp_on"]
+__all__ = [
+    "assert_fsdp",
+    "deepspeed_arguments",
+    "full_state_dict_of_fsdp1",
+    "gather_in_place",
+    "is_ignored",
+    "turn_fsdp_on",
+]
 
 
 def is_ignored(accelerator: Accelerator) -> bool:
@@ -123,6 +130,21 @@ def full_state_dict_of_fsdp1(model: nn.Module, unwrap: bool = True) -> dict[str,
     config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, config):
         return model.state_dict()
+
+
+def gather_in_place(model: nn.Module) -> None:
+    """Make a placed model's ``state_dict`` gather without offloading, whatever accelerate has asked FSDP1 for."""
+    if not isinstance(model, FullyShardedDataParallel) or next(model.parameters()).device.type != "cpu":
+        return
+    original = model.state_dict
+
+    def state_dict(*args: Any, **options: Any) -> Any:
+        for module in FullyShardedDataParallel.fsdp_modules(model):
+            if isinstance(module._state_dict_config, FullStateDictConfig):
+                module._state_dict_config.offload_to_cpu = False
+        return original(*args, **options)
+
+    vars(model)["state_dict"] = state_dict
 
 
 def assert_fsdp(model: nn.Module) -> None:
