@@ -19,7 +19,7 @@ from dist_optim.integrations.accelerate import prepare
 from dist_optim.testing import RankFailure, RankPool, assert_equal
 
 GALORE = {"lr": 1e-2, "target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3, "scale": 0.25}
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "adamw_torch": {"lr": 1e-2},
     "galore_adamw": GALORE,
     "schedule_free_adamw": {"lr": 1e-2},

@@ -10,8 +10,9 @@ What differs from a GPU:
 
 * The device is ``cpu``, not ``cpu:0``: FSDP1 compares it with torch's own name of the current CPU.
 * ``sync_module_states`` must be off: accelerate needs a GPU for it. Ranks start from equal weights by their seed.
-* Under FSDP1, ``accelerator.get_state_dict`` and ``save_state`` gather without offloading. torch's ``offload_to_cpu`` means "copy" on a
-  GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a segmentation fault.
+* Under FSDP1, ``accelerator.get_state_dict`` and ``save_state`` gather without offloading. torch's ``offload_to_cpu``
+  means "copy" on a GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a
+  segmentation fault.
 * The settings are those of the launcher's environment (``FSDP_VERSION`` and its kin). A plugin that a script gives to
   ``Accelerator(fsdp_plugin=...)`` is lost there on the CPU: give it to ``turn_fsdp_on`` as well, before ``prepare``.
 
