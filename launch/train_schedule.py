@@ -83,9 +83,8 @@ def decide(run: TrainingRun) -> None:
     """After an evaluation: one decision for all ranks, where the schedule follows the loss. Collective."""
     if not isinstance(run.scheduler, MetricScheduler):
         return
-    run.scheduler.step(run.eval_losses[-1], at_step=run.step)
-    made = run.scheduler.decisions[-1]
-    if run.directory is not None and made["old_lr"] != made["new_lr"]:
+    made = run.scheduler.step(run.eval_losses[-1], at_step=run.step)
+    if made is not None and run.directory is not None and made["old_lr"] != made["new_lr"]:
         tqdm.write(
             f"step {run.step}/{run.num_steps}: learning rate {made['decision']} from {made['old_lr'][0]:.3g} to "
             f"{made['new_lr'][0]:.3g}"

@@ -6,8 +6,9 @@ rank-dependent in there parts the ranks for good.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
@@ -55,10 +56,11 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
     )
 
 
-def decide_after_evaluation(lr_scheduler: Any, metrics: Mapping[str, Any], args: Any, step: int) -> None:
+def decide_after_evaluation(lr_scheduler: Any, metrics: MutableMapping[str, Any], args: Any, step: int) -> None:
     """Take the decision that follows an evaluation. Collective where the schedule follows a metric; else nothing.
 
-    A rank whose ``metrics`` lack the metric takes part, and does not count.
+    A rank whose ``metrics`` lack the metric takes part, and does not count. Afterwards ``metrics`` hold the reduced
+    metric on every rank (NaN where none was finite), so that ranks also agree on which model is the best.
 
     Args:
         lr_scheduler: The Trainer's, wrapped or not.
@@ -74,7 +76,7 @@ def decide_after_evaluation(lr_scheduler: Any, metrics: Mapping[str, Any], args:
         return
     name = str(args.metric_for_best_model)
     key = name if name.startswith("eval_") else f"eval_{name}"
-    scheduler.step(
+    made = scheduler.step(
         metrics.get(key),
         at_step=step,
         absence=(
@@ -82,6 +84,8 @@ def decide_after_evaluation(lr_scheduler: Any, metrics: Mapping[str, Any], args:
             "Return it from compute_metrics on at least one rank, or set metric_for_best_model to one that is there."
         ),
     )
+    if made is not None:
+        metrics[key] = math.nan if made["metric"] is None else made["metric"]
 
 
 def _refuse_without_evaluation(name: str, args: Any) -> None:

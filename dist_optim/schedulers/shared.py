@@ -90,7 +90,7 @@ class MetricScheduler:
         """The rate of every param group, as it is now."""
         return learning_rates(self.optimizer)
 
-    def step(self, metrics: Any = _NOT_GIVEN, *, at_step: int | None = None, absence: str = "") -> None:
+    def step(self, metrics: Any = _NOT_GIVEN, *, at_step: int | None = None, absence: str = "") -> Row | None:
         """Decide on the learning rate. Collective: all ranks call it, after the same evaluation.
 
         Args:
@@ -99,13 +99,16 @@ class MetricScheduler:
             at_step: The training step for the log; what the optimizer has counted when None.
             absence: What an error should say of why no rank has a metric.
 
+        Returns:
+            The decision, as the log has it and the same on all ranks; None for the call of an engine.
+
         Raises:
             MetricError: On all ranks: no rank has a metric, one gave something that is none, or (on request) NaN.
             RanksDisagreeError: On all ranks: their rates or decisions have parted.
             ScheduleError: On all ranks: no metric was passed, or the log cannot be written.
         """
         if metrics is _NOT_GIVEN and self.stepped_by_engine:
-            return
+            return None
         reduced = self._agree_on_metric(metrics, absence)
         number, old = len(self._log.rows) + 1, learning_rates(self.optimizer)
         if reduced.metric is None:
@@ -121,6 +124,7 @@ class MetricScheduler:
             error = caught
         raise_together(error, self.process_group)
         self._assert_rates_equal()
+        return copy.deepcopy(row)
 
     def _agree_on_metric(self, metrics: Any, absence: str) -> Reduced:
         reports = gather_objects(self._report(metrics), self.process_group)
@@ -148,8 +152,8 @@ class MetricScheduler:
             if metrics is _NOT_GIVEN:
                 raise ScheduleError(
                     f"{self.name} follows a metric, and step() was called without one. Call step(metric) after each "
-                    "evaluation, on all ranks (None on a rank that has none), and not after each batch. Where an engine "
-                    "does that, build it with stepped_by_engine=True."
+                    "evaluation, on all ranks (None on a rank that has none), and not after each batch, or "
+                    "build it with stepped_by_engine=True where an engine does that."
                 )
             contribution = read_metric(metrics)
         except DistOptimError as caught:
