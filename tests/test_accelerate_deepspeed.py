@@ -178,10 +178,12 @@ def test_lists_and_tuples_are_the_same_value() -> None:
 
 def refused_by(mistake: str) -> str:
     run = ZeroRun("", {}, 2)
-    config = {"scheduler": {"type": "WarmupLR", "params": {}}} if mistake == "two schedules" else {}
-    if mistake == "auto batch":
+    config: dict[str, Any] = {}
+    if mistake == "two schedules":
+        config = {"scheduler": {"type": "WarmupLR", "params": {}}}
+    elif mistake == "auto batch":
         config = {"train_micro_batch_size_per_gpu": "auto"}
-    unseen = {"kwargs_handlers": []} if mistake == "unseen ranks" else {}
+    unseen: dict[str, Any] = {"kwargs_handlers": []} if mistake == "unseen ranks" else {}
     with accelerator_of(replace(run, config=config), **unseen) as accelerator:
         try:
             prepare(accelerator, run.make_model(), "sgd", lr=0.1, scheduler=halving, print_audit=False)

@@ -80,13 +80,13 @@ class ZeroRun:
 def deepspeed() -> Any:
     """The package, quiet, with our names in it, and without its C++ all-reduce, which takes a minute to compile."""
     import deepspeed as package
-    import deepspeed.comm.torch as backend
+    import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
     from dist_optim.integrations.deepspeed import register
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    backend.build_shm_op = lambda: None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     type(get_accelerator()).is_fp16_supported = lambda self: True  # it is slow on the CPU, and right
     register()
     return package
@@ -164,7 +164,7 @@ class _Node(torch.autograd.Function):
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -201,7 +201,7 @@ class Reference:
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         name = run.name.removeprefix("dist_optim.")
         self.optimizer = dist_optim.build_optimizer(
-            self.model, name, process_group=alone, print_audit=False, **run.options
+            self.model, name, process_group=alone, print_audit=False, fused_backward=False, **run.options
         )
         self.optimizer.train()
 

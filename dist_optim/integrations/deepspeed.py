@@ -38,7 +38,7 @@ from dist_optim.layouts.detect import PlacedParameter, named_parameters
 from dist_optim.layouts.detect_zero import logical_shape
 from dist_optim.layouts.layout import Replicated
 from dist_optim.optimizer import DistributedOptimizer
-from dist_optim.registry import get_spec, names
+from dist_optim.registry import Trait, get_spec, names
 
 __all__ = [
     "PREFIX",
@@ -225,6 +225,7 @@ def build_optimizer_for_engine(
     target_modules: str | Sequence[str] | None = None,
     no_decay: Iterable[str] = (),
     print_audit: bool = True,
+    fused_backward: bool | None = None,
     **hyperparameters: Any,
 ) -> ZeroOptimizer:
     """The optimizer over the model before DeepSpeed flattens it: a client optimizer for ``deepspeed.initialize``.
@@ -234,11 +235,17 @@ def build_optimizer_for_engine(
         optimizer: A registered name or an optimizer class.
         params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
         target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``, hyperparameters.
+        fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
 
     Raises:
         DistOptimError: As ``dist_optim.build_optimizer``, on this rank alone.
     """
     spec = resolve(optimizer)
+    if fused_backward:
+        raise UnsupportedError(
+            f"{spec.name}: fused_backward=True updates inside backward, and DeepSpeed's engine steps after it. Leave "
+            "it out; ZeRO divides the gradients over the ranks already."
+        )
     placed = {
         fqn: PlacedParameter(fqn, parameter, logical_shape(parameter), Replicated(), None, position)
         for position, (fqn, parameter) in enumerate(named_parameters(model))
@@ -276,4 +283,9 @@ def _attach(engine: Any, optimizer: ZeroOptimizer) -> None:
         clip = engine.gradient_clipping()
         said = f"to a norm of {clip:g}" if clip > 0 else "not at all"
         print(optimizer.route_audit(), flush=True)
+        if Trait.FUSED_BACKWARD in optimizer.spec.traits:
+            print(
+                "  stepped by DeepSpeed after backward, from stored gradients: the same weights, more memory",
+                flush=True,
+            )
         print(f'  DeepSpeed clips gradients {said} ("gradient_clipping"; 1.0 where it is not set)', flush=True)

@@ -22,6 +22,7 @@ from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, ParameterError, StateDictError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed_schedules import feeds_wrong_metric
+from dist_optim.integrations.zero_checkpoint import hold_averaged_weights
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.detect_zero import (
     Call,
@@ -34,7 +35,7 @@ from dist_optim.layouts.detect_zero import (
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.optimizer import DistributedOptimizer
 from dist_optim.probe import prove_separable
-from dist_optim.registry import OptimizerSpec
+from dist_optim.registry import OptimizerSpec, Trait
 from dist_optim.upstream import ParamGroup
 
 __all__ = ["GROUP_NUMBER", "ZeroOptimizer"]
@@ -75,6 +76,7 @@ class ZeroOptimizer(Optimizer):
         self._touched_in: dict[str, int] = {}  # name -> the engine's step in which backward last gave it a gradient
         self._had_gradient: set[str] = set()
         self._present: set[str] = set()
+        self.training_weights: list[dict[str, Tensor]] | None = None  # set aside while the engine saves averaged ones
         self._counters: set[str] = set()  # keys of upstream's groups that are no hyperparameters
         # DeepSpeed flattens what it is given: frozen parameters are ours to remember.
         outer: list[ParamGroup] = []
@@ -137,6 +139,8 @@ class ZeroOptimizer(Optimizer):
             part.agree_on_plan()
         self._counters = {"params", *self._parts[0].counter_keys()}
         self._pull_hyperparameters()
+        if Trait.WEIGHT_SWAPPING in self.spec.traits:
+            hold_averaged_weights(engine, self)
 
     def _build_part(self, call: Call, process_group: dist.ProcessGroup | None) -> DistributedOptimizer:
         groups = [{**group, "params": [_place(placed, call) for placed in group["params"]]} for group in self._groups]
@@ -257,13 +261,29 @@ class ZeroOptimizer(Optimizer):
         if before != [part.mode for part in self._parts]:
             push_weights(self._engine)
 
+    @property
+    def mode(self) -> str:
+        """``"train"``, or ``"eval"`` while the averaged weights are in place."""
+        return self._parts[0].mode if self._parts else "train"
+
+    def copied_weights(self) -> list[dict[str, Tensor]]:
+        """Copies of this rank's slices, call by call."""
+        return [{name: part.weight().clone() for name, part in call.slices.items()} for call in self._calls]
+
+    def write_weights(self, weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put slices that ``copied_weights`` returned back in place; the model itself is not touched."""
+        for call, saved in zip(self._calls, weights, strict=True):
+            for name, part in call.slices.items():
+                part.weight().copy_(saved[name])
+
     # State --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of the state, by parameter name; DeepSpeed stores it in this rank's checkpoint file."""
         for part in self._parts:
             self._push_hyperparameters(part)
-        return {"dist_optim": 1, "calls": [part.state_dict() for part in self._parts]}
+        own: dict[str, Any] = {"dist_optim": 1, "calls": [part.state_dict() for part in self._parts]}
+        return own if self.training_weights is None else {**own, "training_weights": self.training_weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Install what ``state_dict`` returned on this rank.
@@ -280,6 +300,7 @@ class ZeroOptimizer(Optimizer):
             )
         for part, share in zip(self._parts, saved, strict=True):
             part.load_state_dict(share)
+        self.training_weights = state_dict.get("training_weights")
         self._pull_hyperparameters()
 
     def optimizer_state_bytes(self) -> int:
