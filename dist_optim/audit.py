@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_optim.hyperparameters import Scope
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.registry import Trait
 
 if TYPE_CHECKING:
     from dist_optim.optimizer import DistributedOptimizer
@@ -34,6 +35,10 @@ def route_audit(optimizer: DistributedOptimizer) -> str:
         if len(trained) < len(members):
             lines[-1] += f"; {len(members) - len(trained)} frozen"
     lines += _owner_lines(optimizer)
+    if getattr(optimizer, "inside_backward", None) is not None:
+        lines.append("  updates are made inside backward: each gradient is freed when it is applied")
+    elif Trait.FUSED_BACKWARD in optimizer.spec.traits:
+        lines.append("  gradients are stored until step(), as for other optimizers")
     return "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ class BucketReduction:
         self._world_size = num_ranks(process_group)
         self._bucket_bytes = bucket_bytes
         self._deliver = deliver
-        self._came: list[int] = []
+        self._came: dict[int, None] = {}  # in order; a step that measures norms meets each twice
         self._is_order_known = False
         self._make_buckets(sorted(indices, key=lambda index: placed[index].position, reverse=True))
 
@@ -94,7 +94,7 @@ class BucketReduction:
         self._flats[number][at : at + gradient.numel()].copy_(gradient.reshape(-1))
         self._filled[number].add(index)
         if not self._is_order_known:
-            self._came.append(index)
+            self._came[index] = None
         while self._next < len(self._buckets) and len(self._filled[self._next]) == len(self._buckets[self._next]):
             self._launch()
 
@@ -109,12 +109,11 @@ class BucketReduction:
         """After the first step: take the order in which gradients came to rank 0. Collective."""
         if self._is_order_known:
             return
-        met = set(self._came)
-        order = self._came + [index for index in self._order if index not in met]
+        order = [*self._came, *(index for index in self._order if index not in self._came)]
         mine = torch.tensor(order, device=self._placed[0].device)
         dist.broadcast(mine, group=self._group, group_src=0)
         self._is_order_known = True
-        self._came = []
+        self._came = {}
         self._make_buckets(mine.tolist())
 
     def _empty(self, number: int) -> Tensor:

@@ -23,6 +23,9 @@ from dist_optim.upstream import ParamGroup, tensors_in
 
 __all__ = ["UpstreamInstance"]
 
+ALIGNMENT = 64
+"""Bytes; of torch's allocations on the CPU."""
+
 
 class UpstreamInstance:
     """The upstream optimizer of one bucket (or of everything that runs on local slices).
@@ -122,7 +125,7 @@ class UpstreamInstance:
         for index, gradient in gradients.items():
             shadow, group = self.shadows[index], every_group[self._group_of[index]]
             members, counters = group["params"], _counters_in(group, keys)
-            shadow.grad = gradient
+            shadow.grad = _as_if_alone(gradient)
             try:
                 self.optimizer.param_groups, group["params"] = [group], [shadow]
                 self.driver.step(self.optimizer, [shadow])
@@ -208,6 +211,14 @@ def _copy(key: str, value: Any, device: torch.device, group: ParamGroup) -> Any:
         return value
     stays = key == "step" and not group.get("fused") and not group.get("capturable")
     return value.detach().clone() if stays else value.detach().to(device, copy=True)
+
+
+def _as_if_alone(gradient: Tensor) -> Tensor:
+    """The gradient on storage as aligned as a tensor's own: matrix products round by alignment.
+
+    A gradient inside a bucket begins anywhere.
+    """
+    return gradient if gradient.data_ptr() % ALIGNMENT == 0 else gradient.clone()
 
 
 def _counters_in(group: ParamGroup, keys: Collection[str]) -> dict[str, Any]:

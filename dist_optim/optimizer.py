@@ -52,6 +52,9 @@ class InsideBackward(Protocol):
     def why_no_clipping(self) -> str:
         """What to say to who would clip gradients that are gone."""
 
+    def remove(self) -> None:
+        """Store gradients again, and update from them in ``step``."""
+
 
 class DistributedOptimizer(Optimizer):
     """An unmodified upstream optimizer over a placed model; made by ``dist_optim.build_optimizer``.
@@ -366,6 +369,17 @@ class DistributedOptimizer(Optimizer):
             return self.inside_backward.backward(loss)
         torch.autograd.backward(loss)
         return None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by torch's GradScaler before it looks for gradients to unscale."""
+        if self.inside_backward is not None:
+            raise UnsupportedError(
+                f"{self.spec.name}: GradScaler found out too late for this backward: its scaled gradients were applied "
+                "inside backward. Use bfloat16, which needs no scaling, or build with fused_backward=False. The "
+                "parameters are spoiled: start again."
+            )
+        return False
 
     def reduce_to_owners(self, ddp: DistributedDataParallel) -> None:
         """Replace DDP's all-reduce by a reduction of each gradient to its owner. Once, right after building."""

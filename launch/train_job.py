@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import train_checkpoints as checkpoints
 import train_schedule as schedule
-from dist_optim import get_spec, parse_optim_args
+from dist_optim import Trait, get_spec, parse_optim_args
 from dist_optim.agreement import raise_together
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.accelerate import prepare
@@ -206,12 +206,18 @@ def _refuse_small_batch(blocks: Blocks, arguments: TrainArguments, num_ranks: in
 def _hyperparameters(arguments: TrainArguments) -> dict[str, Any]:
     """All that the optimizer is given by name, checked before anything is loaded."""
     given = parse_optim_args(arguments.optim_args)
+    options = {"fused_backward": given.pop("fused_backward")} if "fused_backward" in given else {}
     flags = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
     for key in sorted(given.keys() & flags.keys()):
         raise UsageError(f"--optim_args sets {key}={given[key]!r}, which has a flag of its own. Use {flags[key]}.")
     values = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **given}
-    get_spec(arguments.optim).check(values)
-    return values
+    spec = get_spec(arguments.optim)
+    spec.check(values)
+    if Trait.FUSED_BACKWARD in spec.traits and not spec.instead and not is_asked_for(arguments):
+        # Where the flags need stored gradients, gradients are stored: the step is the same.
+        is_needed = arguments.max_grad_norm > 0 or arguments.gradient_accumulation_steps > 1
+        options = {"fused_backward": False if is_needed else None, **options}
+    return {**values, **options}
 
 
 def _target_modules(arguments: TrainArguments) -> str | list[str] | None:

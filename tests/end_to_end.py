@@ -50,6 +50,7 @@ _PLAIN_FLASH = {**_DECAY, "quantize": False, "fused": False, "master_weight_bits
 RUNS = (
     Run("adafactor", _DECAY),
     Run("adagrad", _DECAY),
+    Run("adalomo", {**_DECAY, "fused_backward": False}),
     Run("adamw_bnb_8bit", {**_DECAY, "min_8bit_size": 1024}),
     Run("adamw_torch", _DECAY),
     Run("adamw_torch", _DECAY, clip=0.5),
@@ -69,6 +70,7 @@ RUNS = (
     Run("galore_adamw_8bit", {**_DECAY, **_LOW_RANK}),
     Run("grokadamw", _DECAY),
     Run("lion_8bit", {"lr": 1e-3, "min_8bit_size": 1024}),
+    Run("lomo", {"lr": 1e-1, "fused_backward": False}),
     Run("muon", {"lr": 1e-2}, matrices_only=True),
     Run("rmsprop", {"lr": 1e-3}),
     Run("schedule_free_adamw", _DECAY),

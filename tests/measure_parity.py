@@ -22,6 +22,8 @@ from typing import Any
 import flash_interpreter
 import torch
 from cases import all_cases
+from fused import fused_gaps
+from fused_cases import FUSED_CASES
 from parity import Case, run_gaps
 from parity_tables import COLUMNS, TABLE, exceeding, write_tables
 from placements import place
@@ -47,6 +49,8 @@ class Row:
 
     name: str
     case: Case | None = None
+    inside_backward: bool = False
+    """Its gradients come from a loss, and it is stepped while they come."""
     interpreted: bool = False
     """Its kernels run under Triton's interpreter, in ranks of their own."""
 
@@ -64,6 +68,7 @@ class Row:
             "dtype": dtype,
             "steps": self.case.steps,
             "tolerance": self.case.tolerance,
+            **({"inside_backward": True} if self.inside_backward else {}),
         }
 
 
@@ -74,6 +79,7 @@ def all_rows() -> list[Row]:
         ValueError: A registered name has neither a case nor a refusal.
     """
     rows = [Row(case.name, case) for case in all_cases()]
+    rows += [Row(case.name, case, inside_backward=True) for case in FUSED_CASES]
     for case in KERNEL_CASES:
         rows.append(Row(case.name, replace(case, label=f"{case.label} (interpreted kernels)"), interpreted=True))
     measured = {row.name for row in rows}
@@ -96,12 +102,13 @@ def even(case: Case) -> Case:
     return replace(case, linear=linear, extra=tuple(nearest(shape) for shape in case.extra))
 
 
-def measure_case(case: Case, placements: Sequence[str]) -> list[Cell]:
+def measure_case(case: Case, placements: Sequence[str], inside_backward: bool = False) -> list[Cell]:
     """The body: one cell a placement, as this rank sees it."""
+    run = fused_gaps if inside_backward else run_gaps
     cells: list[Cell] = []
     for placement in placements:
         try:
-            gaps = [gap.relative for gap in run_gaps(case, placement, bucket_bytes=BUCKET_BYTES)]
+            gaps = [gap.relative for gap in run(case, placement, bucket_bytes=BUCKET_BYTES)]
             cells.append(math.nan if any(map(math.isnan, gaps)) else max(gaps))
         except DistOptimError as error:
             cells.append(first_sentence(error))
@@ -136,7 +143,8 @@ def measure_row(row: Row, pool: RankPool) -> dict[str, Cell]:
         if row.case is None:
             by_rank = pool.run(measure_refusal, row.name, placements)
         else:
-            by_rank = pool.run(measure_case, even(row.case) if is_even else row.case, placements)
+            case = even(row.case) if is_even else row.case
+            by_rank = pool.run(measure_case, case, placements, row.inside_backward)
         for column, cells in zip(columns, zip(*by_rank, strict=True), strict=True):
             found[column.title] = worst(cells)
     return found

@@ -91,6 +91,8 @@ def prepare(
     else:
         placed = _place(accelerator, model)
         built = build_optimizer(placed, optimizer, **options)
+        if built.inside_backward is not None:
+            _refuse_stored_gradients(accelerator, built.spec.name)
         prepared = accelerator.prepare_optimizer(built)
         serve_state(accelerator, prepared)
         if scheduler is None:
@@ -117,13 +119,27 @@ def _place(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 def _why_refused(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> DistOptimError | None:
     """The first thing that this rank cannot serve; turns the CPU rehearsal on where it is due."""
     try:
-        resolve(optimizer)
+        resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
         if cpu_rehearsal.is_ignored(accelerator):
             cpu_rehearsal.turn_fsdp_on(accelerator)
         refuse_unserved(accelerator)
     except DistOptimError as error:
         return error
     return None
+
+
+def _refuse_stored_gradients(accelerator: Accelerator, name: str) -> None:
+    """What needs gradients to last until ``step``, and they are applied inside backward. The same on all ranks."""
+    unserved = ""
+    if accelerator.gradient_accumulation_steps > 1:
+        unserved = f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} sums gradients over batches"
+    elif accelerator.scaler is not None:
+        unserved = "mixed_precision='fp16' scales gradients until step()"
+    if unserved:
+        raise UnsupportedError(
+            f"{name}: {unserved}, but here each is applied inside backward and freed. Use larger batches with "
+            "gradient_accumulation_steps=1, and bf16; or pass fused_backward=False, which stores gradients."
+        )
 
 
 def refuse_unserved(accelerator: Accelerator) -> None:

@@ -1,4 +1,9 @@
-"""Layerwise GaLore and APOLLO: transformers' names for one optimizer a parameter, stepped inside backward."""
+"""Layerwise GaLore and APOLLO: transformers' names for updates inside backward, one parameter at a time.
+
+They are the plain algorithms, and end where those end. transformers builds an optimizer for each parameter: the
+schedule, weight decay and saved state are lost there, and every APOLLO parameter gets the same seed. Here one
+optimizer is stepped by ``dist_optim.fused_backward``.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,7 @@ def _layerwise(spec: OptimizerSpec) -> OptimizerSpec:
         name=f"{spec.name}_layerwise",
         traits=spec.traits | {Trait.FUSED_BACKWARD},
         summary=f"{spec.summary}; stepped inside backward, one parameter at a time",
-        refusal=(
-            "it steps each parameter inside backward, before gradients are reduced over ranks or clipped, and its "
-            "state cannot be saved. Stepping inside backward is not served. Use "
-            f"{spec.name}, the same algorithm with stored gradients."
-        ),
+        instead=spec.name,
     )
 
 
