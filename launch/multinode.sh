@@ -25,6 +25,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # train.py imports dist_optim, which need not be installed where the repository itself is there.
 export PYTHONPATH="${here%/launch}${PYTHONPATH:+:$PYTHONPATH}"
+# A fresh store at every start of the workers. torch 2.13 otherwise keeps the agents' own, under a number that counts
+# failures: the agent of a dead worker counts one, an agent that only follows counts none, and their workers never meet.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 options=(
     --nnodes "${NNODES:-1}"

@@ -1,0 +1,76 @@
+"""Two agents of `launch/multinode.sh` on this machine: a worker is killed, and the job ends as if nothing had been."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+from test_train_script import GALORE, REPOSITORY, TWO_RANKS, environment, finished_run
+
+from dist_optim.testing import assert_equal
+
+TIMEOUT_S = 240
+FLAGS = ("--max_steps", "10", "--logging_steps", "5", "--eval_steps", "10", "--save_steps", "2", "--disable_tqdm")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def two_agents(output_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two machines, as far as torchrun can tell, of one CPU rank each."""
+    rendezvous = {
+        **{"NNODES": "2", "NPROC_PER_NODE": "1", "MAX_RESTARTS": "1", "LOCAL_ADDR": "localhost"},
+        **{"RDZV_ENDPOINT": f"localhost:{free_port()}", "RDZV_ID": output_dir.parent.name},
+    }
+    data = ("--use_cpu", "--per_device_train_batch_size", "2", "--max_eval_samples", "6", "--block_size", "64")
+    command = [str(REPOSITORY / "launch" / "multinode.sh"), *data, *GALORE, "--learning_rate", "1e-3", *FLAGS]
+    agents = []
+    for number in range(2):
+        with open(output_dir.parent / f"agent{number}.log", "wb") as log:
+            agents.append(
+                subprocess.Popen(
+                    [*command, "--output_dir", str(output_dir)],
+                    env={**environment(), **rendezvous},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        yield agents
+    finally:
+        for agent in agents:
+            for process in [*psutil.Process(agent.pid).children(recursive=True)] if agent.poll() is None else []:
+                process.kill()
+            agent.kill()
+            agent.wait()
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    with two_agents(output_dir) as agents:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (output_dir / "checkpoint-4").exists():
+            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), logs(tmp_path)
+            time.sleep(0.05)
+        (worker,) = psutil.Process(agents[1].pid).children()
+        worker.kill()
+        for agent in agents:
+            assert agent.wait(max(1.0, deadline - time.monotonic())) == 0, logs(tmp_path)
+    assert "resuming from" in logs(tmp_path)
+    whole = finished_run(TWO_RANKS, tmp_path / "whole", *FLAGS)
+    model = Path("model") / "model.safetensors"
+    assert_equal(load_file(output_dir / model), load_file(whole.output_dir / model))
+
+
+def logs(directory: Path) -> str:
+    return "\n".join(path.read_text(errors="replace") for path in sorted(directory.glob("agent*.log")))
