@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from zero import ZeroRun, engine_of, loss_of, parts_of, weights_of
 import dist_optim
 from dist_optim.errors import DistOptimError, MetricError, RanksDisagreeError, ScheduleError
 from dist_optim.integrations.accelerate import prepare
+from dist_optim.integrations.deepspeed_schedules import feeds_wrong_metric
 from dist_optim.testing import RankPool
 
 STEPS = 10
@@ -239,6 +241,39 @@ def test_a_state_goes_on_under_another_engine_and_world_size(
     assert under_zero == after
 
 
+FUSED: dict[str, dict[str, Any]] = {
+    "adamw_torch": {},
+    "adalomo": {},
+    "galore_adamw_layerwise": {"target_modules": ["attn"], "rank": 4, "update_proj_gap": 3},
+}
+
+
+def weights_of_loop(name: str, schedule: str, is_fused: bool) -> list[torch.Tensor]:
+    """A loop whose rate changes between every two steps, with updates inside backward or after it."""
+    model = place(make_model(Training(name, {})), "ddp")
+    chosen = name if is_fused else name.removesuffix("_layerwise")
+    optimizer = dist_optim.build_optimizer(
+        model, chosen, lr=RATE, fused_backward=is_fused, print_audit=False, **FUSED[name]
+    )
+    options = GREEDY if schedule == "greedy" else {"num_training_steps": STEPS, "num_warmup_steps": 0.2}
+    shared: Any = dist_optim.build_scheduler(optimizer, schedule, **options)
+    for step in range(STEPS):
+        part = batch(step).chunk(dist.get_world_size())[dist.get_rank()]
+        model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        shared.step(*([level(step) + dist.get_rank()] if schedule == "greedy" else []))
+    return list(full_parameters(model).values())
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("schedule", ["greedy", "linear"])
+def test_updates_inside_backward_take_the_rate_of_their_step(name: str, schedule: str, two_ranks: RankPool) -> None:
+    after, *_ = two_ranks.run(weights_of_loop, name, schedule, False)
+    inside, *_ = two_ranks.run(weights_of_loop, name, schedule, True)
+    assert all(torch.equal(one, other) for one, other in zip(after, inside, strict=True))
+
+
 def rates_of_json(section: dict[str, Any], stage: int, fp16: dict[str, Any] | None = None) -> tuple[list[float], int]:
     config = {"scheduler": section, **({} if fp16 is None else {"fp16": fp16})}
     run = ZeroRun("adamw_torch", {"lr": RATE}, stage, config=config, real_batches=True)
@@ -319,6 +354,14 @@ def options_without_a_schedule() -> str:
     except ScheduleError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("make", [GreedyLR, torch.optim.lr_scheduler.ReduceLROnPlateau])
+def test_an_engine_is_known_to_feed_upstreams_metric_schedules_the_batch_size(make: Any) -> None:
+    optimizer = optimizer_alone()
+    assert feeds_wrong_metric(SimpleNamespace(lr_scheduler=make(optimizer)))
+    for harmless in (dist_optim.build_scheduler(optimizer, make(optimizer)), None):
+        assert not feeds_wrong_metric(SimpleNamespace(lr_scheduler=harmless))
 
 
 def test_options_that_would_reach_no_schedule_are_refused(two_ranks: RankPool) -> None:

@@ -14,6 +14,7 @@ import transformers
 from test_schedulers_ranks import RATE, SKEWS, expected_trace
 from trainers import STEPS, Job, train
 
+import dist_optim
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.trainer_schedules import LOG_NAME, scheduler_for_trainer
 from dist_optim.testing import RankPool
@@ -144,6 +145,22 @@ def test_what_could_not_decide_is_refused_on_all_ranks(
     settings: dict[str, Any], said: str, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     assert all(said in message for message in two_ranks.run(message_of, settings, str(tmp_path)))
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, directory: Path, **settings: Any) -> Any:
+    arguments = transformers.TrainingArguments(str(directory), report_to=[], use_cpu=True, **settings)
+    return scheduler_for_trainer(arguments, optimizer, 10)
+
+
+def test_the_warm_up_of_a_schedule_free_optimizer_is_its_own(tmp_path: Path) -> None:
+    """The usual way to train it: a constant schedule, and warmup_steps for the optimizer."""
+    model, settings = torch.nn.Linear(3, 3), {"lr_scheduler_type": "constant", "warmup_steps": 4}
+    schedule_free = dist_optim.build_optimizer(model, "schedule_free_adamw", warmup_steps=4, print_audit=False)
+    schedule_of(schedule_free, tmp_path, **settings)
+    for other in ("adamw_torch", "schedule_free_radam"):
+        optimizer = dist_optim.build_optimizer(torch.nn.Linear(3, 3), other, lr=RATE, print_audit=False)
+        with pytest.raises(DistOptimError, match="constant_with_warmup"):
+            schedule_of(optimizer, tmp_path, **settings)
 
 
 def test_without_an_evaluation_strategy_the_error_names_it(tmp_path: Path) -> None:

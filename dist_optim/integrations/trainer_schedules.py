@@ -14,7 +14,14 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_optim.errors import ScheduleError
-from dist_optim.schedulers import MetricScheduler, build_scheduler, metric_scheduler_in, resolve_schedule
+from dist_optim.schedulers import (
+    MetricScheduler,
+    Recipe,
+    build_scheduler,
+    inner_optimizer,
+    metric_scheduler_in,
+    resolve_schedule,
+)
 
 __all__ = ["LOG_NAME", "decide_after_evaluation", "scheduler_for_trainer"]
 
@@ -39,7 +46,8 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     options = dict(args.lr_scheduler_kwargs or {})
     decision: dict[str, Any] = {}
-    if resolve_schedule(name).is_metric_driven:
+    recipe = resolve_schedule(name)
+    if recipe.is_metric_driven:
         _refuse_without_evaluation(name, args)
         decision = {
             "greater_is_better": args.greater_is_better,
@@ -50,7 +58,7 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
         optimizer,
         name,
         num_training_steps=num_training_steps,
-        num_warmup_steps=args.warmup_steps,
+        num_warmup_steps=0 if _is_optimizers_own_warmup(recipe, optimizer) else args.warmup_steps,
         **decision,
         **options,
     )
@@ -86,6 +94,13 @@ def decide_after_evaluation(lr_scheduler: Any, metrics: MutableMapping[str, Any]
     )
     if made is not None:
         metrics[key] = math.nan if made["metric"] is None else made["metric"]
+
+
+def _is_optimizers_own_warmup(recipe: Recipe, optimizer: Any) -> bool:
+    """Whether ``warmup_steps`` is an option of the optimizer (schedule-free), and the schedule has no such length."""
+    spec = getattr(inner_optimizer(optimizer), "spec", None)
+    takes_it = spec is not None and any(record.name == "warmup_steps" for record in spec.records())
+    return takes_it and "num_warmup_steps" not in recipe.lengths
 
 
 def _refuse_without_evaluation(name: str, args: Any) -> None:

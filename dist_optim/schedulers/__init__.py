@@ -20,11 +20,12 @@ Reading order: ``names`` (from a name to upstream's class), ``limits`` (what a m
 """
 
 from dist_optim.schedulers.building import build_scheduler, inner_optimizer, metric_scheduler_in
-from dist_optim.schedulers.names import resolve_schedule, schedule_names, takes_metric
+from dist_optim.schedulers.names import Recipe, resolve_schedule, schedule_names, takes_metric
 from dist_optim.schedulers.shared import MetricScheduler
 
 __all__ = [
     "MetricScheduler",
+    "Recipe",
     "build_scheduler",
     "inner_optimizer",
     "metric_scheduler_in",
