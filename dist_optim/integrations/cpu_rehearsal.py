@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "assert_fsdp",
+    "choose_cpu_for_deepspeed",
     "deepspeed_arguments",
     "full_state_dict_of_fsdp1",
     "gather_in_place",
@@ -105,14 +106,23 @@ def turn_fsdp_on(
 def deepspeed_arguments() -> dict[str, Any]:
     """Keywords for ``Accelerator`` in a rehearsal of DeepSpeed on CPU ranks; call it before DeepSpeed is imported.
 
-    DeepSpeed then runs on the CPU and over gloo alone: its own C++ all-reduce, which takes a compiler and a minute at
-    the first start, is left out.
-
     Raises:
         UnsupportedError: DeepSpeed has already chosen an accelerator.
     """
     from accelerate.utils import InitProcessGroupKwargs
 
+    choose_cpu_for_deepspeed()
+    return {"cpu": False, "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
+
+
+def choose_cpu_for_deepspeed() -> None:
+    """Make DeepSpeed run on the CPU and over gloo alone; call it before DeepSpeed is imported.
+
+    DeepSpeed's own C++ all-reduce, which takes a compiler and a minute at the first start, is left out.
+
+    Raises:
+        UnsupportedError: DeepSpeed has already chosen an accelerator, or this machine has one.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
@@ -123,7 +133,6 @@ def deepspeed_arguments() -> dict[str, Any]:
             "would use. Hide it (NVIDIA's: CUDA_VISIBLE_DEVICES=''), or train on it."
         )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return {"cpu": False, "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
 
 
 def full_state_dict_of_fsdp1(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
