@@ -46,7 +46,11 @@ def gap_after_resume(training: Training, strategy: str, directory: Path) -> floa
 
 
 def _prepared(accelerator: Accelerator, training: Training) -> tuple[nn.Module, Any, Any]:
-    options = {"scheduler": "linear", "scheduler_options": {"num_training_steps": 10}, "print_audit": False}
+    options: dict[str, Any] = {
+        "scheduler": "linear",
+        "scheduler_options": {"num_training_steps": 10},
+        "print_audit": False,
+    }
     return prepare(accelerator, make_model(training), training.name, **options, **training.options)
 
 
