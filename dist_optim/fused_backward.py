@@ -79,6 +79,10 @@ class FusedBackward:
         """Whether backward makes the updates."""
         return bool(self._removers)
 
+    def held_bytes(self) -> int:
+        """Bytes of gradients that this rank holds now, for the updates to come: what ``param.grad`` would show."""
+        return self._source.held_bytes()
+
     def remove(self) -> None:
         """Take the hooks off: gradients are stored again, and ``step`` updates from them.
 
@@ -250,6 +254,10 @@ class _Queue:
             self.flush()
         self._waiting[index] = gradient
         self._nbytes += nbytes
+
+    def held_bytes(self) -> int:
+        """Bytes of this rank's parts of the gradients that wait."""
+        return sum(gradient.nbytes for gradient in self._waiting.values())
 
     def flush(self) -> None:
         """Hand on all that wait."""

@@ -105,6 +105,11 @@ class BucketReduction:
         self._land()
         self._restart()
 
+    def held_bytes(self) -> int:
+        """Bytes of the buckets that exist now."""
+        flying = [self._in_flight[1]] if self._in_flight is not None else []
+        return sum(flat.nbytes for flat in [*self._flats.values(), *flying])
+
     def learn_order(self) -> None:
         """After the first step: take the order in which gradients came to rank 0. Collective."""
         if self._is_order_known:
