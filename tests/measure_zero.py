@@ -43,6 +43,11 @@ def measure(names: list[str]) -> tuple[dict[str, dict[str, list[float]]], dict[s
     return found, floors
 
 
+def in_order(row: dict[str, Any]) -> dict[str, Any]:
+    """By column: all ranks of a stage side by side."""
+    return {title: row[title] for title in ZERO_COLUMNS}
+
+
 def versions() -> dict[str, str]:
     packages = ("deepspeed", "transformers")
     return {"torch": torch.__version__} | {name: importlib.metadata.version(name) for name in packages}
@@ -56,11 +61,12 @@ def main() -> int:
     started = time.monotonic()
     held: dict[str, Any] = json.loads(ZERO.read_text())["rows"] if ZERO.exists() else {}
     found, floors = measure(names)
-    rows = {name: {**held, **found}[name] for name in served_names() if name in {**held, **found}}
+    known = {**held, **found}
+    rows = {name: in_order(known[name]) for name in served_names() if name in known}
     results = {
         "versions": versions(),
         "columns": list(ZERO_COLUMNS),
-        "floors": floors,
+        "floors": in_order(floors),
         "rows": rows,
         "refused": {name: why for name in dist_optim.names() if (why := refusal_of(name))},
     }

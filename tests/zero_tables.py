@@ -36,8 +36,11 @@ optimizer can differ.
 OWN = """\
 The second compares with one process that computes its own gradients from the same batches. ZeRO-3 puts autograd nodes
 around every module, and where three gradients meet they are then summed in another order; the one process gets such
-nodes too. On three ranks the engine's mean rounds otherwise than one process's sum. The first line is what DeepSpeed
-itself does: torch's AdamW as its client optimizer, without any code of dist_optim.
+nodes too, and two ranks are equal to the bit. On three ranks the engine's mean rounds otherwise than one process's sum.
+The figure is that of the single worst element: where a gradient is all but zero, an optimizer that divides by its size
+turns a rounding into a step of the other sign. [end_to_end.md](end_to_end.md) has each optimizer's own noise over all
+weights. The first line is what DeepSpeed does by itself: torch's AdamW as its client optimizer, without any code of
+dist_optim.
 """
 
 

@@ -61,8 +61,6 @@ def _reasons_of_zero(zero: Any) -> Iterator[str]:
         yield 'Hierarchical partitioning is not tested; set "zero_hpz_partition_size": 1.'
     if zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:
         yield "Quantized communication changes the values that are trained on; leave zero_quantized_* out."
-    if getattr(zero, "mics_shard_size", -1) > 0:
-        yield "MiCS shards within parts of the ranks; leave mics_shard_size out."
 
 
 def _name(device: Any) -> str:
