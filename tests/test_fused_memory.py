@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 import dist_optim
 from dist_optim.fused_backward import FusedBackward
+from dist_optim.layouts.detect import local_of
 from dist_optim.testing import RankPool
 
-NUM_MATRICES = 24
+NUM_MATRICES = 16
 SIZE = 1024
 MATRIX_BYTES = 4 * SIZE * SIZE
 ALL_BYTES = NUM_MATRICES * MATRIX_BYTES
+M_MMAP_THRESHOLD = -3
 PLACEMENTS = ("one process", "ddp", "fsdp2 units")
 
 
@@ -32,6 +34,7 @@ def make_net() -> nn.Sequential:
 
 def peaks(placement: str, name: str) -> tuple[int, int]:
     """Of a warm step, while gradients come: bytes of gradients on this rank, and growth of the process's memory."""
+    give_memory_back()
     model = make_net() if placement == "one process" else place(make_net(), placement)
     optimizer = dist_optim.build_optimizer(model, name, lr=1e-6, bucket_bytes=MATRIX_BYTES, print_audit=False)
     fused = optimizer.inside_backward
@@ -41,14 +44,9 @@ def peaks(placement: str, name: str) -> tuple[int, int]:
 
     def look(parameter: Tensor) -> None:
         """Called when the gradient is there, before it is applied: hooks run in the order of registration."""
-        stored = sum(
-            p.grad.to_local().nbytes if hasattr(p.grad, "to_local") else p.grad.nbytes for p in with_gradient()
-        )
+        stored = sum(local_of(p.grad).nbytes for p in parameters if p.grad is not None)
         gradient_bytes.append(stored + (fused.held_bytes() if isinstance(fused, FusedBackward) else 0))
         resident.append(resident_bytes())
-
-    def with_gradient() -> list[Tensor]:
-        return [p for p in parameters if p.grad is not None]
 
     def step() -> None:
         model(torch.ones(2, SIZE)).sum().backward()
@@ -57,11 +55,11 @@ def peaks(placement: str, name: str) -> tuple[int, int]:
 
     step()
     for parameter in parameters:
-        hooks = dict(parameter._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
+        hooks = dict(parameter._post_accumulate_grad_hooks or {})
         for handle in hooks:
-            del parameter._post_accumulate_grad_hooks[handle]  # type: ignore[attr-defined]
+            del parameter._post_accumulate_grad_hooks[handle]
         parameter.register_post_accumulate_grad_hook(look)
-        parameter._post_accumulate_grad_hooks.update(hooks)  # type: ignore[attr-defined]  # ours looks first
+        parameter._post_accumulate_grad_hooks.update(hooks)  # ours looks first
     give_memory_back()
     before = resident_bytes()
     step()
@@ -73,8 +71,11 @@ def peaks_of_both(placement: str) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def give_memory_back() -> None:
+    """And let every large tensor be mapped by itself from here on, so that freeing it shows."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    libc.malloc_trim(0)
 
 
 def resident_bytes() -> int:
@@ -113,7 +114,7 @@ def ours(name: str) -> Callable[[nn.Module], Callable[[Tensor], None]]:
         optimizer = dist_optim.build_optimizer(net, name, lr=1e-6, print_audit=False)
 
         def backward(loss: Tensor) -> None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
 
         return backward
