@@ -52,9 +52,7 @@ class Replacement:
 _OURS = "dist_optim.integrations.transformers"
 REPLACED = (
     Replacement("transformers", "Trainer", _OURS, "builds the optimizer of --optim once the model is in place"),
-    Replacement(
-        "transformers.trainer", "Trainer", _OURS, "the same, for Seq2SeqTrainer, trl and others that extend it"
-    ),
+    Replacement("transformers.trainer", "Trainer", _OURS, "the same, for those that extend it: Seq2SeqTrainer, trl"),
     Replacement("transformers", "TrainingArguments", _OURS, "takes every name of `dist-optim list` in --optim"),
     Replacement("transformers.training_args", "TrainingArguments", _OURS, "the same, for those that extend it"),
     Replacement("transformers.trainer", "TrainingArguments", _OURS, "the same, for a Trainer without arguments"),

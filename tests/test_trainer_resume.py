@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
-from trainers import Job, gap_between, train
+import torch
+import transformers
+from end_to_end import make_llama
+from placements import full_parameters
+from safetensors.torch import load_file
+from trainers import Blocks, Job, arguments_of, fresh_accelerate, gap_between, train
+from transformers.trainer_utils import get_last_checkpoint
 
+from dist_optim.checkpoint import save_optimizer
+from dist_optim.errors import CheckpointError
+from dist_optim.integrations.transformers import Trainer
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
@@ -49,3 +62,103 @@ def test_resumed_training_is_the_uninterrupted_one(
     name: str, strategies: list[str], two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(resume_equals_uninterrupted, name, strategies, str(tmp_path))
+
+
+def resume_without_state(directory: str) -> float:
+    job, folder = Job("galore_adamw", SCHEDULED), Path(directory)
+    whole = train(job, "fsdp2", folder / "first")
+    with mock.patch("dist_optim.integrations.trainer_checkpoint.load_optimizer"):
+        resumed = train(replace(job, resume=str(folder / "first" / "checkpoint-3")), "fsdp2", folder / "second")
+    return gap_between(whole, resumed)
+
+
+def test_control_without_the_optimizers_state_the_run_is_another(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert min(two_ranks.run(resume_without_state, str(tmp_path))) > 1e-4
+
+
+def saved_weights(directory: str) -> list[tuple[float, float]]:
+    """How far a saved checkpoint is from the averaged and from the training weights."""
+    found = []
+    for strategy in ("ddp", "fsdp1", "fsdp2"):
+        settings = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
+        with fresh_accelerate():
+            job = Job("schedule_free_adamw", settings)
+            torch.manual_seed(0)
+            arguments = arguments_of(job, strategy, Path(directory) / strategy)
+            trainer = Trainer(make_llama(), arguments, train_dataset=Blocks(), eval_dataset=Blocks(1))
+            trainer.train()
+            saved = load_file(Path(directory) / strategy / "checkpoint-6" / "model.safetensors")
+            averaged = {name: full.clone() for name, full in full_parameters(trainer.model).items()}
+            trainer.optimizer.train()
+            training = full_parameters(trainer.model)
+            found.append(tuple(max((saved[n] - w[n]).abs().max().item() for n in saved) for w in (averaged, training)))
+    return found
+
+
+def test_a_checkpoint_holds_the_averaged_weights(two_ranks: RankPool, tmp_path: Path) -> None:
+    for found in two_ranks.run(saved_weights, str(tmp_path)):
+        assert [averaged for averaged, _ in found] == [0, 0, 0] and min(training for _, training in found) > 1e-4
+
+
+def best_and_limit(strategy: str, directory: str) -> None:
+    settings = {
+        **SAVING,
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "learning_rate": 0.05,
+        "per_device_eval_batch_size": 6,
+    }
+    folder = Path(directory) / strategy
+    run = train(Job("schedule_free_adamw", settings), strategy, folder)
+    losses = run.all("eval_loss")
+    best = losses.index(min(losses)) + 1
+    kept = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    assert len(kept) == 2 and {best, 6} <= {*kept, 6} and best in kept, (losses, kept)
+    state = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / f"checkpoint-{best}")
+    saved = load_file(folder / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(saved[name], run.weights[name]) for name in saved), "the best model is what is exported"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_best_model_is_kept_and_loaded(strategy: str, two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(best_and_limit, strategy, str(tmp_path))
+
+
+def killed_while_saving(directory: str) -> None:
+    """A job that dies in its second save: the first checkpoint is the last one, and resuming starts there."""
+    job, folder = Job("galore_adamw", {**SCHEDULED, "save_steps": 2}), Path(directory)
+    whole = train(job, "ddp", folder / "whole")
+    name = "dist_optim.integrations.trainer_checkpoint.save_optimizer"
+    with mock.patch(name, dies_in_call(2)), pytest.raises(KeyboardInterrupt):
+        train(job, "ddp", folder / "killed")
+    assert get_last_checkpoint(str(folder / "killed")) == str(folder / "killed" / "checkpoint-2")
+    resumed = train(replace(job, resume=True), "ddp", folder / "killed")
+    assert gap_between(whole, resumed) == 0
+    assert not (folder / "killed" / ".unfinished").exists()
+
+
+def dies_in_call(number: int) -> Callable[..., None]:
+    calls = iter(range(1, number + 1))
+
+    def save(*positional: Any) -> None:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        save_optimizer(*positional)
+
+    return save
+
+
+def test_a_job_killed_while_saving_resumes_from_the_checkpoint_before(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(killed_while_saving, str(tmp_path))
+
+
+def test_a_checkpoint_of_transformers_own_trainer_is_refused(tmp_path: Path) -> None:
+    job = Job("adamw_torch", SAVING)
+    train(replace(job, kind=transformers.Trainer), "alone", tmp_path / "stock", transformers.TrainingArguments)
+    with pytest.raises(CheckpointError, match="saved without dist_optim"):
+        train(replace(job, resume=str(tmp_path / "stock" / "checkpoint-3")), "alone", tmp_path / "ours")

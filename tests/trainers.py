@@ -104,7 +104,9 @@ def fresh_accelerate() -> Iterator[None]:
             GradientState._reset_state()
 
 
-def arguments_of(job: Job, strategy: str, directory: str | Path, kind: type[Any] = TrainingArguments) -> Any:
+def arguments_of(
+    job: Job, strategy: str, directory: str | Path, kind: type[Any] = TrainingArguments, **more: Any
+) -> Any:
     world_size = 1 if strategy == "alone" or not dist.is_initialized() else dist.get_world_size()
     accumulation = job.settings.get("gradient_accumulation_steps", 1)
     settings = {
@@ -125,14 +127,17 @@ def arguments_of(job: Job, strategy: str, directory: str | Path, kind: type[Any]
         **SETTINGS.get(job.name, {}),
         **job.settings,
         **STRATEGIES[strategy],
+        **more,
     }
     return kind(**settings)
 
 
-def train(job: Job, strategy: str, directory: str | Path, arguments: type[Any] = TrainingArguments) -> Outcome:
-    """Run the job on this rank, and read back what it saved."""
+def train(
+    job: Job, strategy: str, directory: str | Path, arguments: type[Any] = TrainingArguments, **more: Any
+) -> Outcome:
+    """Run the job on this rank, and read back what it saved; ``more`` goes into the arguments last."""
     with fresh_accelerate():
-        settings = arguments_of(job, strategy, directory, arguments)
+        settings = arguments_of(job, strategy, directory, arguments, **more)
         torch.manual_seed(0)
         trainer = job.kind(
             job.make_model(), settings, train_dataset=Blocks(), eval_dataset=Blocks(1, start=1000), **job.options

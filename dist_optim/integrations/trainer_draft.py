@@ -7,6 +7,7 @@ built once, when accelerate has placed the model and put the placed parameters i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from dist_optim.build import build_optimizer
 from dist_optim.errors import WrongModeError
 from dist_optim.optimizer import DistributedOptimizer
+from dist_optim.registry import get_spec
 
 __all__ = ["Draft", "draft_class"]
 
@@ -33,7 +35,7 @@ class Draft(Optimizer):
     def __init__(self, params: Iterable[Any], choice: str | type[Optimizer], **hyperparameters: Any) -> None:
         self.choice = choice
         self.hyperparameters = dict(hyperparameters)
-        super().__init__(params, {"lr": hyperparameters["lr"]} if "lr" in hyperparameters else {})
+        super().__init__(params, _group_defaults(choice, self.hyperparameters))
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
         """Refused."""
@@ -54,13 +56,26 @@ class Draft(Optimizer):
             settled["warmup_steps"] = int(warmup) if warmup >= 1 else math.ceil(num_training_steps * warmup)
         return settled
 
-    def build(self, model: nn.Module, num_training_steps: int) -> DistributedOptimizer:
-        """The optimizer on the placed model. Collective.
+    def build(self, model: nn.Module, num_training_steps: int, **more: Any) -> DistributedOptimizer:
+        """The optimizer on the placed model, with ``more`` keywords of ``build_optimizer``. Collective.
 
         Raises:
             DistOptimError: Whatever ``build_optimizer`` refuses; on all ranks together.
         """
-        return build_optimizer(model, self.choice, params=self.groups(), **self.settled(num_training_steps))
+        return build_optimizer(model, self.choice, params=self.groups(), **{**self.settled(num_training_steps), **more})
+
+
+def _group_defaults(choice: str | type[Optimizer], hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """What a group without a rate or weight decay of its own gets: what is set, else the class's own decay.
+
+    A registered name's unset decay is the 0 that the Trainer puts into its groups; a group that somebody adds has none.
+    """
+    defaults: dict[str, Any] = {key: hyperparameters[key] for key in ("lr", "weight_decay") if key in hyperparameters}
+    chosen = get_spec(choice).load_class() if isinstance(choice, str) else choice
+    decay = inspect.signature(chosen).parameters.get("weight_decay")
+    if decay is not None and isinstance(decay.default, (int, float)):
+        defaults.setdefault("weight_decay", float(decay.default))
+    return defaults
 
 
 def draft_class(choice: str | type[Optimizer]) -> type[Draft]:

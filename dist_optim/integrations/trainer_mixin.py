@@ -10,6 +10,7 @@ strategy, with the draft for an optimizer; what comes back holds the placed para
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +30,9 @@ from dist_optim.integrations.trainer_checks import (
     refuse_unserved,
 )
 from dist_optim.integrations.trainer_draft import Draft, draft_class
+from dist_optim.integrations.trainer_fused import backward_of, settings_inside_backward
 from dist_optim.integrations.trainer_schedules import decide_after_evaluation, scheduler_for_trainer
-from dist_optim.registry import OptimizerSpec, get_spec, spec_of_class
+from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
 
 __all__ = ["DistOptimTrainerMixin"]
 
@@ -61,6 +63,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         self._num_training_steps = 0
         self._rehearsed_mesh: Any = None
         self._is_fsdp_rehearsed = False
+        self._norm_of_backward: Tensor | None = None
         self._named_in_json: tuple[str, dict[str, Any]] | None = None
         super().__init__(*positional, **named)
         self._given_optimizer = self.optimizer
@@ -109,7 +112,8 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         values = _keywords(spec, self.args, given)
         decay = values.pop("weight_decay", None)
         if groups is None:
-            groups = self._groups(placed, decay)
+            # transformers gives GaLore and APOLLO no decay at all: unset, it is the optimizer's own.
+            groups = self._groups(placed, 0.0 if decay is None and Trait.LOW_RANK not in spec.traits else decay)
         elif decay is not None:
             values["weight_decay"] = decay
         self.optimizer = draft_class(choice)(groups, **values)
@@ -125,13 +129,12 @@ class DistOptimTrainerMixin(CheckpointingMixin):
 
     def _groups(self, model: nn.Module, decay: float | None) -> list[dict[str, Any]]:
         """As the Trainer groups parameters: those that decay, then those that do not."""
-        if decay is None:
-            decay = 0.0
         decays = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        kept, none = ({}, {}) if decay is None else ({"weight_decay": decay}, {"weight_decay": 0.0})
         return [
-            {"params": [parameter for name, parameter in trained if name in decays], "weight_decay": decay},
-            {"params": [parameter for name, parameter in trained if name not in decays], "weight_decay": 0.0},
+            {"params": [parameter for name, parameter in trained if name in decays], **kept},
+            {"params": [parameter for name, parameter in trained if name not in decays], **none},
         ]
 
     @staticmethod
@@ -163,7 +166,6 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     def _optimizers_built_after_placement(self) -> Iterator[None]:
         """While the Trainer prepares, ``accelerator.prepare`` gives an optimizer back for each draft."""
         prepare, create = self.accelerator.prepare, self.create_optimizer
-        self._drop_learning_rate_of_backward()
         modules: list[nn.Module] = [self.model_wrapped]
 
         def prepare_and_build(*objects: Any, **options: Any) -> Any:
@@ -189,28 +191,26 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         finally:
             del self.accelerator.prepare, self.create_optimizer
 
-    def _drop_learning_rate_of_backward(self) -> None:
-        """transformers gives LOMO's learning rate to ``accelerator.backward``; here the optimizer has it."""
-        backward = self.accelerator.backward
-        if registered_name(self.args.optim) is None or hasattr(backward, "drops_learning_rate"):
-            return
-
-        def without_rate(loss: Tensor, **options: Any) -> None:
-            backward(loss, **{key: value for key, value in options.items() if key != "learning_rate"})
-
-        without_rate.drops_learning_rate = True  # type: ignore[attr-defined]
-        self.accelerator.backward = without_rate
-
     def _built(self, part: Any, model: nn.Module) -> Any:
         """The prepared optimizer in place of a prepared draft; anything else as it is, once it has been checked."""
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, Draft):
             if part in self.accelerator._optimizers:
                 self.accelerator._optimizers.remove(part)
-            return self.accelerator.prepare_optimizer(inner.build(model, self._num_training_steps))
+            inside_backward = settings_inside_backward(inner, model, self.args)
+            optimizer = inner.build(model, self._num_training_steps, **inside_backward)
+            # Of accelerate's class, so that a second optimizer does not wrap the first one's.
+            stock = functools.partial(type(self.accelerator).backward, self.accelerator)
+            self.accelerator.backward = backward_of(stock, optimizer, self._note_norm)
+            prepared = self.accelerator.prepare_optimizer(optimizer)
+            prepared._is_accelerate_prepared = True  # a second train() finds it as it is
+            return prepared
         if isinstance(part, Optimizer) and isinstance(inner, Optimizer) and not self.is_deepspeed_enabled:
             check_made_by_hand(inner, model)
         return part
+
+    def _note_norm(self, norm: Tensor | None) -> None:
+        self._norm_of_backward = norm
 
     # Schedule -----------------------------------------------------------------------------------------------------
 
@@ -232,13 +232,21 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     # Clipping -----------------------------------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._steps_inside_backward():
+            return self._norm_of_backward
         norm = self._clip_exactly(float(self.args.max_grad_norm))
         return super()._clip_grad_norm(model) if norm is None else norm  # type: ignore[misc]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self._steps_inside_backward():
+            return self._norm_of_backward  # None, and then not logged, where nobody had to know it
         if grad_norm is None:
             grad_norm = self._clip_exactly(float("inf"))
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+
+    def _steps_inside_backward(self) -> bool:
+        optimizer = distributed_optimizer_of(self.optimizer)
+        return optimizer is not None and optimizer.inside_backward is not None
 
     def _clip_exactly(self, max_norm: float) -> Tensor | None:
         """The global norm before clipping; None where transformers' own way is exact: one process, DeepSpeed."""

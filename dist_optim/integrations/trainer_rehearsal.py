@@ -22,7 +22,8 @@ def prepare_deepspeed(arguments: Any) -> None:
         UnsupportedError: There is an accelerator, and DeepSpeed would use it.
     """
     asked = arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
-    if asked and arguments.use_cpu:
+    if asked and (arguments.use_cpu or not torch.accelerator.is_available()):
+        arguments.use_cpu = True  # or accelerate takes every rank for a job of its own
         cpu_rehearsal.deepspeed_arguments()
 
 

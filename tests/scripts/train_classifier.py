@@ -1,4 +1,4 @@
-"""A script as people have them: a sequence classifier, a Trainer of its own, callbacks, metrics. It knows no dist_optim.
+"""A script as people have them: a classifier, a Trainer of its own, callbacks, metrics. It knows no dist_optim.
 
 python train_classifier.py arguments.json
 python train_classifier.py --output_dir out --optim adamw_torch
@@ -69,7 +69,7 @@ class HeadFirstTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
-        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 1.5]))
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, weight=torch.tensor([1.0, 1.5]))
         return (loss, outputs) if return_outputs else loss
 
 
@@ -111,7 +111,7 @@ def main():
         train_dataset=Sequences(data_arguments, seed=1),
         eval_dataset=Sequences(data_arguments, seed=2),
         compute_metrics=compute_metrics,
-        callbacks=[rates, EarlyStoppingCallback(early_stopping_patience=50)],
+        callbacks=[rates] + ([EarlyStoppingCallback(50)] if arguments.metric_for_best_model else []),
     )
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
