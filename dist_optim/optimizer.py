@@ -206,6 +206,7 @@ class DistributedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.inside_backward is not None:
+            self._reshard()
             self.inside_backward.finish_step()
             return loss
         self.failures.receive(self.spec.name, self.num_steps)
