@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from dist_optim.agreement import num_ranks, own_rank, raise_together
 from dist_optim.checkpoint import load_checkpoint, save_checkpoint
-from dist_optim.checkpoint.directory import written_aside
+from dist_optim.checkpoint.directory import attempt, written_aside
 from dist_optim.errors import CheckpointError, DistOptimError
 from train_arguments import UsageError
 
@@ -108,7 +108,9 @@ def _save_engine(run: TrainingRun, target: Path, own: dict[str, Any]) -> None:
     """DeepSpeed writes its own files; what it does not know, the schedule among it, goes beside them."""
     with written_aside(target, None) as aside:
         cast(Any, run.model).save_checkpoint(str(aside), tag=ENGINE_TAG, exclude_frozen_parameters=False)
-        torch.save({**own, "schedule": run.scheduler.state_dict()}, aside / f"rank-{own_rank()}.pt")
+        state = {**own, "schedule": run.scheduler.state_dict()}
+        # Collective: rank 0 moves the folder into place when the block ends, and every rank must have written by then.
+        attempt(lambda: torch.save(state, aside / f"rank-{own_rank()}.pt"), target, None)
 
 
 def _load_engine(run: TrainingRun, checkpoint: Path) -> dict[str, Any]:
