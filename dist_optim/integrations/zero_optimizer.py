@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.agreement import agree_on_presence, num_ranks, raise_together
+from dist_optim.agreement import agree_on_presence, raise_together
 from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, ParameterError, StateDictError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed_schedules import feeds_wrong_metric
 from dist_optim.integrations.zero_checkpoint import hold_averaged_weights
+from dist_optim.integrations.zero_parts import group_of, place, where_it_is
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.detect_zero import (
     Call,
@@ -32,7 +33,6 @@ from dist_optim.layouts.detect_zero import (
     with_reachable_groups,
     wrapper_kind,
 )
-from dist_optim.layouts.layout import Elsewhere
 from dist_optim.optimizer import DistributedOptimizer
 from dist_optim.probe import prove_separable
 from dist_optim.registry import OptimizerSpec, Trait
@@ -131,7 +131,7 @@ class ZeroOptimizer(Optimizer):
         check_slices(self._calls, group)
         self._calls = with_reachable_groups(self._calls)
         try:
-            self._parts = [self._build_part(call, _group_of(call)) for call in self._calls]
+            self._parts = [self._build_part(call, group_of(call)) for call in self._calls]
         except DistOptimError as caught:
             error = caught
         raise_together(error, group)
@@ -143,7 +143,7 @@ class ZeroOptimizer(Optimizer):
             hold_averaged_weights(engine, self)
 
     def _build_part(self, call: Call, process_group: dist.ProcessGroup | None) -> DistributedOptimizer:
-        groups = [{**group, "params": [_place(placed, call) for placed in group["params"]]} for group in self._groups]
+        groups = [{**group, "params": [place(placed, call) for placed in group["params"]]} for group in self._groups]
         spec = self.spec
         if spec.is_undescribed:
             spec = prove_separable(spec, groups, self._arguments)
@@ -152,7 +152,7 @@ class ZeroOptimizer(Optimizer):
     def route_audit(self) -> str:
         """Which algorithm got which tensors, and who steps them."""
         owners = {index: owner for part in self._parts for index, owner in part.plan.owners.items()}
-        members = [_where_it_is(at) for at in zip(*(part.placed_parameters() for part in self._parts), strict=True)]
+        members = [where_it_is(at) for at in zip(*(part.placed_parameters() for part in self._parts), strict=True)]
         shown = SimpleNamespace(
             spec=self.spec,
             plan=Plan(owners, tuple(bucket for part in self._parts for bucket in part.plan.buckets)),
@@ -310,33 +310,6 @@ class ZeroOptimizer(Optimizer):
     def parts(self) -> list[DistributedOptimizer]:
         """The optimizers underneath, one for each ``step()`` call of a training step."""
         return list(self._parts)
-
-
-def _place(placed: PlacedParameter, call: Call) -> PlacedParameter:
-    """The parameter as one call sees it: its slice, or an empty tensor where another call steps it."""
-    part = call.slices.get(placed.fqn)
-    first = next(iter(call.slices.values()))
-    if part is not None:
-        view = nn.Parameter(part.weight())
-        return PlacedParameter(placed.fqn, view, part.shape, part.layout, part.process_group, placed.position)
-    empty = torch.empty(0, dtype=first.live.dtype, device=first.live.device)
-    parameter = nn.Parameter(empty, requires_grad=placed.parameter.requires_grad)
-    return PlacedParameter(placed.fqn, parameter, placed.shape, Elsewhere(), first.process_group, placed.position)
-
-
-def _where_it_is(places: Sequence[PlacedParameter]) -> PlacedParameter:
-    return next((placed for placed in places if not isinstance(placed.layout, Elsewhere)), places[0])
-
-
-def _group_of(call: Call) -> dist.ProcessGroup | None:
-    """The ranks that hold the call's slices; this rank alone where every rank holds everything (stage 0).
-
-    At stage 0 DeepSpeed saves the state of one rank for all, so each rank keeps all of it, as DeepSpeed's own do.
-    """
-    first = next(iter(call.slices.values()))
-    if not first.layout.is_replicated:
-        return first.process_group
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True) if num_ranks() > 1 else None
 
 
 def _keeps_stale_gradients(engine: Any) -> bool:
