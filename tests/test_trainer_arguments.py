@@ -61,9 +61,11 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
 )
 def test_the_command_line_takes_names_strings_and_json(given: str, tmp_path: Path) -> None:
     line = ["--output_dir", str(tmp_path), "--optim", "apollo_mini", "--use_cpu", "--optim_args", given]
+    line += ["--optim_target_modules", "attn", "mlp"]
     (parsed,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
     wanted = {"lr": 5e-5, "rank": 8, "scale": 0.5, "proj_type": "std"}
     assert values_for(dist_optim.get_spec("apollo_mini"), parsed) == wanted
+    assert parsed.optim_target_modules == ["attn", "mlp"]
 
 
 def test_an_argument_file_takes_a_dict(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class AddsAGroup:
         return self.optimizer
 
 
-class TwoRates(AddsAGroup, Trainer):
+class TwoRates(AddsAGroup, Trainer):  # type: ignore[misc]  # as people write it: without ``model``
     pass
 
 

@@ -91,7 +91,8 @@ def saved_weights(directory: str) -> list[tuple[float, float]]:
             averaged = {name: full.clone() for name, full in full_parameters(trainer.model).items()}
             trainer.optimizer.train()
             training = full_parameters(trainer.model)
-            found.append(tuple(max((saved[n] - w[n]).abs().max().item() for n in saved) for w in (averaged, training)))
+            gaps = [max((saved[n] - w[n]).abs().max().item() for n in saved) for w in (averaged, training)]
+            found.append((gaps[0], gaps[1]))
     return found
 
 

@@ -31,10 +31,10 @@ class TrainingArguments(transformers.TrainingArguments):
     """transformers' own, with every name of ``dist_optim.names()`` in ``optim``.
 
     ``optim_args`` is a string as in transformers (``"rank=64, scale=0.25, betas=(0.9, 0.99)"``; values are read as
-    Python literals), JSON text, or a dict. ``save_total_limit``, ``fsdp``, ``deepspeed`` and all others are unchanged.
+    Python literals), JSON text, or a dict. ``optim_target_modules`` may be one string too. All else is unchanged.
     """
 
-    # Redeclared: argparse would offer only transformers' own names, and read no dict.
+    # Redeclared: argparse would offer only transformers' own names, read no dict, and take a single module.
     optim: str = field(
         default=transformers.TrainingArguments.default_optim,
         metadata={"help": "The optimizer: one of transformers' names, or of `dist-optim list`."},
@@ -42,6 +42,10 @@ class TrainingArguments(transformers.TrainingArguments):
     optim_args: dict | str | None = field(
         default=None,
         metadata={"help": 'Its hyperparameters: "rank=64, scale=0.25", or JSON. See `dist-optim list NAME`.'},
+    )
+    optim_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules a low-rank optimizer projects: parts of names, regular expressions, or all-linear."},
     )
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ from dist_optim.integrations.trainer_checks import (
 )
 from dist_optim.integrations.trainer_draft import Draft, draft_class
 from dist_optim.integrations.trainer_fused import backward_of, settings_inside_backward
-from dist_optim.integrations.trainer_schedules import decide_after_evaluation, scheduler_for_trainer
+from dist_optim.integrations.trainer_schedules import decide_after_evaluation, scheduler_for_trainer, shared_schedule
 from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
 
 __all__ = ["DistOptimTrainerMixin"]
@@ -220,6 +220,8 @@ class DistOptimTrainerMixin(CheckpointingMixin):
             chosen = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = scheduler_for_trainer(self.args, chosen, num_training_steps)
             self._created_lr_scheduler = True
+        else:
+            self.lr_scheduler = shared_schedule(self.args, self.optimizer, self.lr_scheduler)
         return self.lr_scheduler
 
     def _evaluate(self, *positional: Any, **named: Any) -> Any:
