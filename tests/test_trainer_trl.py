@@ -16,12 +16,12 @@ from dist_optim.integrations.transformers import DistOptimTrainerMixin, Training
 trl: Any = pytest.importorskip("trl")
 
 
-class Tuner(DistOptimTrainerMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+class Tuner(DistOptimTrainerMixin, trl.SFTTrainer):
     pass
 
 
 @dataclass
-class Config(trl.SFTConfig, TrainingArguments):  # type: ignore[misc, name-defined]
+class Config(trl.SFTConfig, TrainingArguments):
     pass
 
 
