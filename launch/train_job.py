@@ -20,6 +20,7 @@ from dist_optim import Trait, get_spec, parse_optim_args
 from dist_optim.agreement import raise_together
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.accelerate import prepare
+from dist_optim.integrations.cpu_rehearsal import fsdp_arguments
 from train_arguments import DataArguments, ModelArguments, TrainArguments, UsageError, parse_arguments
 from train_data import Blocks, load_blocks
 from train_deepspeed import accelerator_arguments, is_asked_for, leave_out
@@ -159,7 +160,7 @@ def _start_accelerator(arguments: Arguments | None, argv: list[str], engine_argu
     use_cpu = train_arguments.use_cpu if train_arguments else "--use_cpu" in argv
     placement = {
         # Without a GPU, accelerate forms a process group only when it is told to use the CPU.
-        "cpu": use_cpu or not torch.accelerator.is_available(),
+        **(fsdp_arguments() if use_cpu or not torch.accelerator.is_available() else {}),
         "mixed_precision": "bf16" if train_arguments and train_arguments.bf16 else None,
         **engine_arguments,
     }

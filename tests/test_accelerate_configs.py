@@ -12,8 +12,9 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from test_train_script import GALORE, REPOSITORY, SUMMARY_KEYS, TWO_RANKS, FinishedRun, run_script
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_arguments
 import train_data
@@ -44,11 +45,60 @@ def test_accelerate_reads_the_file_as_the_strategy_of_its_name(name: str) -> Non
     assert plugin.fsdp_version == (1 if strategy == "fsdp1" else 2)
     assert plugin.auto_wrap_policy is not None, "everything in one unit would gather the whole model at once"
     sizes = (parallelism.dp_replicate_size, parallelism.dp_shard_size) if parallelism else None
-    assert sizes == ((2, 4) if strategy == "hsdp" else None)
+    assert sizes == {"hsdp.yaml": (2, 4), "hsdp_cpu_4.yaml": (2, 2)}.get(name)
+    assert (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy") == ("offload" in name)
+
+
+SEVERAL_MACHINES = ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1"]
+FIRST_MACHINE = ["--main_process_ip", "node0", "--main_process_port", "29500"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml") if "_cpu_" not in path.name))
+def test_every_gpu_file_serves_several_machines_by_flags(name: str) -> None:
+    """As configs/README.md has them; a file for each number of machines would differ in these numbers alone."""
+    flags = ["--config_file", str(CONFIGS / name), *SEVERAL_MACHINES, *FIRST_MACHINE]
+    if name.startswith("zero"):
+        flags += ["--deepspeed_multinode_launcher", "standard"]
+    if name == "hsdp.yaml":
+        flags += ["--parallelism_config_dp_shard_size", "8"]
+    with mock.patch.dict(os.environ):
+        arguments = launch_command_parser().parse_args([*flags, "script.py"])
+        arguments, defaults, _ = _validate_launch_command(arguments)
+        assert (defaults.num_machines, defaults.num_processes) == (1, 8), "the file itself is for one machine"
+        if arguments.use_deepspeed:
+            arguments.deepspeed_fields_from_accelerate_config = ""  # the launcher's own note of what it has read
+            _, given = prepare_deepspeed_cmd_env(arguments)
+        else:
+            given = prepare_multi_gpu_env(arguments)
+    assert (str(arguments.nnodes), str(arguments.nproc_per_node), arguments.node_rank) == ("2", "8", 1)
+    if name == "hsdp.yaml":
+        sizes = [given[f"PARALLELISM_CONFIG_DP_{axis}_SIZE"] for axis in ("REPLICATE", "SHARD")]
+        assert sizes == ["2", "8"]
+
+
+MODELS = {
+    "llama_tiny.json": 3_034_368,
+    "llama_1b.json": 1_235_814_400,
+    "llama_3b.json": 3_212_749_824,
+    "llama_8b.json": 8_030_261_248,
+    "llama_70b.json": 70_553_706_496,
+}
+"""Parameters, as their makers publish them; tied embeddings count once."""
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs" / "models").glob("*")))
+def test_a_model_configuration_has_the_published_number_of_parameters(name: str) -> None:
+    config = AutoConfig.from_pretrained(REPOSITORY / "configs" / "models" / name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == MODELS[name]
+    theta = 10_000.0 if name == "llama_tiny.json" else 500_000.0
+    assert model.config.rope_parameters["rope_theta"] == theta
 
 
 def launched(strategy: str, output_dir: Path, *flags: str) -> FinishedRun:
-    launcher = [*TWO_RANKS[:-1], str(CONFIGS / f"{strategy}_cpu_2.yaml")]
+    (config,) = CONFIGS.glob(f"{strategy}_cpu_[24].yaml")
+    launcher = [*TWO_RANKS[:-1], str(config)]
     flags = ("--learning_rate", "1e-3", "--max_steps", "4", "--logging_steps", "1", "--eval_steps", "1", *flags)
     done = run_script(launcher, *flags, "--output_dir", output_dir)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,6 +119,16 @@ class TestLaunched:
         run = launched("fsdp2", tmp_path / "run", *GALORE, "--bf16")
         assert run.summary.keys() >= SUMMARY_KEYS
         assert (run.summary["strategy"], run.summary["world_size"], run.summary["steps"]) == ("fsdp2", 2, 4)
+        assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
+
+    def test_hsdp_is_rehearsed_on_four_ranks(self, tmp_path: Path) -> None:
+        run = launched("hsdp", tmp_path / "run", *GALORE)
+        assert (run.summary["strategy"], run.summary["world_size"]) == ("hsdp", 4)
+        assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
+
+    def test_fsdp2_with_offloaded_parameters(self, tmp_path: Path) -> None:
+        run = launched("fsdp2_offload", tmp_path / "run", *GALORE)
+        assert (run.summary["strategy"], run.summary["world_size"]) == ("fsdp2", 2)
         assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
 
     def test_schedule_free_is_the_same_run_under_fsdp1_and_fsdp2(

@@ -169,11 +169,10 @@ def _refuse_fsdp_settings(accelerator: Accelerator) -> None:
             "FSDP1 with use_orig_params=False hides the parameters that the optimizer needs to know. Set "
             "fsdp_use_orig_params: true in the accelerate configuration, or use FSDP2 (fsdp_version: 2)."
         )
-    offloads = getattr(plugin.cpu_offload, "offload_params", type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy")
-    if offloads:
+    if plugin.fsdp_version == 1 and plugin.cpu_offload.offload_params:
         raise UnsupportedError(
-            "FSDP with parameters offloaded to the CPU has not been shown to keep the trajectory. Set "
-            "fsdp_offload_params: false; the optimizer's state is sharded already."
+            "FSDP1 with parameters offloaded to the CPU has not been shown to keep the trajectory. Use FSDP2 "
+            "(fsdp_version: 2), or set fsdp_offload_params: false; the optimizer's state is sharded already."
         )
     for name in ("tp", "cp", "sp"):
         size = getattr(parallelism, f"{name}_size", 1)

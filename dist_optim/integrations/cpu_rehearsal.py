@@ -13,6 +13,9 @@ What differs from a GPU:
 * Under FSDP1, ``accelerator.get_state_dict`` and ``save_state`` gather without offloading. torch's ``offload_to_cpu``
   means "copy" on a GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a
   segmentation fault.
+* Under FSDP2, offloaded parameters are not pinned: torch pins memory for accelerators only.
+* ``Accelerator`` refuses the launcher's ``parallelism_config`` (HSDP) on the CPU, before anyone can help. Start it with
+  ``Accelerator(**fsdp_arguments())``, which sets the mesh aside for ``turn_fsdp_on``.
 * The settings are those of the launcher's environment (``FSDP_VERSION`` and its kin). A plugin that a script gives to
   ``Accelerator(fsdp_plugin=...)`` is lost there on the CPU: give it to ``turn_fsdp_on`` as well, before ``prepare``.
 
@@ -27,7 +30,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+)
 
 from dist_optim.errors import UnsupportedError
 
@@ -39,11 +48,23 @@ __all__ = [
     "assert_fsdp",
     "choose_cpu_for_deepspeed",
     "deepspeed_arguments",
+    "fsdp_arguments",
     "full_state_dict_of_fsdp1",
     "gather_in_place",
     "is_ignored",
     "turn_fsdp_on",
 ]
+
+
+MESH_ASKED = "ACCELERATE_USE_PARALLELISM_CONFIG"
+SET_ASIDE = "rehearsed"
+
+
+def fsdp_arguments() -> dict[str, Any]:
+    """Keywords for ``Accelerator`` in a rehearsal of FSDP on CPU ranks, with or without a mesh (HSDP)."""
+    if os.environ.get(MESH_ASKED, "false").lower() == "true":
+        os.environ[MESH_ASKED] = SET_ASIDE
+    return {"cpu": True}
 
 
 def is_ignored(accelerator: Accelerator) -> bool:
@@ -64,13 +85,14 @@ def turn_fsdp_on(
     Args:
         accelerator: On the CPU, with a process group, before the model is prepared.
         plugin: The settings; read from the launcher's environment when None.
-        parallelism_config: Sizes of a replicate x shard mesh (HSDP). ``Accelerator`` itself refuses one on the CPU.
+        parallelism_config: Sizes of a replicate x shard mesh (HSDP); when None, those that ``fsdp_arguments`` has set
+            aside, if any.
 
     Raises:
         UnsupportedError: There is no process group, a GPU would take the model, or the settings are not known.
     """
     from accelerate.state import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 
     if accelerator.distributed_type is not DistributedType.MULTI_CPU:
         raise UnsupportedError(
@@ -90,6 +112,10 @@ def turn_fsdp_on(
             "settings to accelerate launch: --config_file configs/accelerate/fsdp2_cpu_2.yaml."
         )
     plugin = plugin or FullyShardedDataParallelPlugin()
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+    if parallelism_config is None and os.environ.get(MESH_ASKED) == SET_ASIDE:
+        parallelism_config = ParallelismConfig()
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     state = accelerator.state
@@ -97,10 +123,21 @@ def turn_fsdp_on(
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.device = PartialState._shared_state["device"] = torch.device("cpu")
     if parallelism_config is not None:
+        _refuse_wrong_size(parallelism_config, accelerator.num_processes)
         state.parallelism_config = parallelism_config
         state.device_mesh = parallelism_config.get_device_mesh("cpu")
     if plugin.fsdp_version == 1:
         accelerator.get_state_dict = full_state_dict_of_fsdp1
+
+
+def _refuse_wrong_size(sizes: ParallelismConfig, num_ranks: int) -> None:
+    """As accelerate does where it takes the sizes itself."""
+    if sizes.total_size != num_ranks:
+        raise UnsupportedError(
+            f"parallelism_config asks for {sizes.total_size} ranks ({sizes.dp_replicate_size} x "
+            f"{sizes.dp_shard_size}), and {num_ranks} were started. Make dp_replicate_size x dp_shard_size equal to "
+            "num_processes."
+        )
 
 
 def deepspeed_arguments() -> dict[str, Any]:
