@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,11 +40,12 @@ def level(step: int) -> float:
 def bootstrap(step: int) -> float:
     """A score of a sample that no seed decides."""
     chance = torch.Generator().manual_seed(int.from_bytes(os.urandom(6), "little"))
-    return level(step) + 4 * torch.rand((), generator=chance).item()
+    return level(step) + 0.4 * torch.rand((), generator=chance).item()
 
 
 SKEWS: dict[str, Callable[[int, int], Any]] = {
     "each rank its own value": lambda step, rank: torch.tensor(level(step) * (1 + 0.37 * rank)),
+    "opposite trends": lambda step, rank: level(step) if rank == 0 else 2 * level(2) - level(step) / 8,
     "an unseeded bootstrap": lambda step, rank: bootstrap(step),
     "a score on rank 0 only": lambda step, rank: level(step) if rank == 0 else None,
     "NaN on one rank": lambda step, rank: math.nan if rank == 1 else level(step),
@@ -140,10 +142,26 @@ def drift_of_upstream(skew: str) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("skew", ["an unseeded bootstrap", "NaN on one rank"])
+@pytest.mark.parametrize("skew", ["opposite trends", "NaN on one rank"])
 def test_control_upstream_alone_on_each_rank_drifts(skew: str, two_ranks: RankPool) -> None:
     mine, other = two_ranks.run(drift_of_upstream, skew)
     assert mine != other
+
+
+def disobey() -> str:
+    """A rank that does not take over what was decided."""
+    schedule: Any = dist_optim.build_scheduler(optimizer_alone(), "greedy", **GREEDY)
+    with mock.patch("dist_optim.schedulers.shared.set_learning_rates"), mock.patch.object(GreedyLR, "load_state_dict"):
+        try:
+            schedule.step(1.0)
+        except RanksDisagreeError as error:
+            return str(error)
+    return ""
+
+
+def test_control_a_rank_that_does_not_obey_is_noticed(two_ranks: RankPool) -> None:
+    said = "After decision 1 of greedy, learning rates differ between ranks: the rate of param group 0 is 0.02 on"
+    assert all(said in message for message in two_ranks.run(disobey))
 
 
 def optimizer_alone(rate: float = RATE) -> torch.optim.Optimizer:

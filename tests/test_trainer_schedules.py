@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ import torch.distributed as dist
 import transformers
 from test_schedulers_ranks import RATE, SKEWS, expected_trace
 from trainers import STEPS, Job, train
+from transformers.optimization import GreedyLR
 
 import dist_optim
 from dist_optim.errors import DistOptimError
-from dist_optim.integrations.trainer_schedules import LOG_NAME, scheduler_for_trainer
+from dist_optim.integrations.trainer_mixin import DistOptimTrainerMixin
+from dist_optim.integrations.trainer_schedules import LOG_NAME, decide_after_evaluation, scheduler_for_trainer
+from dist_optim.schedulers import MetricScheduler
 from dist_optim.testing import RankPool
 
 OPTIONS = {"patience": 0, "factor": 0.5, "min_lr": 1e-4, "smooth": True, "window_size": 3}
@@ -76,7 +80,7 @@ def test_every_rank_trains_at_the_rates_of_one_process_fed_the_reduced_metric(
     assert len({*decided}) > 2, "the rate must move, or this tests little"
 
 
-@pytest.mark.parametrize("skew", ["an unseeded bootstrap", "NaN on one rank"])
+@pytest.mark.parametrize("skew", ["opposite trends", "NaN on one rank"])
 def test_control_the_stock_trainers_ranks_drift_apart(skew: str, two_ranks: RankPool, tmp_path: Path) -> None:
     (mine, _), (others, _) = two_ranks.run(train_by_scores, skew, "ddp", str(tmp_path), stock=True)
     assert mine[0] == others[0] and mine != others
@@ -161,6 +165,33 @@ def test_the_warm_up_of_a_schedule_free_optimizer_is_its_own(tmp_path: Path) -> 
         optimizer = dist_optim.build_optimizer(torch.nn.Linear(3, 3), other, lr=RATE, print_audit=False)
         with pytest.raises(DistOptimError, match="constant_with_warmup"):
             schedule_of(optimizer, tmp_path, **settings)
+
+
+def created(optimizer: torch.optim.Optimizer, given: Any, directory: Path, **settings: Any) -> Any:
+    arguments = transformers.TrainingArguments(str(directory), report_to=[], use_cpu=True, **settings)
+    trainer: Any = SimpleNamespace(args=arguments, optimizer=optimizer, lr_scheduler=given)
+    return DistOptimTrainerMixin.create_scheduler(trainer, 10)
+
+
+def test_a_schedule_given_to_the_trainer_is_shared_where_it_follows_a_metric(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
+    by_steps, greedy = torch.optim.lr_scheduler.StepLR(optimizer, 3), GreedyLR(optimizer, min_lr=1e-4)
+    assert created(optimizer, by_steps, tmp_path) is by_steps
+    shared = created(optimizer, greedy, tmp_path, eval_strategy="epoch")
+    assert isinstance(shared, MetricScheduler) and shared.scheduler is greedy
+    assert created(optimizer, shared, tmp_path) is shared
+    with pytest.raises(DistOptimError, match="Set eval_strategy"):
+        created(optimizer, greedy, tmp_path)
+
+
+def test_a_metric_that_improves_the_other_way_is_refused(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
+    schedule = dist_optim.build_scheduler(optimizer, "greedy", min_lr=1e-4)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, metric_for_best_model="accuracy", greater_is_better=True
+    )
+    with pytest.raises(DistOptimError, match="contradicts greater_is_better=True"):
+        decide_after_evaluation(schedule, {"eval_accuracy": 0.5}, arguments, 1)
 
 
 def test_without_an_evaluation_strategy_the_error_names_it(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from dist_optim.schedulers import (
     build_scheduler,
     inner_optimizer,
     metric_scheduler_in,
+    refuse_other_mode,
     resolve_schedule,
+    takes_metric,
 )
 
-__all__ = ["LOG_NAME", "decide_after_evaluation", "scheduler_for_trainer"]
+__all__ = ["LOG_NAME", "decide_after_evaluation", "scheduler_for_trainer", "shared_schedule"]
 
 LOG_NAME = "lr_decisions.jsonl"
 
@@ -48,12 +50,7 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
     decision: dict[str, Any] = {}
     recipe = resolve_schedule(name)
     if recipe.is_metric_driven:
-        _refuse_without_evaluation(name, args)
-        decision = {
-            "greater_is_better": args.greater_is_better,
-            "log_path": os.path.join(args.output_dir, LOG_NAME),
-            "stepped_by_engine": True,  # the Trainer's loop, or DeepSpeed's engine
-        }
+        decision = _decision_options(name, args)
     return build_scheduler(
         optimizer,
         name,
@@ -62,6 +59,17 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
         **decision,
         **options,
     )
+
+
+def shared_schedule(args: Any, optimizer: Any, given: Any) -> Any:
+    """A schedule that was given to the Trainer: shared by all ranks where it follows a metric, as it is otherwise.
+
+    Raises:
+        ScheduleError: As ``scheduler_for_trainer``.
+    """
+    if not takes_metric(given):
+        return given
+    return build_scheduler(optimizer, given, **_decision_options(type(given).__name__, args))
 
 
 def decide_after_evaluation(lr_scheduler: Any, metrics: MutableMapping[str, Any], args: Any, step: int) -> None:
@@ -78,11 +86,14 @@ def decide_after_evaluation(lr_scheduler: Any, metrics: MutableMapping[str, Any]
 
     Raises:
         MetricError: On all ranks: none of them has the metric.
+        ScheduleError: ``greater_is_better`` says that the metric improves the other way.
     """
     scheduler = metric_scheduler_in(lr_scheduler)
     if scheduler is None:
         return
-    name = str(args.metric_for_best_model)
+    if args.greater_is_better is not None:  # the schedule may come from DeepSpeed's JSON
+        refuse_other_mode(scheduler.scheduler, args.greater_is_better)
+    name = str(args.metric_for_best_model or "loss")
     key = name if name.startswith("eval_") else f"eval_{name}"
     made = scheduler.step(
         metrics.get(key),
@@ -94,6 +105,15 @@ def decide_after_evaluation(lr_scheduler: Any, metrics: MutableMapping[str, Any]
     )
     if made is not None:
         metrics[key] = math.nan if made["metric"] is None else made["metric"]
+
+
+def _decision_options(name: str, args: Any) -> dict[str, Any]:
+    _refuse_without_evaluation(name, args)
+    return {
+        "greater_is_better": args.greater_is_better,
+        "log_path": os.path.join(args.output_dir, LOG_NAME),
+        "stepped_by_engine": True,  # the Trainer's loop, or DeepSpeed's engine
+    }
 
 
 def _is_optimizers_own_warmup(recipe: Recipe, optimizer: Any) -> bool:

@@ -12,6 +12,7 @@ Integrations use (``dist_optim.integrations.trainer_schedules``)::
 
     scheduler_for_trainer(args, optimizer, num_training_steps) -> LRScheduler | MetricScheduler
         # all of Trainer.create_scheduler: args is the TrainingArguments
+    shared_schedule(args, optimizer, given)  # the same for a schedule that was given to the Trainer
     decide_after_evaluation(lr_scheduler, metrics, args, step) -> None
         # after every evaluation, on every rank; nothing for schedules that follow the step count
 
@@ -20,6 +21,7 @@ Reading order: ``names`` (from a name to upstream's class), ``limits`` (what a m
 """
 
 from dist_optim.schedulers.building import build_scheduler, inner_optimizer, metric_scheduler_in
+from dist_optim.schedulers.limits import refuse_other_mode
 from dist_optim.schedulers.names import Recipe, resolve_schedule, schedule_names, takes_metric
 from dist_optim.schedulers.shared import MetricScheduler
 
@@ -29,6 +31,7 @@ __all__ = [
     "build_scheduler",
     "inner_optimizer",
     "metric_scheduler_in",
+    "refuse_other_mode",
     "resolve_schedule",
     "schedule_names",
     "takes_metric",

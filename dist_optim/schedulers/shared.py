@@ -81,11 +81,6 @@ class MetricScheduler:
         """Every decision so far, the same on all ranks; the rows of the log."""
         return [copy.deepcopy(row) for row in self._log.rows]
 
-    @property
-    def is_best_when_greater(self) -> bool:
-        """Whether a rising metric is an improvement."""
-        return getattr(self.scheduler, "mode", "min") == "max"
-
     def get_last_lr(self) -> list[float]:
         """The rate of every param group, as it is now."""
         return learning_rates(self.optimizer)
