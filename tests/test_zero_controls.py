@@ -300,3 +300,21 @@ def with_upstream_on_the_flat_partition(stage: int) -> float:
 def test_upstream_alone_on_the_flat_partition_is_seen_to_differ(two_ranks: RankPool) -> None:
     assert two_ranks.run(with_upstream_on_the_flat_partition, 0) == [0.0, 0.0]
     assert min(two_ranks.run(with_upstream_on_the_flat_partition, 2)) > 0.1
+
+
+def way_of_deepspeed_in_fp16_without_zero() -> float:
+    """torch's SGD, without our code: how far it goes, in units of the way of one process."""
+    run = ZeroRun("sgd", {"lr": 1e-1}, 0, real_batches=True, config={"fp16": {"enabled": True, "loss_scale": 256}})
+    config = {key: value for key, value in run.json().items() if key != "optimizer"}
+    model = run.make_model()
+    engine = zero.deepspeed().initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-1), config=config
+    )[0]
+    zero.train_engine(engine, run)
+    start, expected = zero.start_of(run), zero.Reference(run).train().weights()
+    return zero.relative_distance(zero.weights_of(engine, run), start, expected)
+
+
+def test_deepspeed_in_fp16_without_zero_hardly_moves(two_ranks: RankPool) -> None:
+    """It divides gradients by a scale that the loss never had: why this is refused."""
+    assert max(two_ranks.run(way_of_deepspeed_in_fp16_without_zero)) < 0.1

@@ -29,7 +29,8 @@ class DeepSpeedEngine:
 
     def __init__(self, zero_config: dict[str, Any] | None = None, **parts: Any) -> None:
         defaults = {"has_moe_layers": False, "mpu": None}
-        asked = {"autotp_size": 0, "torch_autocast_enabled": False, "is_deepcompile_enabled": False}
+        asked: dict[str, Any] = {"autotp_size": 0, "torch_autocast_enabled": False, "is_deepcompile_enabled": False}
+        asked |= {"fp16_enabled": False, "zero_optimization_stage": 0}
         for name, value in {**defaults, **asked, "managed_gradient_accumulation": True, **parts}.items():
             setattr(self, name, value if name in defaults else lambda value=value: value)
         plain = dict.fromkeys(("zenflow", "offload_param", "offload_optimizer"))
@@ -56,6 +57,7 @@ class DeepSpeedHybridEngine(DeepSpeedEngine):
         (DeepSpeedEngine(autotp_size=2), "Tensor parallelism.*data parallelism alone"),
         (DeepSpeedEngine(torch_autocast_enabled=True), 'torch_autocast.*"bf16"'),
         (DeepSpeedEngine(is_deepcompile_enabled=True), "DeepCompile"),
+        (DeepSpeedEngine(fp16_enabled=True), 'In fp16 without ZeRO.*"bf16"'),
         (DeepSpeedEngine(managed_gradient_accumulation=False), "managed_gradient_accumulation"),
         (DeepSpeedEngine({"zero_hpz_partition_size": 2}), "zero_hpz_partition_size"),
         (DeepSpeedEngine({"zero_quantized_gradients": True}), "zero_quantized"),
@@ -74,6 +76,7 @@ def test_what_is_not_tested_is_refused(engine: Any, message: str) -> None:
 
 def test_what_is_tested_is_not_refused() -> None:
     refuse_unserved(DeepSpeedEngine())
+    refuse_unserved(DeepSpeedEngine(fp16_enabled=True, zero_optimization_stage=1))
     refuse_unserved(DeepSpeedEngine({"offload_optimizer": offload()}))
     refuse_unserved(DeepSpeedEngine({"offload_optimizer": offload(device="none")}))
 
@@ -101,6 +104,7 @@ def asked_and_missing() -> list[str]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"stage": 0, "config": {"fp16": {"enabled": True}}}, "In fp16 without ZeRO"),
         ({"stage": 2, "config": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}}, "torch_autocast"),
         ({"stage": 3, "config": {"compile": {"deepcompile": True}}}, "DeepCompile"),
         ({"stage": 3, "zero": {"offload_optimizer": {"device": "cpu", "super_offload": True}}}, "super_offload"),

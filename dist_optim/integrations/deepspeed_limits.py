@@ -38,6 +38,11 @@ def _reasons_of_engine(engine: Any) -> Iterator[str]:
         yield 'torch_autocast is not tested; set "bf16": {"enabled": true} instead.'
     if engine.is_deepcompile_enabled():
         yield 'DeepCompile replaces the gradient hooks; leave "compile": {"deepcompile": ...} out.'
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        yield (
+            "In fp16 without ZeRO, deepspeed 0.19 divides gradients by a loss scale by which it never multiplied the "
+            'loss; use "bf16", or ZeRO stage 1.'
+        )
     if not engine.managed_gradient_accumulation():
         yield "managed_gradient_accumulation=False is not tested; leave it out."
 
