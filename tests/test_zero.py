@@ -95,7 +95,7 @@ def test_equals_one_process_under(variant: str, name: str, two_ranks: RankPool) 
     assert two_ranks.run(zero.distance_given_gradients, run) == [0.0, 0.0]
 
 
-HALVES = {"bf16": BF16, "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
+HALVES: dict[str, dict[str, Any]] = {"bf16": BF16, "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}}}
 
 
 @pytest.mark.parametrize(("half", "stage"), [("bf16", 0), *((half, stage) for half in HALVES for stage in (1, 2, 3))])
