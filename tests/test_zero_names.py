@@ -35,7 +35,7 @@ def test_deepspeed_itself_equals_one_process_with_its_graph(stage: int, two_rank
 @needs_deepspeed
 def test_without_the_nodes_in_its_graph_stage_3_is_seen_to_differ(two_ranks: RankPool) -> None:
     for given, own in two_ranks.run(gaps_without_nodes):
-        assert given == 0 and 1e-8 < own < 1e-4
+        assert given == 0 and own > 1e-8
 
 
 def gaps_without_nodes() -> tuple[float, float]:
