@@ -251,39 +251,9 @@ class TestDecisions:
             schedule.step(accuracy)
         assert (schedule.get_last_lr()[0] > 0.1) == (mode == "max")
 
-    def test_a_nan_leaves_no_trace_in_the_running_mean(self) -> None:
-        options: dict[str, Any] = {"patience": 0, "smooth": True, "window_size": 3}
-        clean, poisoned = build("greedy", **options), build("greedy", **options)
-        stock = GreedyLR(make_optimizer(), **options)
-        for metric in (3.0, 2.0, 1.5):
-            clean.step(metric), poisoned.step(metric), stock.step(metric)
-        with pytest.warns(UserWarning, match="takes no decision"):
-            poisoned.step(math.nan)
-        stock.step(math.nan)
-        for metric in (1.2, 1.0, 0.9, 0.8, 0.7):
-            clean.step(metric), poisoned.step(metric), stock.step(metric)
-        assert poisoned.get_last_lr() == clean.get_last_lr()
-        assert poisoned.scheduler.state_dict() == clean.scheduler.state_dict()
-        assert poisoned.decisions[3]["decision"] == "skipped" and poisoned.decisions[3]["metric"] is None
-        assert rates_of(stock.optimizer) < clean.get_last_lr(), "upstream alone is poisoned, or this tests nothing"
-
     def test_nan_is_refused_where_that_is_asked_for(self) -> None:
         with pytest.raises(MetricError, match="not finite on ranks"):
             build("greedy", on_nonfinite="raise").step(math.inf)
-
-    def test_groups_keep_their_ratios_at_the_bounds_too(self) -> None:
-        schedule = build("greedy", make_optimizer(0.1, 0.01, 1e-5), patience=0, factor=0.5, min_lr=0.02, max_lr=0.5)
-        seen = set()
-        for metric in (3, 2, 1, 0, 4, 5, 6, 7, 8, 9):
-            schedule.step(metric)
-            first, second, third = schedule.get_last_lr()
-            assert second == pytest.approx(first / 10, rel=1e-12) and third == pytest.approx(first / 1e4, rel=1e-12)
-            seen.add(first)
-        assert {0.5, 0.02} <= seen
-        stock = GreedyLR(make_optimizer(0.1, 0.01), patience=0, factor=0.5, min_lr=0.005, max_lr=0.5)
-        for metric in (1, 4, 5, 6, 7, 8, 9):
-            stock.step(metric)
-        assert rates_of(stock.optimizer) == [0.005, 0.005], "upstream alone loses the ratio, or this tests nothing"
 
     def test_tensor_rates_keep_their_identity(self) -> None:
         optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))], lr=torch.tensor(0.1), capturable=False)
@@ -292,6 +262,38 @@ class TestDecisions:
         for metric in (1.0, 2.0):
             schedule.step(metric)
         assert optimizer.param_groups[0]["lr"] is held and float(held) == pytest.approx(0.05)
+
+
+def test_a_nan_leaves_no_trace_in_the_running_mean() -> None:
+    options: dict[str, Any] = {"patience": 0, "smooth": True, "window_size": 3}
+    clean, poisoned = build("greedy", **options), build("greedy", **options)
+    stock = GreedyLR(make_optimizer(), **options)
+    for metric in (3.0, 2.0, 1.5):
+        clean.step(metric), poisoned.step(metric), stock.step(metric)
+    with pytest.warns(UserWarning, match="takes no decision"):
+        poisoned.step(math.nan)
+    stock.step(math.nan)
+    for metric in (1.2, 1.0, 0.9, 0.8, 0.7):
+        clean.step(metric), poisoned.step(metric), stock.step(metric)
+    assert poisoned.get_last_lr() == clean.get_last_lr()
+    assert poisoned.scheduler.state_dict() == clean.scheduler.state_dict()
+    assert poisoned.decisions[3]["decision"] == "skipped" and poisoned.decisions[3]["metric"] is None
+    assert rates_of(stock.optimizer) < clean.get_last_lr(), "upstream alone is poisoned, or this tests nothing"
+
+
+def test_groups_keep_their_ratios_at_the_bounds_too() -> None:
+    schedule = build("greedy", make_optimizer(0.1, 0.01, 1e-5), patience=0, factor=0.5, min_lr=0.02, max_lr=0.5)
+    seen = set()
+    for metric in (3, 2, 1, 0, 4, 5, 6, 7, 8, 9):
+        schedule.step(metric)
+        first, second, third = schedule.get_last_lr()
+        assert second == pytest.approx(first / 10, rel=1e-12) and third == pytest.approx(first / 1e4, rel=1e-12)
+        seen.add(first)
+    assert {0.5, 0.02} <= seen
+    stock = GreedyLR(make_optimizer(0.1, 0.01), patience=0, factor=0.5, min_lr=0.005, max_lr=0.5)
+    for metric in (1, 4, 5, 6, 7, 8, 9):
+        stock.step(metric)
+    assert rates_of(stock.optimizer) == [0.005, 0.005], "upstream alone loses the ratio, or this tests nothing"
 
 
 class TestState:
