@@ -28,11 +28,15 @@ from dist_optim.fused_step import PartialStep
 from dist_optim.layouts.detect import PlacedParameter, local_of
 from dist_optim.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 
-__all__ = ["FusedBackward", "install"]
+__all__ = ["FusedBackward", "Shards", "install"]
 
 
 def install(
-    optimizer: DistributedOptimizer, model: nn.Module, *, bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    optimizer: DistributedOptimizer,
+    model: nn.Module,
+    *,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    shards: Shards | None = None,
 ) -> FusedBackward:
     """Let backward make the updates of ``optimizer``; ``build_optimizer(..., fused_backward=True)`` calls this.
 
@@ -43,22 +47,45 @@ def install(
         model: The model that it was built on.
         bucket_bytes: Bytes of gradients that wait for each other: in a bucket under DistributedDataParallel, on the way
             to their owners under FSDP2.
+        shards: How an engine that leaves full gradients on its sharded parameters is served.
 
     Raises:
         WrongModeError: The model has gradients already, or another fused backward.
     """
-    fused = FusedBackward(optimizer, model, bucket_bytes)
+    fused = FusedBackward(optimizer, model, bucket_bytes, shards)
     optimizer.inside_backward = fused
     return fused
+
+
+class Shards:
+    """How gradients come to this rank's parts of parameters: already reduced, unless an engine's subclass does it."""
+
+    def parameter(self, placed: PlacedParameter) -> nn.Parameter:
+        """The parameter that autograd knows."""
+        return placed.parameter
+
+    def reduced(self, placed: PlacedParameter, gradient: Tensor) -> Tensor:
+        """This rank's part of the averaged gradient. Collective where there is something to reduce."""
+        return gradient
+
+    def end_backward(self) -> None:
+        """After a backward pass: let the engine forget the full parameters, which are old now."""
 
 
 class FusedBackward:
     """The hooks on a model's parameters; ``remove`` takes them off. Made by ``install``."""
 
-    def __init__(self, optimizer: DistributedOptimizer, model: nn.Module, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        optimizer: DistributedOptimizer,
+        model: nn.Module,
+        bucket_bytes: int,
+        shards: Shards | None = None,
+    ) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._name = optimizer.spec.name
         self._placed = optimizer.placed_parameters()
+        self._shards = shards or Shards()
         trained = [index for index, placed in enumerate(self._placed) if placed.parameter.requires_grad]
         self._refuse_leftovers()
         self._steps = PartialStep(optimizer)
@@ -97,7 +124,7 @@ class FusedBackward:
 
     def _watch(self, index: int) -> Callable[[], None]:
         """Hooks hold this object weakly: when its optimizer is gone, they do nothing."""
-        parameter, own = self._placed[index].parameter, weakref.ref(self)
+        parameter, own = self._shards.parameter(self._placed[index]), weakref.ref(self)
         if fused_backward_of(parameter) is not None:
             raise WrongModeError(
                 f"{self._placed[index].fqn!r} is already updated inside backward by another optimizer. Call "
@@ -127,15 +154,16 @@ class FusedBackward:
             raise WrongModeError(self._why_no_accumulation(placed))
         self._seen.add(index)
         self._begin()
-        gradient = placed.parameter.grad
+        parameter = self._shards.parameter(placed)
+        gradient = parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
             raise UnsupportedError(
                 f"The gradient of {placed.fqn!r} is sparse. Set sparse=False in the embedding, or use "
                 "fused_backward=False."
             )
-        placed.parameter.grad = None
-        self._source.ready(index, local_of(gradient))
+        parameter.grad = None
+        self._source.ready(index, self._shards.reduced(placed, local_of(gradient)))
 
     def _begin(self) -> None:
         """At the first gradient of a training step."""
@@ -169,6 +197,7 @@ class FusedBackward:
             torch.autograd.backward(loss, retain_graph=True)
             self._begin()
             self._source.flush()
+            self._shards.end_backward()
         finally:
             self._is_measuring = False
         self._seen.clear()
@@ -192,6 +221,7 @@ class FusedBackward:
         if not self._has_begun:
             self._steps.begin()
         self._source.flush()
+        self._shards.end_backward()
         self._steps.finish()
         if isinstance(self._source, BucketReduction):
             self._source.learn_order()
