@@ -67,8 +67,9 @@ class Case:
 def make_model(case: Case) -> Net:
     torch.manual_seed(0)
     model = Net(case.linear, case.extra).to(case.dtype)
-    for name, parameter in model.named_parameters():
+    for place_in_model, (name, parameter) in enumerate(model.named_parameters()):
         parameter.requires_grad_(name not in case.frozen)
+        parameter.place_in_model = place_in_model  # type: ignore[attr-defined]  # for references that sum in its order
     return model
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from parity import EXTRA, LINEAR, Case
+from parity import Case
 from torch import Tensor, nn
 
 
@@ -53,20 +53,13 @@ class FromUpstream(torch.optim.Optimizer):
 
     def coefficient(self, given: list[tuple[Any, nn.Parameter, Tensor]]) -> Tensor:
         norms = []
-        for instance, parameter, gradient in sorted(given, key=lambda one: IN_MODEL.index(tuple(one[1].shape))):
+        for instance, parameter, gradient in sorted(given, key=lambda one: one[1].place_in_model):  # type: ignore[attr-defined]
             parameter.grad, instance.grad_norms, instance.gather_norm = gradient.clone(), [], True
             instance.grad_func(0)
             norms += instance.grad_norms
             instance.gather_norm = False
         total = torch.norm(torch.stack(norms), 2.0)
         return torch.clamp(float(self.arguments["clip_grad_norm"]) / (total + 1e-6), max=1.0)
-
-
-IN_MODEL: list[tuple[int, ...]] = []
-for _rows, _columns in LINEAR:
-    IN_MODEL += [(_rows, _columns), (_rows,)]
-IN_MODEL += EXTRA
-"""Shapes in the order of ``model.parameters()``; each is there once among those of the same kind."""
 
 
 def lomo(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
