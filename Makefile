@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity clean
+.PHONY: help demo test lint parity docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -43,6 +43,10 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 	@python tests/measure_zero.py
 	@echo "+ python tests/measure_end_to_end.py"
 	@python tests/measure_end_to_end.py
+
+docs: $(STAMP) ## write the tables of docs/optimizers from the registry
+	@echo "+ python tests/optimizer_pages.py"
+	@PYTHONPATH=. python tests/optimizer_pages.py
 
 clean: ## remove the environment, the caches and the runs
 	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
