@@ -14,20 +14,9 @@ from dist_optim.errors import DistOptimError
 from train_arguments import TrainArguments, UsageError, parse_arguments
 
 GREEDY = (
-    *(
-        "--optim",
-        "adafactor",
-        "--learning_rate",
-        "2e-2",
-        "--max_steps",
-        "20",
-        "--eval_steps",
-        "2",
-        "--save_steps",
-        "10",
-    ),
+    *("--optim", "adafactor", "--learning_rate", "2e-2", "--logging_steps", "1", "--disable_tqdm", "true"),
+    *("--max_steps", "12", "--eval_steps", "2", "--save_steps", "6"),
     *("--lr_scheduler_type", "greedy", "--lr_scheduler_kwargs", "patience=0, factor=0.5, min_lr=1e-4"),
-    *("--logging_steps", "1", "--disable_tqdm", "true"),
 )
 
 
