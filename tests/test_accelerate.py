@@ -176,6 +176,13 @@ def refusal(strategy: str, settings: dict[str, str], optimizer: Any = "sgd") -> 
     return str(caught.value)
 
 
+FOUR_RANKS = {
+    **{"ACCELERATE_USE_PARALLELISM_CONFIG": cpu_rehearsal.SET_ASIDE, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
+    **{"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"},
+}
+"""As ``fsdp_arguments`` leaves the launcher's mesh."""
+
+
 def model_optimizer(model: nn.Module) -> Any:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -185,6 +192,7 @@ def model_optimizer(model: nn.Module) -> Any:
     [
         ("fsdp1", {"FSDP_USE_ORIG_PARAMS": "false"}, "sgd", "fsdp_use_orig_params: true"),
         ("fsdp1", {"FSDP_OFFLOAD_PARAMS": "true"}, "sgd", "fsdp_offload_params: false"),
+        ("fsdp2", FOUR_RANKS, "sgd", r"asks for 4 ranks \(2 x 2\), and 2 were started"),
         ("ddp", {"ACCELERATE_USE_DEEPSPEED": "true"}, "sgd", "DeepSpeed was asked for"),
         ("fsdp2", {}, None, "instance of SGD.*'sgd', lr="),
         ("fsdp2", {}, "sdg", "sgd"),
