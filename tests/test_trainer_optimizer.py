@@ -238,3 +238,24 @@ def test_the_mixin_serves_other_trainers(tmp_path: Path) -> None:
         gap_between(train(replace(job, kind=Mixed), "alone", tmp_path / "a"), train(job, "alone", tmp_path / "b")) == 0
     )
     assert (tmp_path / "a" / "checkpoint-6" / "optimizer").is_dir()
+
+
+def evaluated_and_trained_twice(directory: str) -> None:
+    """`evaluate()` comes before `train()`, and `train()` twice: every strategy ends where the others do."""
+    found = {}
+    for strategy in ("ddp", "fsdp1", "fsdp2"):
+        with fresh_accelerate():
+            torch.manual_seed(0)
+            arguments = arguments_of(Job("schedule_free_adamw"), strategy, Path(directory) / strategy)
+            trainer = Trainer(make_llama(), arguments, train_dataset=Blocks(), eval_dataset=Blocks(1, start=1000))
+            losses = [trainer.evaluate()["eval_loss"]]
+            for _ in range(2):
+                trainer.train()
+                losses.append(trainer.evaluate()["eval_loss"])
+            found[strategy] = losses
+    gaps = [abs(one - other) for run in found.values() for one, other in zip(run, found["ddp"], strict=True)]
+    assert max(gaps) < 1e-4 and len(set(found["ddp"])) == 3, found
+
+
+def test_evaluation_before_training_and_a_second_training(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(evaluated_and_trained_twice, str(tmp_path))

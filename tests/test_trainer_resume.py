@@ -55,7 +55,7 @@ def resume_equals_uninterrupted(name: str, strategies: list[str], directory: str
         ("adamw_bnb_8bit", ["ddp", "fsdp2"]),
         ("flash_adamw", ["fsdp1", "fsdp2"]),
         ("stable_adamw", ["fsdp2", "zero1"]),
-        ("sgd", ["fsdp2"]),
+        ("adalomo", ["ddp", "zero2"]),
     ],
 )
 def test_resumed_training_is_the_uninterrupted_one(

@@ -51,21 +51,20 @@ def refuse_unregistered(trainer: Any) -> None:
         )
 
 
-def check_given_optimizer(trainer: Any, given: Any) -> None:
+def check_given_optimizer(trainer: Any, given: Any, schedule: Any) -> None:
     """Check ``optimizers=(optimizer, scheduler)`` before the model is placed.
 
     Raises:
         ParameterError: The optimizer holds parameters that are not the model's, or state on another device than its
             parameter; the schedule drives another optimizer; or DeepSpeed would drop the optimizer.
     """
-    error = next(_faults_of_given(trainer, given), None)
+    error = next(_faults_of_given(trainer, given, schedule), None)
     raise_together(None if error is None else ParameterError(error))
 
 
-def _faults_of_given(trainer: Any, given: Any) -> Iterator[str]:
-    driven = getattr(trainer.lr_scheduler, "optimizer", None)
-    current = (trainer.optimizer, getattr(trainer.optimizer, "optimizer", None))
-    if isinstance(driven, Optimizer) and all(driven is not one for one in current):
+def _faults_of_given(trainer: Any, given: Any, schedule: Any) -> Iterator[str]:
+    driven = getattr(schedule, "optimizer", None)
+    if isinstance(driven, Optimizer) and driven is not given:
         yield (
             "optimizers: the schedule drives another optimizer than the one that is trained, so that its rates would "
             "reach nothing. Leave it None and set lr_scheduler_type, or override create_scheduler."

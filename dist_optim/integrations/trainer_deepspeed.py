@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_optim.agreement import raise_together
-from dist_optim.errors import DistOptimError, HyperparameterError
+from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
 from dist_optim.integrations.deepspeed import PREFIX, build_optimizer_for_engine, is_ours, register
 from dist_optim.integrations.trainer_arguments import name_of, registered_name
 from dist_optim.integrations.trainer_draft import Draft
@@ -25,8 +25,14 @@ def take_over(trainer: Any) -> tuple[str, dict[str, Any]] | None:
         The optimizer that the JSON names, and its hyperparameters; None where it names none of ours.
 
     Raises:
+        UnsupportedError: The model is in an engine already.
         HyperparameterError: JSON and arguments name different optimizers, or both have hyperparameters.
     """
+    if trainer.model_wrapped is not trainer.model:
+        raise UnsupportedError(
+            "A second train() of one Trainer under DeepSpeed would build its optimizer on parameters that the engine "
+            "has cut up. Make a new Trainer, and resume: train(resume_from_checkpoint=True)."
+        )
     register()
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
     # deepspeed 0.19 clips to 1.0 where nothing is said.

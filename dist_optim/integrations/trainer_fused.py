@@ -67,19 +67,19 @@ def _clipping(spec: OptimizerSpec, own: float | None, max_grad_norm: float) -> d
 
 
 def backward_of(
-    stock: Callable[..., None], optimizer: DistributedOptimizer, note_norm: Callable[[Tensor | None], None]
+    stock: Callable[..., None], optimizer: DistributedOptimizer | None, note_norm: Callable[[Tensor | None], None]
 ) -> Callable[..., None]:
     """``accelerator.backward`` for this optimizer: without LOMO's learning rate, which the optimizer has itself.
 
     Args:
         stock: accelerate's own.
-        optimizer: What was built.
+        optimizer: What was built; None under DeepSpeed, which steps after backward.
         note_norm: Is given the norm before clipping of each fused backward; None where it was not measured.
     """
 
     def backward(loss: Tensor, **options: Any) -> None:
         options.pop("learning_rate", None)
-        if optimizer.inside_backward is None:
+        if optimizer is None or optimizer.inside_backward is None:
             stock(loss, **options)
         else:
             note_norm(optimizer.backward(loss))

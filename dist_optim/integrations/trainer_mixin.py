@@ -31,7 +31,10 @@ from dist_optim.integrations.trainer_checks import (
 )
 from dist_optim.integrations.trainer_draft import Draft, draft_class
 from dist_optim.integrations.trainer_fused import backward_of, settings_inside_backward
+from dist_optim.integrations.trainer_rehearsal import is_sharded
 from dist_optim.integrations.trainer_schedules import decide_after_evaluation, scheduler_for_trainer, shared_schedule
+from dist_optim.layouts.detect import reshard
+from dist_optim.optimizer import DistributedOptimizer
 from dist_optim.registry import OptimizerSpec, Trait, get_spec, spec_of_class
 
 __all__ = ["DistOptimTrainerMixin"]
@@ -66,7 +69,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         self._norm_of_backward: Tensor | None = None
         self._named_in_json: tuple[str, dict[str, Any]] | None = None
         super().__init__(*positional, **named)
-        self._given_optimizer = self.optimizer
+        self._given = (self.optimizer, self.lr_scheduler)
 
     # Strategy -----------------------------------------------------------------------------------------------------
 
@@ -154,13 +157,28 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         """As in transformers, with the optimizer built on the placed model."""
         self._num_training_steps = max_steps
         refuse_unserved(self.accelerator)
-        check_given_optimizer(self, self._given_optimizer)
-        if self._is_fsdp_rehearsed and self.model is self.model_wrapped:
+        check_given_optimizer(self, *self._given)
+        self._undo_preparation_for_evaluation()
+        if self._is_fsdp_rehearsed and not is_sharded(self.model):
             trainer_rehearsal.equal_start(self.model)
         if self.is_deepspeed_enabled:
             self._named_in_json = trainer_deepspeed.take_over(self)
         with self._optimizers_built_after_placement():
             return super()._prepare_for_training(max_steps, *others, **named)  # type: ignore[misc]
+
+    def _undo_preparation_for_evaluation(self) -> None:
+        """An ``evaluate()`` before ``train()`` leaves a model that would not be wrapped, or that is gathered."""
+        if self.is_fsdp_enabled:
+            self.model_wrapped = self.model
+            reshard(self.model)
+        elif not self.is_deepspeed_enabled and self.model_wrapped is self.model and num_ranks() > 1:
+            self.model._is_accelerate_prepared = False
+
+    def evaluation_loop(self, *positional: Any, **named: Any) -> Any:
+        """As in transformers; also before any training under FSDP2, which accelerate places with an optimizer only."""
+        if self.accelerator.is_fsdp2 and not is_sharded(self.model):
+            trainer_rehearsal.place_alone(self)
+        return super().evaluation_loop(*positional, **named)  # type: ignore[misc]
 
     @contextmanager
     def _optimizers_built_after_placement(self) -> Iterator[None]:
@@ -170,10 +188,14 @@ class DistOptimTrainerMixin(CheckpointingMixin):
 
         def prepare_and_build(*objects: Any, **options: Any) -> Any:
             if self.is_deepspeed_enabled:
+                self._let_backward_serve(None)
                 objects = trainer_deepspeed.ready(objects, self._num_training_steps)
-            result = prepare(*objects, **options)
+            is_placed = self.accelerator.is_fsdp2 and any(is_sharded(part) for part in objects)
+            result = objects if is_placed else prepare(*objects, **options)
             is_single = len(objects) == 1  # then accelerate returns no sequence
-            parts = (result,) if is_single else tuple(result)
+            parts = (result,) if is_single and not is_placed else tuple(result)
+            if is_placed:  # by an evaluation, or by an earlier train(): accelerate would exchange parameters again
+                self.accelerator._models = [part for part in parts if isinstance(part, nn.Module)]
             modules.extend(part for part in parts if isinstance(part, nn.Module))
             if self.accelerator.distributed_type.value == "FSDP":
                 cpu_rehearsal.assert_fsdp(modules[-1])
@@ -193,21 +215,23 @@ class DistOptimTrainerMixin(CheckpointingMixin):
 
     def _built(self, part: Any, model: nn.Module) -> Any:
         """The prepared optimizer in place of a prepared draft; anything else as it is, once it has been checked."""
-        inner = getattr(part, "optimizer", None)
+        inner = part if isinstance(part, Draft) else getattr(part, "optimizer", None)
         if isinstance(inner, Draft):
-            if part in self.accelerator._optimizers:
-                self.accelerator._optimizers.remove(part)
+            self.accelerator._optimizers = [one for one in self.accelerator._optimizers if one is not part]
             inside_backward = settings_inside_backward(inner, model, self.args)
             optimizer = inner.build(model, self._num_training_steps, **inside_backward)
-            # Of accelerate's class, so that a second optimizer does not wrap the first one's.
-            stock = functools.partial(type(self.accelerator).backward, self.accelerator)
-            self.accelerator.backward = backward_of(stock, optimizer, self._note_norm)
+            self._let_backward_serve(optimizer)
             prepared = self.accelerator.prepare_optimizer(optimizer)
             prepared._is_accelerate_prepared = True  # a second train() finds it as it is
             return prepared
         if isinstance(part, Optimizer) and isinstance(inner, Optimizer) and not self.is_deepspeed_enabled:
             check_made_by_hand(inner, model)
         return part
+
+    def _let_backward_serve(self, optimizer: DistributedOptimizer | None) -> None:
+        # accelerate's own by its class, so that what a second optimizer needs does not wrap the first one's.
+        stock = functools.partial(type(self.accelerator).backward, self.accelerator)
+        self.accelerator.backward = backward_of(stock, optimizer, self._note_norm)
 
     def _note_norm(self, norm: Tensor | None) -> None:
         self._norm_of_backward = norm

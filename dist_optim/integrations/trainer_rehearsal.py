@@ -1,4 +1,4 @@
-"""What the Trainer's arguments ask of accelerate on the CPU, where accelerate alone would do something else."""
+"""What accelerate alone would do otherwise than the Trainer asks: on the CPU, and before there is an optimizer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from dist_optim.agreement import num_ranks
 from dist_optim.integrations import cpu_rehearsal
 
-__all__ = ["asks_for_fsdp", "equal_start", "fsdp_plugin", "prepare_deepspeed", "settle_fsdp_settings"]
+__all__ = [
+    "asks_for_fsdp",
+    "equal_start",
+    "fsdp_plugin",
+    "is_sharded",
+    "place_alone",
+    "prepare_deepspeed",
+    "settle_fsdp_settings",
+]
 
 
 def prepare_deepspeed(arguments: Any) -> None:
@@ -56,3 +65,17 @@ def equal_start(model: nn.Module) -> None:
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.data, src=0)
+
+
+def is_sharded(part: Any) -> bool:
+    """Whether this is a model that FSDP holds already."""
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    return isinstance(part, nn.Module) and any(isinstance(module, kinds) for module in part.modules())
+
+
+def place_alone(trainer: Any) -> None:
+    """Shard the Trainer's model by FSDP2 before there is an optimizer. Collective."""
+    placeholder = torch.optim.SGD([next(trainer.model.parameters())], lr=0.0)  # accelerate takes no model without one
+    placed, wrapped = trainer.accelerator.prepare(trainer.model, placeholder)
+    trainer.accelerator._optimizers.remove(wrapped)
+    trainer.model = trainer.model_wrapped = placed
