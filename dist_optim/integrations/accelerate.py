@@ -26,9 +26,6 @@ from dist_optim.integrations.accelerate_state import serve_state
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.scheduler import AcceleratedScheduler
-
-    from dist_optim.schedulers import MetricScheduler
 
 __all__ = ["prepare", "refuse_unserved"]
 
@@ -43,7 +40,7 @@ def prepare(
     scheduler: ScheduleChoice | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
     **options: Any,
-) -> tuple[nn.Module, AcceleratedOptimizer, AcceleratedScheduler | MetricScheduler | None]:
+) -> tuple[nn.Module, AcceleratedOptimizer, Any]:
     """Wrap the model by accelerate's strategy, build the optimizer on it, and a schedule on the optimizer.
 
     Strategies: one process, DDP, FSDP 1 (with original parameters), FSDP 2, FSDP 2 on a replicate x shard mesh, and
