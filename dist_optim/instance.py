@@ -95,7 +95,7 @@ class UpstreamInstance:
         """
         self.show(parameters)
         for index, gradient in gradients.items():
-            self.shadows[index].grad = gradient
+            self.shadows[index].grad = _as_if_alone(gradient)
         if self.driver.ghosts_have_gradients:
             for index, ghost in self.ghosts.items():
                 ghost.grad = torch.empty_like(ghost) if present[index] and ghost.requires_grad else None

@@ -81,9 +81,10 @@ def document(results: Results) -> str:
         METHOD,
         f"Measured with Python {results['python']}, {installed}.\n",
         _table(header, lines),
-        "## Refused\n\nThese names are registered, and refused on all ranks before anything is trained:\n",
-        _table(["name", "why"], [[f"`{n}`", why] for why, names in refusals(results).items() for n in names]),
     ]
+    if refused := [[f"`{n}`", why] for why, names in refusals(results).items() for n in names]:
+        parts.append("## Refused\n\nThese names are registered, and refused on all ranks before anything is trained:\n")
+        parts.append(_table(["name", "why"], refused))
     return "\n".join(parts)
 
 
@@ -101,9 +102,8 @@ def readme_table(results: Results, zero: Results | None = None) -> str:
         cells = [*(_worst(rows, group) for group in GROUPS), *(under_zero if zero else [])]
         lines.append([f"`{name}`", _cases(rows), *cells])
     reasons = [f"- {', '.join(f'`{n}`' for n in names)}: {why}" for why, names in refusals(results).items()]
-    return "\n".join(
-        [_table(["name", "cases", *GROUPS, *(ZERO_GROUPS if zero else [])], lines), "Refused:", *reasons, ""]
-    )
+    table = _table(["name", "cases", *GROUPS, *(ZERO_GROUPS if zero else [])], lines)
+    return "\n".join([table, *(["Refused:", *reasons] if reasons else []), ""])
 
 
 def with_table(text: str, table: str) -> str:

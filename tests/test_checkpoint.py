@@ -24,7 +24,11 @@ BREAK = 5
 """The step after which runs are saved: after a projector's refresh, before the next."""
 
 BY_NAME = list({case.name: case for case in reversed(all_cases())}.values())
-HALF_PRECISION = [case for case in all_cases() if case.dtype == torch.bfloat16 and not case.label]
+HALF_PRECISION = [
+    case
+    for case in all_cases()
+    if case.dtype == torch.bfloat16 and case.name in ("adamw_torch", "flash_adamw", "galore_adamw", "grokadamw")
+][:8]
 
 
 def run_to_the_break(case: Case, placement: str, directory: Path) -> None:

@@ -25,7 +25,17 @@ from train_arguments import UsageError
 from train_checkpoints import endless_batches
 
 SCHEDULE = ("--lr_scheduler_type", "greedy", "--lr_scheduler_kwargs", "patience=0, min_lr=1e-6, factor=0.5, warmup=0")
-FLAGS: tuple[str, ...] = ("--max_steps", "7", "--logging_steps", "2", "--eval_steps", "1", "--save_steps", "2", *SCHEDULE)
+FLAGS: tuple[str, ...] = (
+    "--max_steps",
+    "7",
+    "--logging_steps",
+    "2",
+    "--eval_steps",
+    "1",
+    "--save_steps",
+    "2",
+    *SCHEDULE,
+)
 FLAGS += ("--max_train_samples", "20")  # epochs of ten batches a rank: the break is in the first, the end in the second
 FLAGS += ("--gradient_accumulation_steps", "2")
 

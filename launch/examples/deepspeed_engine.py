@@ -19,7 +19,7 @@ register()  # from here on "type": "galore_adamw" is known to DeepSpeed
 configs = Path(__file__).parents[2] / "configs"
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configs / "models/llama_tiny.json"))
-engine, optimizer, _, _ = deepspeed.initialize(model=model, config=str(configs / "deepspeed/zero2.json"))
+engine, optimizer, _, _ = deepspeed.initialize(model=model, config=str(configs / "deepspeed/galore_adamw_zero2.json"))
 
 for step in range(10):
     torch.manual_seed(step * engine.world_size + engine.global_rank)
