@@ -14,7 +14,7 @@ need an optimizer of DeepSpeed's, so that these calls take their place::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -141,7 +141,7 @@ def _place(name: str, parameter: Any, position: int) -> PlacedParameter:
 
 
 class _ZeroShards(Shards):
-    """Full gradients of this rank's batch, averaged over the ranks, and cut as the parameters are."""
+    """Full gradients of this rank's batch, averaged over the ranks as each gets its own slice."""
 
     def __init__(self, engine: Any, real: Mapping[str, nn.Parameter]) -> None:
         self._engine = engine
@@ -151,10 +151,13 @@ class _ZeroShards(Shards):
         return self._real[placed.fqn]
 
     def reduced(self, placed: PlacedParameter, gradient: Tensor) -> Tensor:
-        group = placed.process_group
-        gradient = gradient.contiguous().div_(num_ranks(group))
-        dist.all_reduce(gradient, group=group)
-        return placed.layout.view_of(gradient, own_rank(group)).clone()  # the full gradient is freed
+        group, numel = placed.process_group, gradient.numel()
+        size: int = cast(Any, self._real[placed.fqn]).ds_tensor.ds_numel
+        padded = gradient.new_zeros(size * num_ranks(group))  # DeepSpeed's slices are equally long, the last padded
+        padded[:numel] = gradient.reshape(-1)
+        own = gradient.new_empty(size)
+        dist.reduce_scatter_tensor(own, padded.div_(num_ranks(group)), group=group)
+        return own[: placed.local().numel()]
 
     def end_backward(self) -> None:
         # Both are the engine's: it keeps the last unit and the order of units for the next pass.
