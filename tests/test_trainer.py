@@ -15,6 +15,7 @@ from dist_optim.testing import RankPool, assert_no_problems_on_any_rank, relativ
 
 JOBS = {
     "galore, clipped, accumulated": Job("galore_adamw", {"max_grad_norm": 0.5, "gradient_accumulation_steps": 2}),
+    "galore, clipped, on four ranks": Job("galore_adamw", {"max_grad_norm": 0.5}),
     "schedule-free, evaluated": Job("schedule_free_adamw", {"eval_strategy": "steps", "eval_steps": 2}),
 }
 
@@ -56,9 +57,13 @@ def is_within_the_floor(name: str, strategies: list[str], directory: str) -> Non
     assert_no_problems_on_any_rank(problems)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", ["galore, clipped, accumulated", "schedule-free, evaluated"])
 def test_every_strategy_stays_within_the_noise_floor_of_one_process(
     name: str, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     strategies = ["ddp", "fsdp1", "fsdp2", "zero2", "zero3"]
     two_ranks.run(is_within_the_floor, name, strategies, str(tmp_path))
+
+
+def test_hsdp_stays_within_the_noise_floor_of_one_process(four_ranks: RankPool, tmp_path: Path) -> None:
+    four_ranks.run(is_within_the_floor, "galore, clipped, on four ranks", ["hsdp"], str(tmp_path))

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import ParallelismConfig
 from end_to_end import BATCH, batch, make_llama
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp1": {**FSDP, "fsdp_config": {"version": 1, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
     "fsdp2": {**FSDP, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    "hsdp": {
+        **FSDP,
+        "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        "parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2),
+    },
     **{
         f"zero{stage}": {
             "deepspeed": {
