@@ -36,13 +36,15 @@ lint: $(STAMP) ## ruff and mypy
 	@mypy tests
 	@MYPYPATH=tests_multigpu:tests mypy tests_multigpu
 
-parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{parity,zero,end_to_end}.md, README's table
+parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{parity,zero,end_to_end,resume}.md, README's table
 	@echo "+ python tests/measure_parity.py"
 	@python tests/measure_parity.py
 	@echo "+ python tests/measure_zero.py"
 	@python tests/measure_zero.py
 	@echo "+ python tests/measure_end_to_end.py"
 	@python tests/measure_end_to_end.py
+	@echo "+ python tests/measure_resume.py"
+	@python tests/measure_resume.py
 
 docs: $(STAMP) ## write the tables of docs/optimizers from the registry
 	@echo "+ python tests/optimizer_pages.py"

@@ -67,6 +67,11 @@ def measure(name: str, door: str, strategy: str, directory: Path) -> Cell:
         return first_sentence(error)
 
 
+def measured_names() -> list[str]:
+    """Every name that is served on several ranks with stored gradients."""
+    return sorted({case.name for case in BY_NAME} & set(dist_optim.names()))
+
+
 def measure_all(names: list[str]) -> list[dict[str, Any]]:
     """One row a name."""
     rows = []
@@ -118,8 +123,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    names = sys.argv[1:] or sorted({case.name for case in BY_NAME} & set(dist_optim.names()))
-    rows = measure_all(names)
+    rows = measure_all(sys.argv[1:] or measured_names())
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     PAGE.write_text(page(rows))
     print(f"written: {RESULTS.name}, {PAGE.name}")

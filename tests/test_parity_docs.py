@@ -7,6 +7,7 @@ import json
 from unittest import mock
 
 import measure_end_to_end
+import measure_resume
 import pytest
 from cases.torch_native import CASES as NATIVE
 from end_to_end import PLACEMENTS, RUNS
@@ -115,3 +116,12 @@ def test_end_to_end_page_is_what_its_results_give_and_stays_within_the_noise() -
     assert {run.name for run in RUNS} == {spec.name for spec in specs if not spec.refusal and not spec.instead}
     for row in rows:
         assert all(row[placement] <= FACTOR * row["floor"] for placement in PLACEMENTS), row
+
+
+def test_resume_page_is_what_its_results_give_and_every_bit_is_equal() -> None:
+    rows = json.loads(measure_resume.RESULTS.read_text())
+    assert measure_resume.PAGE.read_text() == measure_resume.page(rows), "run `make parity`"
+    assert {row["name"] for row in rows} == set(measure_resume.measured_names()), "run `make parity`"
+    figures = [cell for row in rows for cell in row["cells"].values() if not isinstance(cell, str)]
+    assert len(figures) > 250 and not any(figures)
+    assert {row["name"] for row in rows for cell in row["cells"].values() if isinstance(cell, str)} <= {"muon"}
