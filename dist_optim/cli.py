@@ -40,10 +40,10 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Memory-efficient optimizers, with their one-process trajectory, under DDP and FSDP2.
+    """Memory-efficient optimizers, with their one-process trajectory, under DDP, FSDP, HSDP and DeepSpeed's ZeRO.
 
     In Python: dist_optim.build_optimizer(model, NAME, lr=1e-3, ...). This command says which names there are and what
-    each of them takes.
+    each of them takes, and runs Hugging Face scripts unmodified.
     """
 
 
