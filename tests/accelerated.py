@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, ParallelismConfig
 from end_to_end import batch, make_llama
-from placements import full_parameters
+from placements import full_parameters, own_group
 from torch import Tensor, nn
 
 import dist_optim
@@ -128,9 +128,8 @@ def prepare_stock(
 def alone(training: Training, num_parts: int = 1) -> Outcome:
     """The same job in one process, each batch in so many parts."""
     model = make_model(training)
-    own_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     optimizer = dist_optim.build_optimizer(
-        model, training.name, print_audit=False, process_group=own_group, **training.options
+        model, training.name, print_audit=False, process_group=own_group(), **training.options
     )
     evaluations = []
     for step in range(training.steps):

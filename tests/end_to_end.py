@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from placements import full_parameters, place
+from placements import full_parameters, own_group, place
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -164,10 +164,9 @@ def measure(run: Run, placements: Sequence[str]) -> Measured:
     """Collective: the one-process runs are divided over the ranks, then all train together under each placement."""
     torch.compiler.set_stance("force_eager")  # torchao compiles a kernel for each shape otherwise, for minutes
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    alone = dist.new_group([rank], use_local_synchronization=True)
     start = list(full_parameters(make_llama()).values())
     mine = {
-        count: list(train(make_llama(), run, in_equal_parts(count), process_group=alone).values())
+        count: list(train(make_llama(), run, in_equal_parts(count), process_group=own_group()).values())
         for at, count in enumerate(PARTS)
         if at % world_size == rank
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -37,7 +38,7 @@ def place(model: nn.Module, placement: str) -> nn.Module:
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     options: dict[str, Any] = {}
     if placement == "hsdp":
-        mesh = init_device_mesh(device_type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = two_by_half(device_type)
     elif placement == "fsdp2 columns":  # FSDP2 shards a dim other than the first only where it divides evenly
         options["shard_placement_fn"] = lambda p: Shard(1 if p.ndim > 1 and p.shape[1] % mesh.size() == 0 else 0)
     elif placement == "fsdp2 no_reshard":
@@ -51,12 +52,25 @@ def place(model: nn.Module, placement: str) -> nn.Module:
     return model
 
 
+# Made once in a process: every group of gloo's keeps threads that wake a hundred times a second, for good.
+
+
+@cache
+def two_by_half(device_type: str) -> DeviceMesh:
+    """All ranks as two replicas of a half each."""
+    return init_device_mesh(device_type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+
+
+@cache
+def own_group() -> dist.ProcessGroup:
+    """A process group of this rank alone, for what one process would do."""
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
 def _fsdp1(model: nn.Module, placement: str) -> nn.Module:
     mesh = None
     if placement == "fsdp1 hybrid":
-        mesh = init_device_mesh(
-            _device_of(model).type, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard")
-        )
+        mesh = two_by_half(_device_of(model).type)
     return FullyShardedDataParallel(
         model,
         sharding_strategy=FSDP1[placement],

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerated import Training, alone, make_model, started_by_accelerate, through_accelerate
-from placements import full_parameters
+from placements import full_parameters, own_group
 from test_train_script import ONE_RANK, TWO_RANKS, command
 from test_training_loops import NOISE, STEPS, Regression
 from test_training_loops import make_model as make_regression
@@ -71,10 +71,9 @@ def loop_with_ddp_features() -> float:
         module.shift += dist.get_rank()  # rank 0's counts
     model = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
     optimizer = dist_optim.build_optimizer(model, "adalomo", lr=1e-2, print_audit=False)
-    own_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     plain = make_regression()
     stored = dist_optim.build_optimizer(
-        plain, "adalomo", lr=1e-2, fused_backward=False, process_group=own_group, print_audit=False
+        plain, "adalomo", lr=1e-2, fused_backward=False, process_group=own_group(), print_audit=False
     )
     start = [p.detach().clone() for p in plain.parameters()]
     for step in range(STEPS):

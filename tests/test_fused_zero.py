@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from end_to_end import batch, make_llama
+from placements import own_group
 from zero import deepspeed
 
 import dist_optim
@@ -38,10 +39,9 @@ def rate(options: dict[str, Any], step: int) -> float:
 def distance(name: str) -> tuple[float, int]:
     """From one process, and bytes of gradients that are stored after backward."""
     options, plain = JOBS[name], name.removesuffix("_layerwise")
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     model = make_llama()
     stored = {**options, "fused_backward": False} if plain == name else options
-    reference = dist_optim.build_optimizer(model, plain, process_group=alone, print_audit=False, **stored)
+    reference = dist_optim.build_optimizer(model, plain, process_group=own_group(), print_audit=False, **stored)
     start = [p.detach().clone() for p in model.parameters()]
     engine = engine_of({})
     optimizer = build_fused_optimizer(engine, name, print_audit=False, bucket_bytes=100_000, **options)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from placements import full_parameters, place
+from placements import full_parameters, own_group, place
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
@@ -82,9 +82,8 @@ def train(kind: str, accumulate: int, alone: dist.ProcessGroup | None = None) ->
 
 
 def distance(kind: str, accumulate: int) -> float:
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     start = [p.detach().clone() for _, p in sorted(make_model().named_parameters())]
-    return relative_distance(train(kind, accumulate), train("one process", accumulate, alone), start)
+    return relative_distance(train(kind, accumulate), train("one process", accumulate, own_group()), start)
 
 
 LOOPS = [(kind, accumulate) for kind in MODELS if kind != "one process" for accumulate in (1, 3)]

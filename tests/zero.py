@@ -20,6 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 from end_to_end import BATCH, batch, make_llama
+from placements import own_group
 from torch import Tensor, nn
 
 import dist_optim
@@ -198,10 +199,9 @@ class Reference:
         self.model = self.model.to(run.dtype)
         if run.has_masters:
             self.model = self.model.float()  # masters start from the rounded weights
-        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         name = run.name.removeprefix("dist_optim.")
         self.optimizer = dist_optim.build_optimizer(
-            self.model, name, process_group=alone, print_audit=False, fused_backward=False, **run.options
+            self.model, name, process_group=own_group(), print_audit=False, fused_backward=False, **run.options
         )
         self.optimizer.train()
 
