@@ -21,7 +21,7 @@ from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.registry import OptimizerSpec, Trait
 from dist_optim.upstream import ParamGroup, tensors_in
 
-__all__ = ["UpstreamInstance"]
+__all__ = ["UpstreamInstance", "as_if_alone"]
 
 ALIGNMENT = 64
 """Bytes; of torch's allocations on the CPU."""
@@ -95,7 +95,7 @@ class UpstreamInstance:
         """
         self.show(parameters)
         for index, gradient in gradients.items():
-            self.shadows[index].grad = _as_if_alone(gradient)
+            self.shadows[index].grad = gradient
         if self.driver.ghosts_have_gradients:
             for index, ghost in self.ghosts.items():
                 ghost.grad = torch.empty_like(ghost) if present[index] and ghost.requires_grad else None
@@ -125,7 +125,7 @@ class UpstreamInstance:
         for index, gradient in gradients.items():
             shadow, group = self.shadows[index], every_group[self._group_of[index]]
             members, counters = group["params"], _counters_in(group, keys)
-            shadow.grad = _as_if_alone(gradient)
+            shadow.grad = as_if_alone(gradient)
             try:
                 self.optimizer.param_groups, group["params"] = [group], [shadow]
                 self.driver.step(self.optimizer, [shadow])
@@ -213,7 +213,7 @@ def _copy(key: str, value: Any, device: torch.device, group: ParamGroup) -> Any:
     return value.detach().clone() if stays else value.detach().to(device, copy=True)
 
 
-def _as_if_alone(gradient: Tensor) -> Tensor:
+def as_if_alone(gradient: Tensor) -> Tensor:
     """The gradient on storage as aligned as a tensor's own: matrix products round by alignment.
 
     A gradient inside a bucket begins anywhere.

@@ -26,7 +26,7 @@ from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatt
 from dist_optim.failures import FailureNotice
 from dist_optim.fingerprints import fingerprint
 from dist_optim.hyperparameters import Scope
-from dist_optim.instance import UpstreamInstance
+from dist_optim.instance import UpstreamInstance, as_if_alone
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.reduce_to_owner import OwnerReduction
@@ -257,6 +257,7 @@ class DistributedOptimizer(Optimizer):
         else:
             fields = [gradients, parameters]
             full_gradients, full_parameters = yield from gather_to_owner(bucket, fields, self.process_group)
+        full_gradients = {index: as_if_alone(gradient) for index, gradient in full_gradients.items()}
         try:
             updated = instance.step(full_parameters, full_gradients, present)
         except Exception as error:  # the other ranks wait for this bucket: go on, and raise when the exchange is done
@@ -456,16 +457,11 @@ class DistributedOptimizer(Optimizer):
         """All ranks that train the model: those that share the work, and under HSDP their replicas too."""
         return self._all_ranks
 
-    def stepped_here(self) -> Iterator[tuple[int, PlacedParameter, bool]]:
-        """Positions and parameters that this rank steps, and whether it steps its own slice only."""
+    def stepped_here(self) -> Iterator[tuple[UpstreamInstance, int]]:
+        """What this rank steps: who steps it, and its position among all parameters."""
         for instance in self.instances():
             for index in instance.shadows:
-                yield index, self._placed[index], instance is self.local_instance
-
-    def encoded_state(self, index: int) -> dict[str, Any]:
-        """State of one parameter that is stepped here, as plain tensors and scalars; empty before its first step."""
-        (instance,) = (one for one in self.instances() if index in one.shadows)
-        return instance.encoded_state(index)
+                yield instance, index
 
     def free_gathered_copies(self) -> None:
         """Free full copies of sharded parameters that the engine may have left: call it after changing the shards."""

@@ -54,11 +54,9 @@ def _holdings(optimizer: DistributedOptimizer) -> dict[str, Any]:
     for placed in optimizer.placed_parameters():
         where = "" if placed.layout.is_replicated else f", slice {part}"
         held[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
-    for instance in optimizer.instances():
-        for index in instance.shadows:
-            local = index not in optimizer.plan.owners
-            for key, value in instance.encoded_state(index).items():
-                where = f", slice {part}" if local else ""
-                shown = fingerprint(value) if isinstance(value, Tensor) else value
-                held[f"state {key!r} of {names[index]!r}{where}"] = shown
+    for instance, index in optimizer.stepped_here():
+        where = "" if index in optimizer.plan.owners else f", slice {part}"
+        for key, value in instance.encoded_state(index).items():
+            shown = fingerprint(value) if isinstance(value, Tensor) else value
+            held[f"state {key!r} of {names[index]!r}{where}"] = shown
     return held

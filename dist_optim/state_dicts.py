@@ -28,11 +28,10 @@ def read(optimizer: DistributedOptimizer) -> dict[str, Any]:
     """This rank's share; tensors are the live ones, as torch's ``state_dict`` returns them."""
     names = optimizer.parameter_names()
     state = {}
-    for instance in optimizer.instances():
-        for index in instance.shadows:
-            encoded = instance.encoded_state(index)
-            if encoded:
-                state[names[index]] = encoded
+    for instance, index in optimizer.stepped_here():
+        encoded = instance.encoded_state(index)
+        if encoded:
+            state[names[index]] = encoded
     groups = []
     for group, group_names in zip(optimizer.param_groups, _names_by_group(optimizer), strict=True):
         plain = {key: value for key, value in group.items() if key != "params" and not callable(value)}
@@ -51,9 +50,8 @@ def write(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> Non
     """Check that the state dict is this rank's, then install it."""
     _check(optimizer, state_dict)
     names = optimizer.parameter_names()
-    for instance in optimizer.instances():
-        for index in instance.shadows:
-            instance.write_encoded_state(index, state_dict["state"].get(names[index], {}))
+    for instance, index in optimizer.stepped_here():
+        instance.write_encoded_state(index, state_dict["state"].get(names[index], {}))
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         group.update({key: _copy(value) for key, value in saved.items() if key != "params"})
     counter_keys = set(state_dict["counters"])
@@ -88,7 +86,7 @@ def _check(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> No
             f"{[len(g) for g in groups]}. Build the optimizer with the same model, groups and target_modules."
         )
     names = optimizer.parameter_names()
-    held = {names[index] for instance in optimizer.instances() for index in instance.shadows}
+    held = {names[index] for _, index in optimizer.stepped_here()}
     foreign = sorted(set(state_dict["state"]) - held)
     if foreign:
         raise StateDictError(

@@ -10,7 +10,7 @@ Nothing in it tells how parameters were sharded or who owned what.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,11 @@ def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str,
     """This rank's tensors, by logical name, and its scalars, by parameter."""
     pieces: dict[str, Pieces] = {}
     scalars: dict[str, dict[str, Any]] = {}
-    for index, placed, is_slice in optimizer.stepped_here():
+    everything = optimizer.placed_parameters()
+    for instance, index in optimizer.stepped_here():
+        placed, is_slice = everything[index], instance is optimizer.local_instance
         scalars[placed.fqn] = {}
-        for key, value in optimizer.encoded_state(index).items():
+        for key, value in instance.encoded_state(index).items():
             if not isinstance(value, Tensor):
                 scalars[placed.fqn][key] = value
             elif is_slice and value.ndim and value.shape == placed.local().shape:
@@ -146,8 +148,11 @@ def _memory_order(pieces: Pieces) -> list[int]:
 def _training_weights(optimizer: DistributedOptimizer) -> dict[str, Pieces]:
     if Trait.WEIGHT_SWAPPING not in optimizer.spec.traits or optimizer.mode != "train":
         return {}
-    placed = [one for one in optimizer.placed_parameters() if not isinstance(one.layout, Elsewhere)]
-    return {f"weights/{one.fqn}": _part(one.local(), one) for one in placed if one.parameter.requires_grad}
+    return _weights([one for one in optimizer.placed_parameters() if one.parameter.requires_grad])
+
+
+def _weights(placed: Iterable[PlacedParameter]) -> dict[str, Pieces]:
+    return {f"weights/{one.fqn}": _part(one.local(), one) for one in placed if not isinstance(one.layout, Elsewhere)}
 
 
 def _part(local: Tensor, placed: PlacedParameter) -> Pieces:
@@ -189,7 +194,9 @@ def _allocate(
             keys_of.setdefault(fqn, []).append(key)
     state: dict[str, dict[str, Any]] = {}
     pieces: dict[str, Pieces] = {}
-    for _, placed, is_slice in optimizer.stepped_here():
+    everything = optimizer.placed_parameters()
+    for instance, index in optimizer.stepped_here():
+        placed, is_slice = everything[index], instance is optimizer.local_instance
         values = dict(record["scalars"].get(placed.fqn, {}))
         for key in keys_of.get(placed.fqn, []):
             name = f"state/{placed.fqn}/{key}"
@@ -200,16 +207,11 @@ def _allocate(
             pieces[name] = _part(values[key], placed) if is_cut else Pieces.whole(values[key])
         if values:
             state[placed.fqn] = values
-    pieces |= {name: room for name, room in _weights_to_read(optimizer).items() if name in stored}
+    pieces |= {name: room for name, room in _weights(everything).items() if name in stored}
     for name in stored:
         if name.startswith("groups/"):
             pieces[name] = Pieces.whole(torch.empty(stored[name].shape, dtype=stored[name].dtype))
     return state, pieces
-
-
-def _weights_to_read(optimizer: DistributedOptimizer) -> dict[str, Pieces]:
-    placed = [one for one in optimizer.placed_parameters() if not isinstance(one.layout, Elsewhere)]
-    return {f"weights/{one.fqn}": _part(one.local(), one) for one in placed}
 
 
 def _encoded(value: Any, name: str, pieces: dict[str, Pieces]) -> Any:
