@@ -15,7 +15,15 @@ from torch import Tensor
 
 from dist_optim.errors import DistOptimError, RanksDisagreeError
 
-__all__ = ["agree_on_presence", "assert_ranks_equal", "gather_objects", "num_ranks", "own_rank", "raise_together"]
+__all__ = [
+    "agree_on_presence",
+    "assert_ranks_equal",
+    "gather_objects",
+    "num_ranks",
+    "own_rank",
+    "raise_together",
+    "reachable_devices",
+]
 
 ProcessGroup = dist.ProcessGroup
 
@@ -28,6 +36,11 @@ def num_ranks(process_group: ProcessGroup | None = None) -> int:
 def own_rank(process_group: ProcessGroup | None = None) -> int:
     """This process's rank inside the group; 0 when torch.distributed is not initialised."""
     return dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def reachable_devices(process_group: ProcessGroup | None = None) -> set[str]:
+    """Types of devices that the group communicates on."""
+    return {part.partition(":")[0] for part in dist.get_backend_config(process_group).split(",")}
 
 
 def gather_objects(value: Any, process_group: ProcessGroup | None = None) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dist_optim.agreement import num_ranks, own_rank, raise_together
+from dist_optim.agreement import num_ranks, own_rank, raise_together, reachable_devices
 from dist_optim.audit import route_audit
 from dist_optim.errors import DistOptimError, HyperparameterError, ParameterError, TargetModulesError, UnsupportedError
 from dist_optim.fused_backward import install
@@ -356,7 +356,7 @@ def _refuse_unreachable_devices(placed: Iterable[PlacedParameter], group: dist.P
     """Parameters that are offloaded to the CPU need a process group that communicates there."""
     if num_ranks(group) == 1:
         return
-    served = {part.partition(":")[0] for part in dist.get_backend_config(group).split(",")}
+    served = reachable_devices(group)
     for one in placed:
         if one.device.type not in served:
             raise UnsupportedError(

@@ -83,12 +83,9 @@ def total_norm(
     sharded = [item for item in items if not item.layout.is_replicated]
     plan = make_plan(sharded, num_ranks(process_group), BUCKET_NUMEL)
     run_tasks(_norm_task(bucket, placed, norms, norm_of, process_group) for bucket in plan.buckets)
-    if not items:
-        return torch.zeros((), device=placed[0].device)
-    stacked = torch.stack([norms[item.index].to(placed[0].device) for item in items])
-    if num_ranks(process_group) > 1:
-        dist.all_reduce(stacked, group=process_group)  # every norm is at one rank, and zero elsewhere: a sum is exact
-    return torch.linalg.vector_norm(stacked, norm_type)
+    is_everywhere = [num_ranks(process_group) == 1] * len(items)
+    found = [norms[item.index] for item in items]
+    return combine_norms(found, is_everywhere, placed[0].device, process_group, norm_type)
 
 
 def _norm_task(
@@ -113,6 +110,7 @@ def combine_norms(
     is_everywhere: Sequence[bool],
     device: torch.device,
     process_group: dist.ProcessGroup | None,
+    norm_type: float = 2.0,
 ) -> Tensor:
     """The norm of all gradients together, from those of whole tensors, in their order. Collective.
 
@@ -121,6 +119,7 @@ def combine_norms(
         is_everywhere: Whether every rank has the norm.
         device: Where the process group communicates.
         process_group: The ranks that step together.
+        norm_type: As of the norms themselves.
     """
     if not norms:
         return torch.zeros((), device=device)
@@ -129,7 +128,7 @@ def combine_norms(
         if own_rank(process_group) > 0:
             stacked[torch.tensor(is_everywhere, device=device)] = 0.0
         dist.all_reduce(stacked, group=process_group)  # one rank has each norm, the others zero: a sum is exact
-    return torch.linalg.vector_norm(stacked, 2.0)
+    return torch.linalg.vector_norm(stacked, norm_type)
 
 
 def norm_in_fp32(gradient: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_optim.agreement import gather_objects, own_rank, raise_together
+from dist_optim.agreement import gather_objects, own_rank, raise_together, reachable_devices
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
 
@@ -139,16 +139,12 @@ def with_reachable_groups(calls: Sequence[Call]) -> list[Call]:
 
 def _within_reach(part: ParamSlice, made: dict[tuple[int, ...], dist.ProcessGroup]) -> ParamSlice:
     group = part.process_group
-    if group is None or part.live.device.type in _devices_of(group):
+    if group is None or part.live.device.type in reachable_devices(group):
         return part
     ranks = tuple(dist.get_process_group_ranks(group))
     if ranks not in made:
         made[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
     return replace(part, process_group=made[ranks])
-
-
-def _devices_of(group: dist.ProcessGroup) -> set[str]:
-    return {part.partition(":")[0] for part in dist.get_backend_config(group).split(",")}
 
 
 def check_slices(calls: Sequence[Call], process_group: dist.ProcessGroup | None) -> None:
