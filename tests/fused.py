@@ -19,7 +19,7 @@ from parity import (
     gradients,
     make_model,
     moved,
-    param_groups,
+    reference_run,
     set_learning_rates,
 )
 from placements import full_parameters, place
@@ -84,19 +84,7 @@ def given_gradients(case: Case, step: int, absent_there: tuple[str, ...] = ()) -
 
 def fused_reference(case: Case) -> list[dict[str, Tensor]]:
     """Every parameter after every step: the plain optimizer in one process, from the averages of these gradients."""
-    model = make_model(case)
-    named = dict(model.named_parameters())
-    optimizer = case.make_reference(param_groups(case, named))
-    if hasattr(optimizer, "train"):
-        optimizer.train()
-    history = []
-    for step in range(case.steps):
-        for name, gradient in gradients(case, model, step).items():
-            named[name].grad = None if gradient is None else gradient / num_ranks()
-        set_learning_rates(optimizer, case, step)
-        optimizer.step()
-        history.append({name: parameter.detach().clone() for name, parameter in named.items()})
-    return history
+    return reference_run(case, num_ranks())
 
 
 def run_fused(case: Case, placement: str, absent_there: tuple[str, ...] = (), **options: Any) -> list[str]:

@@ -107,8 +107,8 @@ def _decays(case: Case) -> bool:
     return "weight_decay" in case.hyperparameters
 
 
-def reference_run(case: Case) -> list[dict[str, Tensor]]:
-    """Every parameter after every step, from the upstream class in one process."""
+def reference_run(case: Case, divisor: int = 1) -> list[dict[str, Tensor]]:
+    """Every parameter after every step, from the upstream class in one process; gradients are divided before."""
     model = make_model(case)
     named = dict(model.named_parameters())
     optimizer = case.make_reference(param_groups(case, named))
@@ -117,7 +117,7 @@ def reference_run(case: Case) -> list[dict[str, Tensor]]:
     history = []
     for step in range(case.steps):
         for name, gradient in gradients(case, model, step).items():
-            named[name].grad = gradient
+            named[name].grad = None if gradient is None else gradient / divisor
         set_learning_rates(optimizer, case, step)
         optimizer.step()
         history.append({name: parameter.detach().clone() for name, parameter in named.items()})

@@ -109,7 +109,6 @@ def _place(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         accelerator._optimizers.remove(wrapped_placeholder)
     if accelerator.distributed_type.value == "FSDP":
         cpu_rehearsal.assert_fsdp(placed)
-        cpu_rehearsal.gather_in_place(placed)
     return placed
 
 

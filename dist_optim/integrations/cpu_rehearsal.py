@@ -10,9 +10,9 @@ What differs from a GPU:
 
 * The device is ``cpu``, not ``cpu:0``: FSDP1 compares it with torch's own name of the current CPU.
 * ``sync_module_states`` must be off: accelerate needs a GPU for it. Ranks start from equal weights by their seed.
-* Under FSDP1, ``accelerator.get_state_dict`` and ``save_state`` gather without offloading. torch's ``offload_to_cpu``
-  means "copy" on a GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a
-  segmentation fault.
+* Under FSDP1, the model's ``state_dict`` gathers without offloading, whoever asks. torch's ``offload_to_cpu`` means
+  "copy" on a GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a segmentation
+  fault.
 * Under FSDP2, offloaded parameters are not pinned: torch pins memory for accelerators only.
 * ``Accelerator`` refuses the launcher's ``parallelism_config`` (HSDP) on the CPU, before anyone can help. Start it with
   ``Accelerator(**fsdp_arguments())``, which sets the mesh aside for ``turn_fsdp_on``.
@@ -25,7 +25,9 @@ turns DeepSpeed off. ``Accelerator(**deepspeed_arguments())`` does both right.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +37,6 @@ from torch.distributed.fsdp import (
     FSDPModule,
     FullStateDictConfig,
     FullyShardedDataParallel,
-    StateDictType,
 )
 
 from dist_optim.errors import UnsupportedError
@@ -49,8 +50,6 @@ __all__ = [
     "choose_cpu_for_deepspeed",
     "deepspeed_arguments",
     "fsdp_arguments",
-    "full_state_dict_of_fsdp1",
-    "gather_in_place",
     "is_ignored",
     "turn_fsdp_on",
 ]
@@ -127,7 +126,7 @@ def turn_fsdp_on(
         state.parallelism_config = parallelism_config
         state.device_mesh = parallelism_config.get_device_mesh("cpu")
     if plugin.fsdp_version == 1:
-        accelerator.get_state_dict = full_state_dict_of_fsdp1
+        vars(accelerator)["prepare_model"] = _gathering_in_place(accelerator.prepare_model)
 
 
 def _refuse_wrong_size(sizes: ParallelismConfig, num_ranks: int) -> None:
@@ -172,26 +171,26 @@ def choose_cpu_for_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def full_state_dict_of_fsdp1(model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-    """What ``Accelerator.get_state_dict`` returns on a GPU: the full tensors on rank 0, nothing on the others."""
-    config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
-    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, config):
-        return model.state_dict()
+def _gathering_in_place(prepare_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``Accelerator.prepare_model``; ``state_dict`` of what it places gathers without offloading, whatever is asked."""
 
+    @functools.wraps(prepare_model)
+    def place(*args: Any, **options: Any) -> nn.Module:
+        model = prepare_model(*args, **options)
+        if not isinstance(model, FullyShardedDataParallel) or "state_dict" in vars(model):
+            return model
+        original = model.state_dict
 
-def gather_in_place(model: nn.Module) -> None:
-    """Make a placed model's ``state_dict`` gather without offloading, whatever accelerate has asked FSDP1 for."""
-    if not isinstance(model, FullyShardedDataParallel) or next(model.parameters()).device.type != "cpu":
-        return
-    original = model.state_dict
+        def state_dict(*args: Any, **options: Any) -> Any:
+            for module in FullyShardedDataParallel.fsdp_modules(model):
+                if isinstance(module._state_dict_config, FullStateDictConfig):
+                    module._state_dict_config.offload_to_cpu = False
+            return original(*args, **options)
 
-    def state_dict(*args: Any, **options: Any) -> Any:
-        for module in FullyShardedDataParallel.fsdp_modules(model):
-            if isinstance(module._state_dict_config, FullStateDictConfig):
-                module._state_dict_config.offload_to_cpu = False
-        return original(*args, **options)
+        vars(model)["state_dict"] = state_dict
+        return model
 
-    vars(model)["state_dict"] = state_dict
+    return place
 
 
 def assert_fsdp(model: nn.Module) -> None:

@@ -24,7 +24,6 @@ from torch import nn
 from dist_optim.agreement import num_ranks
 from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimizer
 from dist_optim.errors import CheckpointError
-from dist_optim.integrations.cpu_rehearsal import full_state_dict_of_fsdp1
 from dist_optim.optimizer import DistributedOptimizer
 
 __all__ = ["CheckpointingMixin", "distributed_optimizer_of"]
@@ -32,7 +31,6 @@ __all__ = ["CheckpointingMixin", "distributed_optimizer_of"]
 OPTIMIZER_FOLDER = "optimizer"
 UNFINISHED = ".unfinished"
 STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
-FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
 
 
 def distributed_optimizer_of(optimizer: Any) -> DistributedOptimizer | None:
@@ -45,6 +43,7 @@ def distributed_optimizer_of(optimizer: Any) -> DistributedOptimizer | None:
 class CheckpointingMixin:
     """The Trainer's methods that write and read checkpoints. All of them are collective."""
 
+    # transformers' own attributes that are used here and in trainer_mixin; mypy does not follow transformers.
     args: Any
     accelerator: Any
     model: Any
@@ -146,12 +145,6 @@ class CheckpointingMixin:
         from transformers.trainer import get_fsdp_ckpt_kwargs
 
         plugin = self.accelerator.state.fsdp_plugin
-        is_full = "FULL_STATE_DICT" in str(plugin.state_dict_type)
-        if plugin.fsdp_version == 1 and is_full and self.accelerator.device.type == "cpu":
-            weights = full_state_dict_of_fsdp1(self.model)
-            if self.accelerator.process_index == 0:
-                torch.save(weights, os.path.join(output_dir, FSDP_WEIGHTS))
-            return
         save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

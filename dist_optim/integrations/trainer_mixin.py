@@ -50,17 +50,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     return an optimizer made of ``self.get_optimizer_cls_and_kwargs(self.args, self.model)``.
     """
 
-    # transformers' own attributes that are used here; mypy does not follow transformers.
-    args: Any
-    accelerator: Any
-    model: Any
-    model_wrapped: Any
-    optimizer: Any
-    lr_scheduler: Any
-    state: Any
-    optimizer_cls_and_kwargs: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
+    optimizer_cls_and_kwargs: Any  # transformers' own, as those of CheckpointingMixin
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         self._num_training_steps = 0
