@@ -200,3 +200,26 @@ def test_without_an_evaluation_strategy_the_error_names_it(tmp_path: Path) -> No
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     with pytest.raises(DistOptimError, match="Set eval_strategy"):
         scheduler_for_trainer(arguments, optimizer, 10)
+
+
+OWN_SCORES = ((0.1, 0.4, 0.3, 0.5, 0.2, 0.6), (0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+
+
+def saved_by_own_scores(directory: str) -> list[str]:
+    given = iter(OWN_SCORES[dist.get_rank()])
+    settings = {
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"},
+        **{"metric_for_best_model": "score", "greater_is_better": True},
+    }
+    options = {
+        "compute_metrics": lambda predictions: {"score": next(given)},
+        "preprocess_logits_for_metrics": drop_logits,
+    }
+    train(Job("adamw_torch", settings, options=options), "ddp", directory)
+    return sorted(path.name for path in Path(directory).glob("checkpoint-*"))
+
+
+def test_ranks_save_together_when_each_has_a_best_model_of_its_own(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Rank 0's scores are best at steps 1, 2, 4 and 6, rank 1's at 1 alone: who saves alone waits for ever."""
+    mine, others = two_ranks.run(saved_by_own_scores, str(tmp_path))
+    assert mine == others == ["checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-6"]

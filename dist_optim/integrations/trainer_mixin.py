@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.agreement import num_ranks
+from dist_optim.agreement import gather_objects, num_ranks
 from dist_optim.integrations import cpu_rehearsal, trainer_deepspeed, trainer_rehearsal
 from dist_optim.integrations.trainer_arguments import registered_name, values_for
 from dist_optim.integrations.trainer_checkpoint import CheckpointingMixin, distributed_optimizer_of
@@ -244,6 +244,11 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         if not skips:
             decide_after_evaluation(self.lr_scheduler, metrics, self.args, self.state.global_step)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """By what rank 0 has: ranks that each went by their own would save, all together, at different steps."""
+        is_best: bool = super()._determine_best_metric(gather_objects(metrics)[0], trial)  # type: ignore[misc]
+        return is_best
 
     # Clipping -----------------------------------------------------------------------------------------------------
 
