@@ -35,7 +35,7 @@ def route_audit(optimizer: DistributedOptimizer) -> str:
         if len(trained) < len(members):
             lines[-1] += f"; {len(members) - len(trained)} frozen"
     lines += _owner_lines(optimizer)
-    if getattr(optimizer, "inside_backward", None) is not None:
+    if optimizer.inside_backward is not None:
         lines.append("  updates are made inside backward: each gradient is freed when it is applied")
     elif Trait.FUSED_BACKWARD in optimizer.spec.traits:
         lines.append("  gradients are stored until step(), as for other optimizers")

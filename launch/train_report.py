@@ -19,6 +19,7 @@ import torch
 
 from train_arguments import UsageError
 from train_checkpoints import checkpoints_in
+from train_plot import plot_over_steps
 from train_schedule import LOG_NAME, PLOT_NAME, plot_rates
 
 __all__ = ["RunDirectory", "peak_memory_bytes", "print_summary"]
@@ -125,22 +126,11 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plot(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = list(rows)
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for key, style in (("loss", "-"), ("eval_loss", "o--")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot([step for step, _ in points], [value for _, value in points], style, label=key)
-    axes.set_xlabel("step")
-    axes.set_ylabel("nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with plot_over_steps("nats per token", path) as axes:
+        for key, style in (("loss", "-"), ("eval_loss", "o--")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot([step for step, _ in points], [value for _, value in points], style, label=key)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dist_optim import MetricScheduler, parse_optim_args
 from dist_optim.schedulers import resolve_schedule
 from train_arguments import TrainArguments, UsageError
+from train_plot import plot_over_steps
 
 if TYPE_CHECKING:
     from train_loop import TrainingRun
@@ -104,25 +105,15 @@ def summarize(run: TrainingRun) -> dict[str, Any]:
 
 def plot_rates(rows: Iterable[Mapping[str, Any]], log: Path, target: Path) -> None:
     """The learning rate over the steps, and a mark at each decision that the log holds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     decisions = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     points = [(row["step"], row["learning_rate"]) for row in rows if "learning_rate" in row]
     for made in decisions:  # the step before the decision used the old rate, the step after it uses the new one
         points += [(made["step"], made["old_lr"][0]), (made["step"] + 1, made["new_lr"][0])]
     points.sort(key=lambda point: point[0])
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    axes.plot([at for at, _ in points], [rate for _, rate in points], "-", label="learning rate")
-    for decision, marker in MARKERS.items():
-        marked = [made for made in decisions if made["decision"] == decision]
-        if marked:
-            axes.plot([made["step"] for made in marked], [made["old_lr"][0] for made in marked], marker, label=decision)
-    axes.set_xlabel("step")
-    axes.set_ylabel("learning rate")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with plot_over_steps("learning rate", target) as axes:
+        axes.plot([at for at, _ in points], [rate for _, rate in points], "-", label="learning rate")
+        for decision, marker in MARKERS.items():
+            marked = [made for made in decisions if made["decision"] == decision]
+            steps, rates = [made["step"] for made in marked], [made["old_lr"][0] for made in marked]
+            if marked:
+                axes.plot(steps, rates, marker, label=decision)

@@ -77,6 +77,17 @@ def test_a_run_goes_on_under_any_sharding(
     one_rank.run(go_on, case, "none", tmp_path / "fsdp2 units")
 
 
+@pytest.mark.parametrize("placement", ["hsdp", "fsdp1 hybrid"])
+def test_replicas_of_the_shards_write_once_and_all_read(
+    placement: str, four_ranks: RankPool, one_rank: RankPool, tmp_path: Path
+) -> None:
+    for case in (next(case for case in BY_NAME if case.name == name) for name in ("galore_adamw", "adamw_torch")):
+        directory = tmp_path / case.name
+        four_ranks.run(run_to_the_break, case, placement, directory)
+        four_ranks.run(go_on, case, placement, directory)
+        one_rank.run(go_on, case, "none", directory)
+
+
 GALORE = next(case for case in BY_NAME if case.name == "galore_adamw")
 SCHEDULE_FREE = next(case for case in BY_NAME if case.name == "schedule_free_adamw")
 

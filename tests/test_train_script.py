@@ -83,6 +83,18 @@ class FinishedRun:
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
 
+    def exported_loss(self) -> float:
+        """The loss of the exported model on the validation blocks that the run evaluated."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(self.output_dir / "model")
+        tokenizer = AutoTokenizer.from_pretrained(self.output_dir / "model")
+        data = train_arguments.DataArguments(block_size=64, max_eval_samples=6)
+        _, blocks = train_data.load_blocks(data, tokenizer)
+        assert type(model).__name__ == "LlamaForCausalLM"
+        with torch.no_grad():
+            return model(input_ids=blocks.rows.long(), labels=blocks.rows.long()).loss.item()
+
 
 def finished_run(launcher: list[str], output_dir: Path, *flags: str) -> FinishedRun:
     done = run_script(launcher, *GALORE, "--learning_rate", "1e-3", *flags, "--output_dir", output_dir)
@@ -131,17 +143,12 @@ class TestFinishedRun:
         assert rates == pytest.approx({1: 1e-3, 2: 0.8e-3, 4: 0.4e-3, 5: 0.2e-3})  # linear, from lr to 0
 
     def test_the_model_loads_and_gives_the_reported_loss(self, two_rank_run: FinishedRun) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(two_rank_run.output_dir / "model")
         tokenizer = AutoTokenizer.from_pretrained(two_rank_run.output_dir / "model")
         text = "def naïve(x):\n\treturn x  # ≠ y"
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-        data = train_arguments.DataArguments(block_size=64, max_eval_samples=6)
-        _, blocks = train_data.load_blocks(data, tokenizer)
-        with torch.no_grad():
-            loss = model(input_ids=blocks.rows.long(), labels=blocks.rows.long()).loss.item()
-        assert loss == pytest.approx(two_rank_run.summary["eval_loss_last"], rel=1e-4)
+        assert two_rank_run.exported_loss() == pytest.approx(two_rank_run.summary["eval_loss_last"], rel=1e-4)
 
     def test_output_shows_progress_audit_and_summary_once(self, two_rank_run: FinishedRun) -> None:
         assert "5/5" in two_rank_run.output

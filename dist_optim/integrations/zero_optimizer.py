@@ -159,8 +159,9 @@ class ZeroOptimizer(Optimizer):
             param_groups=self._parts[0].param_groups,
             placed_parameters=lambda: members,
             num_replicas=1,
+            inside_backward=None,
         )
-        return route_audit(shown)  # type: ignore[arg-type]  # it reads these five attributes
+        return route_audit(shown)  # type: ignore[arg-type]  # it reads these six attributes
 
     # Stepping -----------------------------------------------------------------------------------------------------
 
