@@ -8,14 +8,14 @@ Importing this package needs torch alone; upstream packages and frameworks are i
 """
 
 from dist_optim import optimizers as _optimizers  # noqa: F401  registers the families
-from dist_optim.build import build_optimizer
+from dist_optim.building.build import build_optimizer
 from dist_optim.checkpoint import load_checkpoint, save_checkpoint
 from dist_optim.errors import DistOptimError
-from dist_optim.hyperparameters import Hyperparameter, Scope, parse_optim_args
-from dist_optim.optimizer import DistributedOptimizer
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass, get_spec, names, register
 from dist_optim.schedulers import MetricScheduler, build_scheduler
-from dist_optim.upstream import UpstreamDriver
+from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope, parse_optim_args
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass, get_spec, names, register
+from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = [
     "DistOptimError",

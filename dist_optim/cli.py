@@ -17,8 +17,8 @@ from rich.text import Text
 
 import dist_optim
 from dist_optim import run
-from dist_optim.catalogue import describe, describe_hyperparameters
 from dist_optim.errors import DistOptimError
+from dist_optim.specs.catalogue import describe, describe_hyperparameters
 
 __all__ = ["app"]
 

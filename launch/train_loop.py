@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import train_checkpoints as checkpoints
 import train_schedule as schedule
-from dist_optim.agreement import gather_objects
+from dist_optim.ranks.agreement import gather_objects
 from train_arguments import TrainArguments
 from train_checkpoints import endless_batches
 from train_report import RunDirectory, peak_memory_bytes

@@ -26,8 +26,8 @@ from placements import full_parameters, place
 from torch import Tensor, nn
 
 import dist_optim
-from dist_optim.agreement import num_ranks, own_rank
 from dist_optim.layouts.detect import clean_name
+from dist_optim.ranks.agreement import num_ranks, own_rank
 
 
 class Injected(nn.Linear):

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from dist_optim.catalogue import install_line
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers import (
     adafactor,
     apollo,
@@ -24,7 +22,9 @@ from dist_optim.optimizers import (
     torch_native,
     torchao,
 )
-from dist_optim.registry import OptimizerSpec, Trait
+from dist_optim.specs.catalogue import install_line
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait
 
 __all__ = ["BEGIN", "END", "FOLDER", "INDEX", "families", "page", "with_facts"]
 

@@ -14,8 +14,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.agreement import own_rank
 from dist_optim.layouts import detect
+from dist_optim.ranks.agreement import own_rank
 
 FSDP1 = {
     "fsdp1": ShardingStrategy.FULL_SHARD,

@@ -8,9 +8,9 @@ from unittest import mock
 
 from parity import Case, run_case
 
-from dist_optim import registry
-from dist_optim.registry import Trait
-from dist_optim.upstream import UpstreamDriver
+from dist_optim.specs import registry
+from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.registry import Trait
 
 
 def run_with_spec(case: Case, placement: str, changes: dict[str, Any], **options: Any) -> list[str]:

@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from test_train_script import GALORE, REPOSITORY, SUMMARY_KEYS, TWO_RANKS, FinishedRun, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dist_optim.integrations.accelerate import _refuse_fsdp_settings
+from dist_optim.integrations.accelerate.placing import _refuse_fsdp_settings
 
 CONFIGS = REPOSITORY / "configs" / "accelerate"
 

@@ -25,7 +25,7 @@ from zero import ZeroRun
 import dist_optim
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.accelerate import prepare
-from dist_optim.integrations.accelerate_deepspeed import settle
+from dist_optim.integrations.accelerate.deepspeed import settle
 from dist_optim.integrations.cpu_rehearsal import deepspeed_arguments
 from dist_optim.testing import RankPool
 

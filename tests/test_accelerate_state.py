@@ -35,7 +35,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def resume_by_accelerate_alone(name: str, strategy: str, directory: Path) -> None:
-    with mock.patch("dist_optim.integrations.accelerate.serve_state"):
+    with mock.patch("dist_optim.integrations.accelerate.placing.serve_state"):
         resume(name, strategy, directory)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import dist_optim
-from dist_optim import Trait, registry
+from dist_optim import Trait
 from dist_optim.errors import HyperparameterError, UnsupportedError
+from dist_optim.specs import registry
 from dist_optim.testing import RankPool, assert_equal, assert_no_problems_on_any_rank
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import dist_optim
-from dist_optim import OptimizerSpec, Trait, UpstreamClass, registry
+from dist_optim import OptimizerSpec, Trait, UpstreamClass
 from dist_optim.cli import app
+from dist_optim.specs import registry
 
 
 def run(*arguments: str, columns: int = 80) -> Result:

@@ -14,7 +14,7 @@ from parity import Case, build_subject, differences
 from placements import full_parameters
 from torch import Tensor
 
-from dist_optim.fused_ddp import BucketReduction
+from dist_optim.inside_backward.ddp import BucketReduction
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 Placements = tuple[tuple[str, dict[str, Any]], ...]

@@ -15,7 +15,7 @@ from placements import place
 from torch import Tensor, nn
 
 import dist_optim
-from dist_optim.fused_backward import FusedBackward
+from dist_optim.inside_backward.handle import FusedBackward
 from dist_optim.layouts.detect import local_of
 from dist_optim.testing import RankPool
 

@@ -12,7 +12,7 @@ from zero import deepspeed
 
 import dist_optim
 from dist_optim.errors import UnsupportedError
-from dist_optim.integrations.zero_fused import build_fused_optimizer
+from dist_optim.integrations.deepspeed.inside_backward import build_fused_optimizer
 from dist_optim.testing import RankPool, relative_distance
 
 STEPS = 5

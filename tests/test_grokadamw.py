@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import dist_optim
 from dist_optim.errors import UnsupportedError
+from dist_optim.specs.driver import UpstreamDriver
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
-from dist_optim.upstream import UpstreamDriver
 
 grokadamw = pytest.importorskip("grokadamw")
 

@@ -6,7 +6,7 @@ import pytest
 
 import dist_optim
 from dist_optim.errors import HyperparameterError, MissingPackageError, UnknownOptimizerError
-from dist_optim.hyperparameters import parse_optim_args
+from dist_optim.specs.hyperparameters import parse_optim_args
 
 
 @pytest.mark.parametrize(

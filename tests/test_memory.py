@@ -11,7 +11,7 @@ from placements import inject, place
 from torch import nn
 
 import dist_optim
-from dist_optim.instance import UpstreamInstance
+from dist_optim.stepping.upstream_instance import UpstreamInstance
 from dist_optim.testing import RankPool
 
 NUM_MATRICES = 24

@@ -11,7 +11,7 @@ import torch
 from cases.galore import CASES as GALORE
 from parity import Case, run_case
 
-import dist_optim.optimizer
+import dist_optim.stepping.optimizer
 from dist_optim.exchange import transfer
 from dist_optim.exchange.plan import Bucket
 from dist_optim.testing import RankPool
@@ -34,7 +34,7 @@ def updates_do_not_travel_back(bucket: Bucket, full: Any, local: Any, process_gr
 
 
 def with_defect(case: Case, placement: str, name: str, defect: Callable[..., Any]) -> list[str]:
-    with mock.patch.object(dist_optim.optimizer, name, defect):
+    with mock.patch.object(dist_optim.stepping.optimizer, name, defect):
         return run_case(case, placement)
 
 

@@ -24,7 +24,7 @@ from zero import ZeroRun, engine_of, loss_of, parts_of, weights_of
 import dist_optim
 from dist_optim.errors import DistOptimError, MetricError, RanksDisagreeError, ScheduleError
 from dist_optim.integrations.accelerate import prepare
-from dist_optim.integrations.deepspeed_schedules import feeds_wrong_metric
+from dist_optim.integrations.deepspeed.schedules import feeds_wrong_metric
 from dist_optim.testing import RankPool
 
 STEPS = 10

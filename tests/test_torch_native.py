@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 import dist_optim
 from dist_optim.errors import UnsupportedError
+from dist_optim.specs.driver import UpstreamDriver
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
-from dist_optim.upstream import UpstreamDriver
 
 FUSED = next(case for case in CASES if case.name == "adamw_torch_fused")
 MUON = next(case for case in CASES if case.name == "muon")

@@ -10,7 +10,7 @@ from accelerated import Training, alone
 from end_to_end import make_llama
 from trainers import SETTINGS, Job, train
 
-from dist_optim.hyperparameters import parse_optim_args
+from dist_optim.specs.hyperparameters import parse_optim_args
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank, relative_distance
 
 JOBS = {

@@ -15,9 +15,9 @@ from transformers.training_args import OptimizerNames
 
 import dist_optim
 from dist_optim.errors import HyperparameterError, UnknownOptimizerError
-from dist_optim.integrations.trainer_arguments import registered_name, values_for
-from dist_optim.integrations.trainer_draft import Draft
 from dist_optim.integrations.transformers import TrainingArguments
+from dist_optim.integrations.transformers.arguments import registered_name, values_for
+from dist_optim.integrations.transformers.deferred import Draft
 
 
 @pytest.fixture(autouse=True)

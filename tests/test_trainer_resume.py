@@ -67,7 +67,7 @@ def test_resumed_training_is_the_uninterrupted_one(
 def resume_without_state(directory: str) -> float:
     job, folder = Job("galore_adamw", SCHEDULED), Path(directory)
     whole = train(job, "fsdp2", folder / "first")
-    with mock.patch("dist_optim.integrations.trainer_checkpoint.load_optimizer"):
+    with mock.patch("dist_optim.integrations.transformers.checkpoint.load_optimizer"):
         resumed = train(replace(job, resume=str(folder / "first" / "checkpoint-3")), "fsdp2", folder / "second")
     return gap_between(whole, resumed)
 
@@ -134,7 +134,7 @@ def killed_while_saving(directory: str) -> None:
     """A job that dies in its second save: the first checkpoint is the last one, and resuming starts there."""
     job, folder = Job("galore_adamw", {**SCHEDULED, "save_steps": 2}), Path(directory)
     whole = train(job, "ddp", folder / "whole")
-    name = "dist_optim.integrations.trainer_checkpoint.save_optimizer"
+    name = "dist_optim.integrations.transformers.checkpoint.save_optimizer"
     with mock.patch(name, dies_in_call(2)), pytest.raises(KeyboardInterrupt):
         train(job, "ddp", folder / "killed")
     assert get_last_checkpoint(str(folder / "killed")) == str(folder / "killed" / "checkpoint-2")

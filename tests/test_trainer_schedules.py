@@ -18,8 +18,8 @@ from transformers.optimization import GreedyLR
 
 import dist_optim
 from dist_optim.errors import DistOptimError
-from dist_optim.integrations.trainer_mixin import DistOptimTrainerMixin
-from dist_optim.integrations.trainer_schedules import LOG_NAME, decide_after_evaluation, scheduler_for_trainer
+from dist_optim.integrations.transformers.mixin import DistOptimTrainerMixin
+from dist_optim.integrations.transformers.schedules import LOG_NAME, decide_after_evaluation, scheduler_for_trainer
 from dist_optim.schedulers import MetricScheduler
 from dist_optim.testing import RankPool
 

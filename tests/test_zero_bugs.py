@@ -19,9 +19,9 @@ from test_zero import OPTIMIZERS
 from torch import Tensor
 from zero import ZeroRun
 
-from dist_optim import optimizer as optimizer_module
-from dist_optim.integrations import zero_optimizer
+from dist_optim.integrations.deepspeed import optimizer as zero_optimizer
 from dist_optim.layouts.detect_zero import Call
+from dist_optim.stepping import optimizer as optimizer_module
 from dist_optim.testing import RankPool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

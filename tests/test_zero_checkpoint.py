@@ -13,7 +13,7 @@ from test_zero import BF16, OPTIMIZERS
 from torch import Tensor
 from zero import Recorder, Reference, ZeroRun
 
-from dist_optim.integrations import zero_optimizer
+from dist_optim.integrations.deepspeed import optimizer as zero_optimizer
 from dist_optim.testing import RankPool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

@@ -88,7 +88,7 @@ def other_version() -> str:
     from deepspeed.runtime.zero import utils
 
     from dist_optim.integrations.deepspeed import register
-    from dist_optim.integrations.zero_optimizer import ZeroOptimizer
+    from dist_optim.integrations.deepspeed.optimizer import ZeroOptimizer
 
     zero.deepspeed()
     known = engine.DeepSpeedEngine._configure_optimizer
@@ -238,7 +238,7 @@ def test_the_configurations_train(name: str, two_ranks: RankPool) -> None:
 
 
 def with_presence_as_deepspeed_shows_it(run: ZeroRun) -> float:
-    from dist_optim.integrations import zero_optimizer
+    from dist_optim.integrations.deepspeed import optimizer as zero_optimizer
 
     agree = zero_optimizer.agree_on_presence
     zero_optimizer.agree_on_presence = lambda has, *_: ([True] * len(has), [False] * len(has))

@@ -13,8 +13,8 @@ from test_zero_controls import ADAMW, raised_by
 from zero import ZeroRun
 
 from dist_optim.errors import UnsupportedError
-from dist_optim.integrations.deepspeed_limits import refuse_unserved
-from dist_optim.integrations.zero_optimizer import _refuse_metric_schedule
+from dist_optim.integrations.deepspeed.limits import refuse_unserved
+from dist_optim.integrations.deepspeed.optimizer import _refuse_metric_schedule
 from dist_optim.testing import RankPool
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

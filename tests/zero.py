@@ -24,9 +24,9 @@ from placements import own_group
 from torch import Tensor, nn
 
 import dist_optim
-from dist_optim.agreement import num_ranks
 from dist_optim.exchange.plan import split_sizes
 from dist_optim.layouts.layout import Elsewhere
+from dist_optim.ranks.agreement import num_ranks
 from dist_optim.testing import relative_distance
 
 STEPS = 6

@@ -7,6 +7,6 @@ read by ``torch.distributed.checkpoint``), ``optimizer_state``, ``exported`` (th
 
 from dist_optim.checkpoint.exported import exported_weights
 from dist_optim.checkpoint.optimizer_state import load_optimizer, save_optimizer
-from dist_optim.checkpoint.whole_run import load_checkpoint, save_checkpoint
+from dist_optim.checkpoint.run_state import load_checkpoint, save_checkpoint
 
 __all__ = ["exported_weights", "load_checkpoint", "load_optimizer", "save_checkpoint", "save_optimizer"]

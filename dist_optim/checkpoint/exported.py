@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dist_optim.checkpoint.optimizer_state import optimizer_of
-from dist_optim.registry import Trait
+from dist_optim.specs.registry import Trait
 
 __all__ = ["exported_weights"]
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_optim.agreement import gather_objects, num_ranks, own_rank
+from dist_optim.checkpoint.blocks import Pieces, StoredTensor, read_pieces, stored_tensors, write_pieces
 from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
-from dist_optim.checkpoint.pieces import Pieces, StoredTensor, read_pieces, stored_tensors, write_pieces
 from dist_optim.errors import CheckpointError, StateDictError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
-from dist_optim.optimizer import DistributedOptimizer
-from dist_optim.registry import Trait
+from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
+from dist_optim.specs.registry import Trait
+from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["load_optimizer", "optimizer_of", "save_optimizer"]
 

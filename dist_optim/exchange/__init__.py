@@ -1,1 +1,1 @@
-"""From plan to action: `plan` says who owns what, `transfer` moves it."""
+"""How tensors move: `routing` and `plan` say who owns what and what travels, `transfer` moves it, `norms` measures it."""

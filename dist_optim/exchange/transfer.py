@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.agreement import num_ranks, own_rank
 from dist_optim.exchange.plan import Bucket, split_sizes
+from dist_optim.ranks.agreement import num_ranks, own_rank
 
 __all__ = ["Task", "gather_to_owner", "run_tasks", "scatter_from_owner"]
 

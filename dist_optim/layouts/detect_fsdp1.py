@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from dist_optim.agreement import num_ranks, own_rank
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
+from dist_optim.ranks.agreement import num_ranks, own_rank
 
 __all__ = ["FlatPlace", "places_by_parameter", "reshard"]
 

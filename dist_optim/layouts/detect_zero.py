@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_optim.agreement import gather_objects, own_rank, raise_together, reachable_devices
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
+from dist_optim.ranks.agreement import gather_objects, own_rank, raise_together, reachable_devices
 
 __all__ = [
     "Call",

@@ -17,7 +17,7 @@ from dist_optim.optimizers import (
     torch_native,
     torchao,
 )
-from dist_optim.registry import register
+from dist_optim.specs.registry import register
 
 _FAMILIES = (
     torch_native,

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import HyperparameterError
 from dist_optim.optimizers.common import adafactor_hyperparameters
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import ParamGroup, UpstreamDriver
+from dist_optim.specs.driver import ParamGroup, UpstreamDriver
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 
 class AdafactorDriver(UpstreamDriver):

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
 from dist_optim.optimizers.low_rank import LowRankDriver, low_rank_hyperparameters
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 __all__ = ["SPECS"]
 

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers.common import betas, epsilon, learning_rate, weight_decay
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import ParamGroup, UpstreamDriver
+from dist_optim.specs.driver import ParamGroup, UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 __all__ = ["SPECS", "BitsAndBytesDriver", "MIN_8BIT_SIZE", "isolate_overrides", "registered_overrides"]
 

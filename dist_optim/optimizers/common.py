@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 
 __all__ = [
     "adafactor_hyperparameters",

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_optim.errors import StateDictError
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import ParamGroup, UpstreamDriver
+from dist_optim.specs.driver import ParamGroup, UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 _MODULE = "flashoptim.optimizers"
 _PLAIN_MODE = "quantize=False, fused=False, master_weight_bits=None"

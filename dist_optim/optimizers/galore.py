@@ -15,8 +15,8 @@ from dist_optim.errors import UnsupportedError
 from dist_optim.optimizers.bnb import MIN_8BIT_SIZE, isolate_overrides, registered_overrides
 from dist_optim.optimizers.common import adafactor_hyperparameters, betas, epsilon, flag, learning_rate, weight_decay
 from dist_optim.optimizers.low_rank import ONE_SIDED, LowRankDriver, low_rank_hyperparameters
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import ParamGroup
+from dist_optim.specs.driver import ParamGroup
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 __all__ = ["SPECS"]
 

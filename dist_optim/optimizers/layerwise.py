@@ -2,7 +2,7 @@
 
 They are the plain algorithms, and end where those end. transformers builds an optimizer for each parameter: the
 schedule, weight decay and saved state are lost there, and every APOLLO parameter gets the same seed. Here one
-optimizer is stepped by ``dist_optim.fused_backward``.
+optimizer is stepped by ``dist_optim.inside_backward.handle``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dist_optim.optimizers import apollo, galore
-from dist_optim.registry import OptimizerSpec, Trait
+from dist_optim.specs.registry import OptimizerSpec, Trait
 
 __all__ = ["SPECS"]
 

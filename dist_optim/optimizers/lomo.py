@@ -1,7 +1,7 @@
 """LOMO and AdaLomo, written from their papers, with the arithmetic of lomo-optim to the bit.
 
 lomo-optim's classes take a whole model, read one rate for all of it, and step inside hooks that walk over every
-parameter. These are ordinary optimizers: param groups, ``step()``, state in ``state``. ``dist_optim.fused_backward``
+parameter. These are ordinary optimizers: param groups, ``step()``, state in ``state``. ``dist_optim.inside_backward.handle``
 steps them inside backward.
 """
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers.common import factored_moment, learning_rate, weight_decay
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import UpstreamDriver
+from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 __all__ = ["SPECS", "AdaLomo", "Lomo"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
-from dist_optim.upstream import UpstreamDriver
+from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 
 __all__ = ["ONE_SIDED", "LowRankDriver", "low_rank_hyperparameters", "svd_cost"]
 

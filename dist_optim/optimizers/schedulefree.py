@@ -6,9 +6,9 @@ Training runs on weights ``y``; ``eval()`` puts the average ``x`` in their place
 
 from __future__ import annotations
 
-from dist_optim.hyperparameters import Hyperparameter
 from dist_optim.optimizers.common import epsilon, flag, learning_rate, weight_decay
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
+from dist_optim.specs.hyperparameters import Hyperparameter
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 _PACKAGE = "schedulefree"
 _EXTRA = "schedulefree"

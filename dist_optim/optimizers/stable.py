@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import ParamGroup, UpstreamDriver
+from dist_optim.specs.driver import ParamGroup, UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 
 class StableAdamWDriver(UpstreamDriver):

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import ParamGroup, UpstreamDriver
+from dist_optim.specs.driver import ParamGroup, UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 _LICENCE = "BSD-3-Clause"
 _ELEMENTWISE = frozenset({Trait.ELEMENTWISE})

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.agreement import num_ranks
 from dist_optim.errors import StateDictError
-from dist_optim.hyperparameters import Hyperparameter, Scope
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
-from dist_optim.registry import OptimizerSpec, Trait, UpstreamClass
-from dist_optim.upstream import UpstreamDriver
+from dist_optim.ranks.agreement import num_ranks
+from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope
+from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 _PARTS = ("codes", "scale", "qmap")
 """The plain tensors of a quantized one: packed values, one scale a block, and the table of the values of the codes."""

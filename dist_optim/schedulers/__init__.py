@@ -8,7 +8,7 @@ A schedule that follows the step count is returned as upstream's object. One tha
 ReduceLROnPlateau, a class whose ``step`` takes a metric) is returned inside a ``MetricScheduler``: all ranks call
 ``scheduler.step(metric)``, and the metric is reduced, the decision taken once, and obeyed by every rank.
 
-Integrations use (``dist_optim.integrations.trainer_schedules``)::
+Integrations use (``dist_optim.integrations.transformers.schedules``)::
 
     scheduler_for_trainer(args, optimizer, num_training_steps) -> LRScheduler | MetricScheduler
         # all of Trainer.create_scheduler: args is the TrainingArguments

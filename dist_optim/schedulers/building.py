@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_optim.agreement import num_ranks, own_rank, raise_together
 from dist_optim.errors import DistOptimError, ScheduleError
-from dist_optim.registry import Trait
+from dist_optim.ranks.agreement import num_ranks, own_rank, raise_together
 from dist_optim.schedulers.limits import complete_options, refuse_immovable, refuse_other_mode
 from dist_optim.schedulers.names import Recipe, resolve_schedule, takes_metric
 from dist_optim.schedulers.shared import MetricScheduler
+from dist_optim.specs.registry import Trait
 
 __all__ = ["build_scheduler", "inner_optimizer", "metric_scheduler_in"]
 

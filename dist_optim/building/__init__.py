@@ -1,0 +1,1 @@
+"""From a placed model and a name to an optimizer."""

@@ -1,0 +1,162 @@
+"""``save_checkpoint`` and ``load_checkpoint``: model, optimizer and schedule in one folder.
+
+::
+
+    <directory>/checkpoint.json         what is in it
+    <directory>/model/                  weights and buffers by their names in the user's model; the averaged weights
+                                        where the optimizer averages. Readable by torch.distributed.checkpoint
+    <directory>/optimizer/              see optimizer_state
+    <directory>/scheduler.pt            the schedule's state_dict()
+    <directory>/ranks/<rank>.pt         what each rank gave as `own`
+
+All of it is read without running code from the files, but for torch.distributed.checkpoint's own index.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_optim.checkpoint.blocks import Pieces, read_pieces, stored_tensors, write_pieces
+from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
+from dist_optim.checkpoint.exported import exported_weights
+from dist_optim.checkpoint.optimizer_state import load_optimizer, optimizer_of, write_optimizer
+from dist_optim.errors import CheckpointError
+from dist_optim.layouts.detect import clean_name, detect
+from dist_optim.ranks.agreement import num_ranks, own_rank
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+RECORD = "checkpoint.json"
+FORMAT = 1
+
+
+def save_checkpoint(
+    directory: str | Path, model: nn.Module, optimizer: Any, scheduler: Any = None, *, own: Any = None
+) -> None:
+    """Write a run into a folder. Collective on all ranks that train the model, also under DDP.
+
+    Args:
+        directory: On a disk that all ranks share. It appears whole, or not at all; one that is there is replaced.
+        model: As it is trained: wrapped, sharded.
+        optimizer: Its ``DistributedOptimizer``, or accelerate's wrapper around one.
+        scheduler: Anything with a ``state_dict()`` of plain values, or None.
+        own: Plain values of this rank (progress, the state of random generators) that ``load_checkpoint`` returns.
+
+    Raises:
+        CheckpointError: On all ranks; a checkpoint that was there is untouched.
+    """
+    inner, directory = optimizer_of(optimizer), Path(directory)
+    ranks, rank = inner.all_ranks, own_rank(inner.all_ranks)
+    with written_aside(directory, ranks) as aside:
+        with exported_weights(inner):
+            write_pieces(aside / "model", _pieces_of_model(model, ranks), ranks)
+        attempt(lambda: (aside / "optimizer").mkdir() if rank == 0 else None, directory, ranks)
+        write_optimizer(aside / "optimizer", inner)
+        attempt(lambda: _write_plain(aside, rank, scheduler, own), directory, ranks)
+        about = {
+            "format": FORMAT,
+            "optimizer": inner.spec.name,
+            "steps": inner.num_steps,
+            "world_size": num_ranks(ranks),
+        }
+        attempt(lambda: write_json(aside / RECORD, about) if rank == 0 else None, directory, ranks)
+
+
+def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, scheduler: Any = None) -> Any:
+    """Install what ``save_checkpoint`` wrote, under any sharding and world size. Collective on all ranks.
+
+    Returns:
+        What this rank gave as ``own``; under another world size, what rank 0 gave.
+
+    Raises:
+        CheckpointError: On all ranks: the folder is missing, incomplete, damaged, or of another model.
+        StateDictError: On all ranks: it was saved from another optimizer, or from other param groups.
+    """
+    inner, directory = optimizer_of(optimizer), opened(Path(directory))
+    ranks = inner.all_ranks
+    pieces = _pieces_of_model(model, ranks)
+    about = attempt(lambda: _checked(directory, pieces), directory, ranks)
+    read_pieces(directory / "model", pieces, ranks)
+    load_optimizer(directory / "optimizer", inner)
+    rank = own_rank(ranks) if about["world_size"] == num_ranks(ranks) else 0
+    schedule, own = attempt(lambda: _read_plain(directory, rank, scheduler), directory, ranks)
+    if scheduler is not None:
+        scheduler.load_state_dict(schedule)
+    return own
+
+
+def _pieces_of_model(model: nn.Module, ranks: dist.ProcessGroup | None) -> dict[str, Pieces]:
+    """Parameters as this rank holds them, and the buffers that belong to a state dict; tied tensors once."""
+    placed = detect(model, ranks)
+    parts = {
+        name: Pieces.part(one.local(), one.layout, one.shape, own_rank(one.process_group))
+        for name, one in placed.items()
+    }
+    return {**parts, **{name: Pieces.whole(buffer) for name, buffer in _saved_buffers(model)}}
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield clean_name(model, f"{path}.{name}" if path else name), buffer
+
+
+def _checked(directory: Path, pieces: dict[str, Pieces]) -> dict[str, Any]:
+    about = read_json(directory / RECORD)
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{str(directory / RECORD)!r} has a format that this version of dist_optim does not know. Load it with the "
+            "version that wrote it."
+        )
+    stored = {name: tuple(tensor.shape) for name, tensor in stored_tensors(directory / "model").items()}
+    wanted = {name: tuple(piece.shape) for name, piece in pieces.items()}
+    different = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"The checkpoint {str(directory)!r} is of another model: {name!r} has shape {stored.get(name, 'none')} in "
+            f"it and {wanted.get(name, 'none')} in the model ({len(different)} names differ). Build the model that was "
+            "saved."
+        )
+    return about
+
+
+def _write_plain(aside: Path, rank: int, scheduler: Any, own: Any) -> None:
+    (aside / "ranks").mkdir(exist_ok=True)
+    _write_values(aside / "ranks" / f"{rank}.pt", own)
+    if rank == 0 and scheduler is not None:
+        _write_values(aside / "scheduler.pt", scheduler.state_dict())
+
+
+def _write_values(path: Path, values: Any) -> None:
+    """Save them, and prove that they load as plain values."""
+    torch.save(values, path)
+    try:
+        torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path.name} would hold more than numbers, strings, lists, dicts and tensors, and could not be loaded "
+            "safely. Give plain values, and a schedule whose state_dict() returns such."
+        ) from error
+
+
+def _read_plain(directory: Path, rank: int, scheduler: Any) -> tuple[Any, Any]:
+    try:
+        own = torch.load(directory / "ranks" / f"{rank}.pt", weights_only=True, map_location="cpu")
+        path = directory / "scheduler.pt"
+        schedule = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{str(directory)!r} cannot be read: {type(error).__name__}: {error}. Resume from another checkpoint."
+        ) from error
+    if scheduler is not None and schedule is None:
+        raise CheckpointError(f"{str(directory)!r} was saved without a schedule. Pass scheduler=None to load it.")
+    return schedule, own

@@ -1,0 +1,64 @@
+"""Which way each parameter takes: stepped on local slices, or whole at an owner; decided once, on logical shapes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from dist_optim.errors import UnsupportedError
+from dist_optim.exchange.plan import Item, Plan, make_plan
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.ranks.agreement import num_ranks
+from dist_optim.specs.registry import OptimizerSpec, Trait
+
+__all__ = ["plan_owners", "refuse_misfits", "runs_on_local_slices"]
+
+MAX_NAMES = 8
+
+
+def runs_on_local_slices(spec: OptimizerSpec, placed: PlacedParameter, values: Mapping[str, Any]) -> bool:
+    """Whether this rank steps its slice of the parameter by itself, with these hyperparameters."""
+    if placed.layout.is_replicated or Trait.ELEMENTWISE not in spec.traits:
+        return False
+    # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail: an
+    # element's result depends on where a slice ends.
+    rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4
+    return not rounds_by_position and spec.driver.runs_on_slices(values, placed.device)
+
+
+def refuse_misfits(spec: OptimizerSpec, members: Sequence[tuple[PlacedParameter, Mapping[str, Any]]]) -> None:
+    """Refuse parameters that upstream cannot step, each with the hyperparameters that it would get.
+
+    Raises:
+        UnsupportedError: Naming the parameters and upstream's reason.
+    """
+    names_by_reason: dict[str, list[str]] = defaultdict(list)
+    for placed, values in members:
+        reason = spec.driver.why_refused(placed.shape, placed.dtype, placed.device, values)
+        if reason:
+            names_by_reason[reason].append(placed.fqn)
+    for reason, names in names_by_reason.items():
+        listing = ", ".join(map(repr, names[:MAX_NAMES])) + (", ..." if len(names) > MAX_NAMES else "")
+        noun = "parameter" if len(names) == 1 else f"{len(names)} parameters"
+        raise UnsupportedError(f"{spec.name}, {noun} {listing}: {reason}")
+
+
+def plan_owners(
+    spec: OptimizerSpec,
+    members: Mapping[int, tuple[PlacedParameter, Mapping[str, Any]]],
+    bucket_bytes: int,
+    process_group: dist.ProcessGroup | None,
+) -> Plan:
+    """Owners and rounds of the parameters that are stepped whole, given by position."""
+    items = []
+    for index, (placed, values) in members.items():
+        cost = spec.driver.step_cost(placed.shape, values)
+        items.append(Item(index, placed.shape, placed.layout, placed.dtype, placed.device, cost))
+    element_size = max([item.dtype.itemsize for item in items], default=4)
+    world_size = num_ranks(process_group)
+    # One process has nothing to overlap: all in one round.
+    bucket_numel = bucket_bytes // element_size if world_size > 1 else 1 << 62
+    return make_plan(items, world_size, bucket_numel)

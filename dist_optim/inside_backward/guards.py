@@ -1,0 +1,96 @@
+"""Where updates inside backward are right, and what would undo them without a word."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_optim.errors import UnsupportedError
+from dist_optim.inside_backward.ddp import why_not_this_ddp
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.ranks.agreement import num_ranks
+from dist_optim.specs.registry import OptimizerSpec, Trait
+
+if TYPE_CHECKING:
+    from dist_optim.inside_backward.handle import FusedBackward
+
+__all__ = ["MARK", "fused_backward_of", "guard_clipping", "why_not_fused"]
+
+
+def why_not_fused(
+    model: nn.Module,
+    spec: OptimizerSpec,
+    placed: Mapping[str, PlacedParameter],
+    process_group: dist.ProcessGroup | None,
+) -> str:
+    """Why updates cannot be made inside backward here, and what to do; empty where they can."""
+    if Trait.FUSED_BACKWARD not in spec.traits and Trait.ELEMENTWISE not in spec.traits:
+        return (
+            "only elementwise optimizers and those made for it are stepped inside backward. Leave fused_backward out."
+        )
+    trained = [one for one in placed.values() if one.parameter.requires_grad]
+    if any(one.dtype is torch.float16 for one in trained):
+        return (
+            "fp16 gradients need loss scaling, and an overflow is known only when updates are made. Use bfloat16 or "
+            "fp32 parameters."
+        )
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "FSDP1 reduces one flat gradient for a whole unit. Use fsdp_version: 2 (fully_shard)."
+    if num_ranks(process_group) == 1:
+        return ""
+    if isinstance(model, DistributedDataParallel):
+        return why_not_this_ddp(model, process_group)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        plain = next((one.fqn for one in trained if not isinstance(one.parameter, DTensor)), None)
+        if plain is not None:
+            return f"{plain!r} is not sharded, so that nothing reduces its gradient in backward. Shard the whole model."
+        return ""
+    return (
+        "nothing reduces this model's gradients inside backward. Wrap it in DistributedDataParallel, or shard it with "
+        "fully_shard."
+    )
+
+
+MARK = "_dist_optim_fused"
+"""Attribute of a parameter that is updated inside backward: a weak reference to its ``FusedBackward``."""
+
+
+def fused_backward_of(parameter: Tensor) -> FusedBackward | None:
+    """What updates this parameter inside backward, if anything does."""
+    fused: FusedBackward | None = getattr(parameter, MARK, lambda: None)()
+    return fused
+
+
+def guard_clipping() -> None:
+    """Let torch's clipping functions raise for parameters that are updated inside backward. Once in a process.
+
+    They would find no gradients, return a norm of zero, and leave the user with unclipped training. Trainers call them
+    as ``torch.nn.utils.clip_grad_norm_``, and so meet the guard; for all other parameters nothing changes.
+    """
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        original = getattr(torch.nn.utils, name)
+        if not hasattr(original, MARK):
+            guarded = _guarded(original)
+            setattr(guarded, MARK, True)
+            setattr(torch.nn.utils, name, guarded)
+
+
+def _guarded(clip: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(clip)
+    def clip_or_refuse(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for parameter in given:
+            fused = fused_backward_of(parameter)
+            if fused is not None:
+                raise UnsupportedError(fused.why_no_clipping())
+        return clip(given, *args, **kwargs)
+
+    return clip_or_refuse

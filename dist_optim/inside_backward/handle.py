@@ -1,0 +1,296 @@
+"""Steps inside backward: a parameter is updated as soon as its reduced gradient is there, which is freed at once.
+
+LOMO's idea, for every optimizer that steps tensors one by one. Gradients never exist all at once: at most a bucket and
+the largest of them. In the training loop nothing changes::
+
+    loss.backward()         # updates
+    optimizer.step()        # ends the step: counters, failures of other ranks
+    optimizer.zero_grad()   # nothing left to do
+
+Where reduced gradients come from: in one process from autograd; under DistributedDataParallel from buckets of our own
+(``fused_ddp``); under FSDP2 from its reduce-scatter, which runs the same hooks. Ranks must take the same way through
+the model under FSDP2, as FSDP2's own collectives demand; under DDP they need not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_optim.errors import UnsupportedError, WrongModeError
+from dist_optim.inside_backward.ddp import BucketReduction, retire_reducer
+from dist_optim.inside_backward.guards import MARK, fused_backward_of, guard_clipping
+from dist_optim.inside_backward.step import PartialStep
+from dist_optim.layouts.detect import PlacedParameter, local_of
+from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
+
+__all__ = ["FusedBackward", "Shards", "install"]
+
+
+def install(
+    optimizer: DistributedOptimizer,
+    model: nn.Module,
+    *,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    shards: Shards | None = None,
+) -> FusedBackward:
+    """Let backward make the updates of ``optimizer``; ``build_optimizer(..., fused_backward=True)`` calls this.
+
+    Collective; after building, before the first backward. Ask ``fused_guards.why_not_fused`` before.
+
+    Args:
+        optimizer: Not yet stepped from stored gradients.
+        model: The model that it was built on.
+        bucket_bytes: Bytes of gradients that wait for each other: in a bucket under DistributedDataParallel, on the way
+            to their owners under FSDP2.
+        shards: How an engine that leaves full gradients on its sharded parameters is served.
+
+    Raises:
+        WrongModeError: The model has gradients already, or another fused backward.
+    """
+    fused = FusedBackward(optimizer, model, bucket_bytes, shards)
+    optimizer.inside_backward = fused
+    return fused
+
+
+class Shards:
+    """How gradients come to this rank's parts of parameters: already reduced, unless an engine's subclass does it."""
+
+    def parameter(self, placed: PlacedParameter) -> nn.Parameter:
+        """The parameter that autograd knows."""
+        return placed.parameter
+
+    def reduced(self, placed: PlacedParameter, gradient: Tensor) -> Tensor:
+        """This rank's part of the averaged gradient. Collective where there is something to reduce."""
+        return gradient
+
+    def end_backward(self) -> None:
+        """After a backward pass: let the engine forget the full parameters, which are old now."""
+
+
+class FusedBackward:
+    """The hooks on a model's parameters; ``remove`` takes them off. Made by ``install``."""
+
+    def __init__(
+        self,
+        optimizer: DistributedOptimizer,
+        model: nn.Module,
+        bucket_bytes: int,
+        shards: Shards | None = None,
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._name = optimizer.spec.name
+        self._placed = optimizer.placed_parameters()
+        self._shards = shards or Shards()
+        trained = [index for index, placed in enumerate(self._placed) if placed.parameter.requires_grad]
+        self._refuse_leftovers()
+        self._steps = PartialStep(optimizer)
+        self._has_begun = False
+        self._is_measuring = False
+        self._seen: set[int] = set()
+        self._removers: list[Callable[[], None]] = []
+        self._source: _Queue | BucketReduction = _Queue(self._steps.travels, self._placed, bucket_bytes, self._deliver)
+        if isinstance(model, DistributedDataParallel):
+            self._removers.append(retire_reducer(model))
+            group = optimizer.process_group
+            self._source = BucketReduction(self._placed, trained, group, bucket_bytes, self._deliver)
+        self._removers += [self._watch(index) for index in trained]
+        guard_clipping()
+
+    @property
+    def active(self) -> bool:
+        """Whether backward makes the updates."""
+        return bool(self._removers)
+
+    def held_bytes(self) -> int:
+        """Bytes of gradients that this rank holds now, for the updates to come: what ``param.grad`` would show."""
+        return self._source.held_bytes()
+
+    def remove(self) -> None:
+        """Take the hooks off: gradients are stored again, and ``step`` updates from them.
+
+        A DistributedDataParallel wrapper reduces no longer, and refuses to train: wrap the module anew.
+        """
+        for remove in self._removers:
+            remove()
+        self._removers = []
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer.inside_backward is self:
+            optimizer.inside_backward = None
+
+    def _watch(self, index: int) -> Callable[[], None]:
+        """Hooks hold this object weakly: when its optimizer is gone, they do nothing."""
+        parameter, own = self._shards.parameter(self._placed[index]), weakref.ref(self)
+        if fused_backward_of(parameter) is not None:
+            raise WrongModeError(
+                f"{self._placed[index].fqn!r} is already updated inside backward by another optimizer. Call "
+                "optimizer.inside_backward.remove() of that one first."
+            )
+        setattr(parameter, MARK, own)
+
+        def on_gradient(ready: Tensor) -> None:
+            fused = own()
+            if fused is not None:
+                fused._on_gradient(index)
+
+        handle = parameter.register_post_accumulate_grad_hook(on_gradient)
+
+        def remove() -> None:
+            handle.remove()
+            delattr(parameter, MARK)
+
+        return remove
+
+    # Inside backward ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _on_gradient(self, index: int) -> None:
+        placed = self._placed[index]
+        if index in self._seen:
+            raise WrongModeError(self._why_no_accumulation(placed))
+        self._seen.add(index)
+        self._begin()
+        parameter = self._shards.parameter(placed)
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise UnsupportedError(
+                f"The gradient of {placed.fqn!r} is sparse. Set sparse=False in the embedding, or use "
+                "fused_backward=False."
+            )
+        parameter.grad = None
+        self._source.ready(index, self._shards.reduced(placed, local_of(gradient)))
+
+    def _begin(self) -> None:
+        """At the first gradient of a training step."""
+        if not self._has_begun:
+            self._steps.begin()
+            self._has_begun = True
+        if self._steps.lacks_total_norm and not self._is_measuring:
+            raise WrongModeError(
+                f"{self._name}: clip_grad_norm needs the norm of all gradients before the first update, and so a "
+                "backward pass of its own. Call optimizer.backward(loss) in place of loss.backward(): it makes both. "
+                "Or leave clip_grad_norm out, use clip_grad_value, or build with fused_backward=False."
+            )
+
+    def _deliver(self, gradients: Mapping[int, Tensor]) -> None:
+        if self._is_measuring:
+            self._steps.measure(gradients)
+        else:
+            self._steps.update(gradients)
+
+    def backward(self, loss: Tensor) -> Tensor | None:
+        """``loss.backward()``, twice where the norm of all gradients is needed; returns that norm. Collective."""
+        norm = None
+        if self._steps.lacks_total_norm:
+            norm = self._measure(loss)
+        torch.autograd.backward(loss)
+        return norm
+
+    def _measure(self, loss: Tensor) -> Tensor:
+        self._is_measuring = True
+        try:
+            torch.autograd.backward(loss, retain_graph=True)
+            self._begin()
+            self._source.flush()
+            self._shards.end_backward()
+        finally:
+            self._is_measuring = False
+        self._seen.clear()
+        return self._steps.finish_measuring()
+
+    def finish_step(self) -> None:
+        """End the training step. Collective.
+
+        Raises:
+            WrongModeError: A gradient was put in place by other means than backward, or hyperparameters were changed
+                between backward and here.
+            StepFailedError: Upstream's step failed on another rank in the step before.
+        """
+        stored = next((placed.fqn for placed in self._placed if placed.parameter.grad is not None), None)
+        if stored is not None:
+            raise WrongModeError(
+                f"{self._name}: {stored!r} has a stored gradient at step(), but this optimizer updates inside "
+                "backward. It was set by hand, or the parameter was frozen when the optimizer was built. Build the "
+                "optimizer after unfreezing, or with fused_backward=False."
+            )
+        if not self._has_begun:
+            self._steps.begin()
+        self._source.flush()
+        self._shards.end_backward()
+        self._steps.finish()
+        if isinstance(self._source, BucketReduction):
+            self._source.learn_order()
+        self._has_begun = False
+        self._seen.clear()
+
+    # Refusals -----------------------------------------------------------------------------------------------------
+
+    def _refuse_leftovers(self) -> None:
+        for placed in self._placed:
+            if placed.parameter.grad is not None:
+                raise WrongModeError(
+                    f"{placed.fqn!r} has a gradient already. Call model.zero_grad() before the optimizer is built with "
+                    "a fused backward."
+                )
+
+    def _why_no_accumulation(self, placed: PlacedParameter) -> str:
+        return (
+            f"{self._name}: {placed.fqn!r} got a second gradient before step(). Its first was applied inside backward "
+            "and is gone, so gradients cannot be accumulated. Call optimizer.step() after every backward; for larger "
+            "batches raise the batch size or the number of ranks, with activation checkpointing (use_reentrant=False) "
+            "if memory is short; or build the optimizer with fused_backward=False, which stores gradients."
+        )
+
+    def why_no_clipping(self) -> str:
+        """What to say to who would clip gradients that are gone."""
+        return (
+            f"{self._name}: gradients cannot be clipped between backward and step(): they were applied and freed "
+            "inside backward. Turn clipping off (max_grad_norm=0 in a Trainer, no clip_grad_norm_ call). lomo and "
+            "adalomo take clip_grad_value, and clip_grad_norm with optimizer.backward(loss). fused_backward=False "
+            "stores gradients, and clips as usual."
+        )
+
+
+class _Queue:
+    """Gradients that are reduced already: each is handed on at once, or waits for others to travel to owners with."""
+
+    def __init__(
+        self,
+        travels: Callable[[int], bool],
+        placed: Sequence[PlacedParameter],
+        bucket_bytes: int,
+        deliver: Callable[[Mapping[int, Tensor]], None],
+    ) -> None:
+        self._travels = travels
+        self._placed = placed
+        self._bucket_bytes = bucket_bytes
+        self._deliver = deliver
+        self._waiting: dict[int, Tensor] = {}
+        self._nbytes = 0
+
+    def ready(self, index: int, gradient: Tensor) -> None:
+        """Take a gradient."""
+        if not self._travels(index):
+            self._deliver({index: gradient})
+            return
+        # Counted in full tensors, equal on all ranks: so all of them empty the queue at the same parameter.
+        nbytes = self._placed[index].shape.numel() * self._placed[index].dtype.itemsize
+        if self._nbytes + nbytes > self._bucket_bytes:
+            self.flush()
+        self._waiting[index] = gradient
+        self._nbytes += nbytes
+
+    def held_bytes(self) -> int:
+        """Bytes of this rank's parts of the gradients that wait."""
+        return sum(gradient.nbytes for gradient in self._waiting.values())
+
+    def flush(self) -> None:
+        """Hand on all that wait."""
+        waiting, self._waiting, self._nbytes = self._waiting, {}, 0
+        if waiting:
+            self._deliver(waiting)

@@ -1,0 +1,9 @@
+"""DeepSpeed: our names in its JSON, and one optimizer over the slices that its engine gives out."""
+
+from dist_optim.integrations.deepspeed.engine import (
+    UnknownDeepSpeedOptimizerError,
+    build_optimizer_for_engine,
+    register,
+)
+
+__all__ = ["UnknownDeepSpeedOptimizerError", "build_optimizer_for_engine", "register"]

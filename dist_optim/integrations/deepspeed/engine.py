@@ -1,0 +1,291 @@
+"""DeepSpeed: dist_optim's names in the JSON, under ZeRO 0, 1, 2 and 3.
+
+After ``register()``, stock ``deepspeed.initialize`` (and whoever calls it: accelerate, the Hugging Face Trainer)
+resolves every registered name::
+
+    {"optimizer": {"type": "galore_adamw", "params": {"lr": 1e-3, "rank": 64, "target_modules": "all-linear"}}}
+
+``params`` are the keywords of ``dist_optim.build_optimizer``: hyperparameters, ``target_modules``, ``no_decay``. Names
+that DeepSpeed has itself (``adagrad``, ``muon``) stay its own; ``dist_optim.adagrad`` is ours.
+
+``register`` extends three methods of ``DeepSpeedEngine``. ``initialize`` serves one call without touching DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_optim.building.build import arrange, resolve
+from dist_optim.errors import (
+    DistOptimError,
+    HyperparameterError,
+    MissingPackageError,
+    UnknownOptimizerError,
+    UnsupportedError,
+)
+from dist_optim.integrations.deepspeed.limits import refuse_unserved
+from dist_optim.integrations.deepspeed.optimizer import GROUP_NUMBER, ZeroOptimizer
+from dist_optim.integrations.deepspeed.schedules import register_schedules
+from dist_optim.layouts.detect import PlacedParameter, named_parameters
+from dist_optim.layouts.detect_zero import logical_shape
+from dist_optim.layouts.layout import Replicated
+from dist_optim.ranks.agreement import own_rank, raise_together
+from dist_optim.specs.registry import Trait, get_spec, names
+from dist_optim.stepping.optimizer import DistributedOptimizer
+
+__all__ = [
+    "PREFIX",
+    "UnknownDeepSpeedOptimizerError",
+    "build_deepspeed_optimizer",
+    "build_optimizer_for_engine",
+    "initialize",
+    "is_ours",
+    "register",
+]
+
+PREFIX = "dist_optim."
+_PATCHED = {
+    "_is_supported_optimizer": ("self", "optimizer_name"),
+    "_configure_basic_optimizer": ("self", "model_parameters"),
+    "_configure_optimizer": ("self", "client_optimizer", "model_parameters"),
+}
+
+
+class UnknownDeepSpeedOptimizerError(UnknownOptimizerError, AssertionError):
+    """Neither DeepSpeed nor dist_optim knows the name; an AssertionError, as DeepSpeed's own is."""
+
+
+def register() -> None:
+    """Make every name of ``dist_optim.names()`` resolve in the JSON, and schedules' names in its ``scheduler`` section.
+
+    Calling it again does nothing.
+
+    Raises:
+        MissingPackageError: deepspeed is not installed.
+        UnsupportedError: This version of deepspeed has other methods than the ones extended here.
+    """
+    engine_class, supported = _deepspeed_parts()
+    if ZeroOptimizer in supported:
+        return
+    for method, parameters in _PATCHED.items():
+        found = tuple(inspect.signature(getattr(engine_class, method, lambda: None)).parameters)
+        if found != parameters:
+            raise UnsupportedError(
+                f"DeepSpeedEngine.{method} takes {found or 'nothing'} where {parameters} was expected: this version of "
+                "deepspeed is not known. Install deepspeed==0.19.8."
+            )
+    for method, extend in (
+        ("_is_supported_optimizer", _extend_support),
+        ("_configure_basic_optimizer", _extend_construction),
+        ("_configure_optimizer", _extend_configuration),
+    ):
+        setattr(engine_class, method, extend(getattr(engine_class, method)))
+    supported.append(ZeroOptimizer)
+    register_schedules()
+
+
+def build_deepspeed_optimizer(model: nn.Module, ds_config: Mapping[str, Any]) -> tuple[ZeroOptimizer, dict[str, Any]]:
+    """The optimizer that the configuration names, and the configuration to pass with it; nothing is patched.
+
+    Pass both to ``deepspeed.initialize(model=model, optimizer=optimizer, config=config)``, and call
+    ``optimizer.attach(engine)`` right after it. ``initialize`` does all three.
+
+    Raises:
+        DistOptimError: Unknown name, unknown or ill-valued ``params``.
+    """
+    config = copy.deepcopy(dict(ds_config))
+    section = config.pop("optimizer", None)
+    if not isinstance(section, Mapping) or "type" not in section:
+        raise UnknownOptimizerError(
+            'The DeepSpeed configuration has no "optimizer" section with a "type". Add '
+            '{"optimizer": {"type": "galore_adamw", "params": {"lr": 1e-3, ...}}}.'
+        )
+    optimizer = _build(model, str(section["type"]), None, section.get("params") or {})
+    # Both flags are about client optimizers: the layout is proved, and offloaded slices are stepped as they are.
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return optimizer, config
+
+
+def initialize(model: nn.Module, config: Mapping[str, Any], **options: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a configuration that names one of our optimizers; nothing is patched.
+
+    Args:
+        model: The plain model.
+        config: DeepSpeed's configuration.
+        **options: Passed on.
+
+    Returns:
+        What ``deepspeed.initialize`` returns: engine, optimizer, data loader, schedule.
+    """
+    import deepspeed
+
+    optimizer, own_config = build_deepspeed_optimizer(model, config)
+    engine, *others = deepspeed.initialize(model=model, optimizer=optimizer, config=own_config, **options)
+    _attach(engine, optimizer)
+    return (engine, *others)
+
+
+def _deepspeed_parts() -> tuple[Any, list[type]]:
+    try:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    except ImportError as error:
+        raise MissingPackageError(
+            f"dist_optim.integrations.deepspeed needs deepspeed ({error}). Install it with: "
+            "pip install 'dist-optim[deepspeed]'"
+        ) from error
+    return DeepSpeedEngine, ZERO_SUPPORTED_OPTIMIZERS
+
+
+def _extend_support(original: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(original)
+    def _is_supported_optimizer(self: Any, optimizer_name: str) -> bool:
+        if is_ours(optimizer_name) or original(self, optimizer_name):
+            return True
+        try:
+            get_spec(optimizer_name.removeprefix(PREFIX))
+        except UnknownOptimizerError as error:
+            raise UnknownDeepSpeedOptimizerError(
+                f"{optimizer_name} is not a supported DeepSpeed Optimizer. {error}"
+            ) from None
+        return False
+
+    return _is_supported_optimizer
+
+
+def _extend_construction(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
+        name = self.optimizer_name()
+        if not is_ours(name):
+            return original(self, model_parameters)
+        error: DistOptimError | None = None
+        optimizer: ZeroOptimizer | None = None
+        try:
+            refuse_unserved(self)
+            optimizer = _build(self.module, name, model_parameters, self.optimizer_params() or {})
+        except DistOptimError as caught:
+            error = caught
+        raise_together(error)
+        return optimizer
+
+    return _configure_basic_optimizer
+
+
+def _extend_configuration(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        raise_together(_why_no_client(client_optimizer))
+        original(self, client_optimizer, model_parameters)
+        if isinstance(self.basic_optimizer, ZeroOptimizer):
+            _attach(self, self.basic_optimizer)
+
+    return _configure_optimizer
+
+
+def _why_no_client(client: Any) -> DistOptimError | None:
+    """Why this client optimizer would not train what the user asked for; None where nothing is known against it."""
+    if isinstance(client, DistributedOptimizer):
+        return UnsupportedError(
+            f"{client.spec.name}: dist_optim.build_optimizer was given the plain model, whose parameters DeepSpeed "
+            "flattens. Use dist_optim.integrations.accelerate.prepare, or name the optimizer in DeepSpeed's JSON."
+        )
+    groups = getattr(client, "param_groups", [])
+    if not isinstance(client, ZeroOptimizer) and any(GROUP_NUMBER in group for group in groups):
+        return UnsupportedError(
+            f"{type(client).__name__} was put in the place of the optimizer that was asked for, on its param groups "
+            "(accelerate does so where the optimizer is offloaded to the CPU). Set "
+            '"zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration, or use '
+            "dist_optim.integrations.accelerate.prepare."
+        )
+    return None
+
+
+def is_ours(name: str | None) -> bool:
+    """Whether DeepSpeed's configuration means one of our optimizers by this name."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    if name is None or name in DEEPSPEED_OPTIMIZERS:
+        return False
+    return name.removeprefix(PREFIX) in names()
+
+
+def build_optimizer_for_engine(
+    model: nn.Module,
+    optimizer: str | type[Optimizer],
+    *,
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    no_decay: Iterable[str] = (),
+    print_audit: bool = True,
+    fused_backward: bool | None = None,
+    **hyperparameters: Any,
+) -> ZeroOptimizer:
+    """The optimizer over the model before DeepSpeed flattens it: a client optimizer for ``deepspeed.initialize``.
+
+    Args:
+        model: The user's module, possibly made under ``zero.Init``.
+        optimizer: A registered name or an optimizer class.
+        params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
+        target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``, hyperparameters.
+        fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
+
+    Raises:
+        DistOptimError: As ``dist_optim.build_optimizer``, on this rank alone.
+    """
+    spec = resolve(optimizer)
+    if fused_backward:
+        raise UnsupportedError(
+            f"{spec.name}: fused_backward=True updates inside backward, and DeepSpeed's engine steps after it. Leave "
+            "it out; ZeRO divides the gradients over the ranks already."
+        )
+    placed = {
+        fqn: PlacedParameter(fqn, parameter, logical_shape(parameter), Replicated(), None, position)
+        for position, (fqn, parameter) in enumerate(named_parameters(model))
+    }
+    chosen: Any = None if params is None else list(params)
+    trainable = {id(one.parameter) for one in placed.values() if one.parameter.requires_grad}
+    if chosen is not None and {id(one) for one in chosen} == trainable:
+        chosen = None  # a plain list of all that is trained: frozen parameters keep their positions, as in one process
+    groups, arguments = arrange(
+        model, spec, placed, hyperparameters, params=chosen, no_decay=no_decay, target_modules=target_modules
+    )
+    return ZeroOptimizer(spec, groups, arguments, print_audit=print_audit)
+
+
+def _build(model: nn.Module, name: str, parameters: Any, options: Mapping[str, Any]) -> ZeroOptimizer:
+    """From a section of the JSON: ``options`` are its ``params``."""
+    own = {key: value for key, value in options.items() if key not in ("params", "print_audit")}
+    for key in sorted(options.keys() - own.keys()):
+        raise HyperparameterError(f'"optimizer": "params" has no key {key!r}. Remove it.')
+    return build_optimizer_for_engine(model, name.removeprefix(PREFIX), params=parameters, **own)
+
+
+def _attach(engine: Any, optimizer: ZeroOptimizer) -> None:
+    """Refuse what is not served, read the layout, and say on rank 0 what will be trained how."""
+    if optimizer.is_attached:
+        return
+    error: DistOptimError | None = None
+    try:
+        refuse_unserved(engine)
+    except DistOptimError as caught:
+        error = caught
+    raise_together(error)
+    optimizer.attach(engine)
+    if own_rank() == 0 and optimizer.print_audit:
+        clip = engine.gradient_clipping()
+        said = f"to a norm of {clip:g}" if clip > 0 else "not at all"
+        print(optimizer.route_audit(), flush=True)
+        if Trait.FUSED_BACKWARD in optimizer.spec.traits:
+            print(
+                "  stepped by DeepSpeed after backward, from stored gradients: the same weights, more memory",
+                flush=True,
+            )
+        print(f'  DeepSpeed clips gradients {said} ("gradient_clipping"; 1.0 where it is not set)', flush=True)

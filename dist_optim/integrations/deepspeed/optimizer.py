@@ -1,0 +1,326 @@
+"""``ZeroOptimizer``: the inner optimizer that DeepSpeed wraps, with whole tensors where upstream needs them.
+
+DeepSpeed builds its wrapper around an optimizer that holds the model's parameters, swaps its ``params`` for flat
+partitions, and calls ``step()`` once for each of them. This class finds the original parameters inside the partitions
+(``layouts.detect_zero``) and hands each call to one ``DistributedOptimizer`` over the slices of that call. What other
+calls step are ghosts there, so that every upstream instance steps once a training step and counts as in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_optim.errors import DistOptimError, ParameterError, StateDictError, UnsupportedError, WrongModeError
+from dist_optim.exchange.plan import Plan
+from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
+from dist_optim.integrations.deepspeed.parts import group_of, place, where_it_is
+from dist_optim.integrations.deepspeed.schedules import feeds_wrong_metric
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.detect_zero import (
+    Call,
+    check_slices,
+    push_weights,
+    read_calls,
+    with_reachable_groups,
+    wrapper_kind,
+)
+from dist_optim.ranks.agreement import agree_on_presence, raise_together
+from dist_optim.specs.driver import ParamGroup
+from dist_optim.specs.registry import OptimizerSpec, Trait
+from dist_optim.stepping.audit import route_audit
+from dist_optim.stepping.optimizer import DistributedOptimizer
+from dist_optim.stepping.probe import prove_separable
+
+__all__ = ["GROUP_NUMBER", "ZeroOptimizer"]
+
+GROUP_NUMBER = "dist_optim_group"
+"""Key in the param groups that DeepSpeed sees: which of our groups it is (DeepSpeed drops empty ones)."""
+
+
+class ZeroOptimizer(Optimizer):
+    """An unmodified upstream optimizer under DeepSpeed; made by ``dist_optim.integrations.deepspeed``.
+
+    ``param_groups`` are the ones that DeepSpeed and its schedules see; changing ``lr`` there takes effect at the next
+    step. ``step`` is called by DeepSpeed. ``train`` and ``eval`` swap weights, on all ranks together, and put them into
+    the model.
+
+    Args:
+        spec: The optimizer.
+        groups: Param groups of the unwrapped model; ``params`` lists ``PlacedParameter``, frozen ones included.
+        arguments: Constructor keywords for upstream.
+        print_audit: Whether rank 0 prints the route audit when the engine is known.
+    """
+
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        groups: Sequence[ParamGroup],
+        arguments: Mapping[str, Any],
+        *,
+        print_audit: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.print_audit = print_audit
+        self._groups = list(groups)
+        self._arguments = dict(arguments)
+        self._calls: list[Call] = []
+        self._parts: list[DistributedOptimizer] = []
+        self._engine: Any = None
+        self._touched_in: dict[str, int] = {}  # name -> the engine's step in which backward last gave it a gradient
+        self._had_gradient: set[str] = set()
+        self._present: set[str] = set()
+        self.training_weights: list[dict[str, Tensor]] | None = None  # set aside while the engine saves averaged ones
+        self._counters: set[str] = set()  # keys of upstream's groups that are no hyperparameters
+        # DeepSpeed flattens what it is given: frozen parameters are ours to remember.
+        outer: list[ParamGroup] = []
+        for number, group in enumerate(groups):
+            own = {key: value for key, value in group.items() if key != "params"}
+            trained = [placed.parameter for placed in group["params"] if placed.parameter.requires_grad]
+            if trained:
+                outer.append({**arguments, **own, "params": trained, GROUP_NUMBER: number})
+        if not outer:
+            raise ParameterError(f"{spec.name}: the model has no trainable parameter.")
+        super().__init__(outer, {})
+        # The list that holds every group: DeepSpeed shows one group at a time through ``param_groups``.
+        self._outer = list(self.param_groups)
+        self._hooks = [
+            placed.parameter.register_post_accumulate_grad_hook(self._mark(placed.fqn)) for placed in self._trainable()
+        ]
+
+    @property
+    def num_steps(self) -> int:
+        """Training steps taken."""
+        return self._parts[-1].num_steps if self._parts else 0
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the engine's layout is known, so that steps can be taken."""
+        return bool(self._parts)
+
+    # Attaching to the engine --------------------------------------------------------------------------------------
+
+    def attach(self, engine: Any) -> None:
+        """Read the engine's layout, prove it, and build the upstream optimizers. Collective; once, after initialize.
+
+        Raises:
+            UnsupportedLayoutError: The engine's layout is not known, or is not what it seems.
+            RanksDisagreeError: Ranks gave different models or arguments.
+            DistOptimError: Upstream cannot step one of the tensors.
+        """
+        if self._engine is engine:
+            return
+        self._engine = engine
+        group = engine.seq_data_parallel_group
+        by_group: list[list[tuple[str, nn.Parameter]]] = [
+            [(placed.fqn, placed.parameter) for placed in members["params"] if placed.parameter.requires_grad]
+            for members in self._groups
+        ]
+        error: DistOptimError | None = None
+        try:
+            self._calls = read_calls(engine, [members for members in by_group if members])
+        except DistOptimError as caught:
+            error = caught
+        raise_together(error, group)
+        check_slices(self._calls, group)
+        self._calls = with_reachable_groups(self._calls)
+        try:
+            self._parts = [self._build_part(call, group_of(call)) for call in self._calls]
+        except DistOptimError as caught:
+            error = caught
+        raise_together(error, group)
+        for part in self._parts:
+            part.agree_on_plan()
+        self._counters = {"params", *self._parts[0].counter_keys()}
+        self._pull_hyperparameters()
+        if Trait.WEIGHT_SWAPPING in self.spec.traits:
+            hold_averaged_weights(engine, self)
+
+    def _build_part(self, call: Call, process_group: dist.ProcessGroup | None) -> DistributedOptimizer:
+        groups = [{**group, "params": [place(placed, call) for placed in group["params"]]} for group in self._groups]
+        spec = self.spec
+        if spec.is_undescribed:
+            spec = prove_separable(spec, groups, self._arguments)
+        return DistributedOptimizer(spec, groups, self._arguments, process_group=process_group, all_ranks=process_group)
+
+    def route_audit(self) -> str:
+        """Which algorithm got which tensors, and who steps them."""
+        owners = {index: owner for part in self._parts for index, owner in part.plan.owners.items()}
+        members = [where_it_is(at) for at in zip(*(part.placed_parameters() for part in self._parts), strict=True)]
+        shown = SimpleNamespace(
+            spec=self.spec,
+            plan=Plan(owners, tuple(bucket for part in self._parts for bucket in part.plan.buckets)),
+            param_groups=self._parts[0].param_groups,
+            placed_parameters=lambda: members,
+            num_replicas=1,
+            inside_backward=None,
+        )
+        return route_audit(shown)  # type: ignore[arg-type]  # it reads these six attributes
+
+    # Stepping -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # no closure in DeepSpeed
+        """Update what DeepSpeed shows in ``param_groups`` now. Collective on all ranks.
+
+        Raises:
+            WrongModeError: The optimizer was not attached to the engine, or ``eval()`` was called and ``train()`` not.
+            UnsupportedError: The engine would feed its schedule a wrong metric, or clip by a stale gradient.
+        """
+        shown = [live for group in self.param_groups for live in group["params"]]
+        if self._engine is None:
+            self._refuse_real_gradients(shown)
+            return  # DeepSpeed's unfused wrapper takes a step with zero gradients in its constructor
+        (number,) = [at for at, call in enumerate(self._calls) if call.is_for(shown[0])]
+        if number == 0:
+            self._begin_training_step()
+        call, part = self._calls[number], self._parts[number]
+        self._show_slices(call, part)
+        self._push_hyperparameters(part)
+        part.step()
+        for placed in part.placed_parameters():
+            placed.parameter.grad = None
+
+    def _refuse_real_gradients(self, shown: Sequence[Tensor]) -> None:
+        if any(live.grad is not None and bool(live.grad.any()) for live in shown):
+            raise WrongModeError(
+                f"{self.spec.name}: step() was called before the optimizer knew its engine. Call "
+                "optimizer.attach(engine) right after deepspeed.initialize, or call "
+                "dist_optim.integrations.deepspeed.register() before it and name the optimizer in the JSON."
+            )
+
+    def _begin_training_step(self) -> None:
+        """Agree on which parameters got a gradient: DeepSpeed itself shows zeros, or at stage 3 a stale gradient."""
+        if self.num_steps == 0:
+            _refuse_metric_schedule(self._engine)
+        names = [placed.fqn for placed in self._trainable()]
+        now = self._engine.global_steps
+        touched = [self._touched_in.get(name) == now for name in names]
+        group = self._engine.seq_data_parallel_group
+        present, _ = agree_on_presence(touched, [False] * len(names), torch.device(self._engine.device), group)
+        self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
+        stale = sorted(self._had_gradient - self._present)
+        if stale and self._engine.gradient_clipping() > 0 and _keeps_stale_gradients(self._engine):
+            raise UnsupportedError(
+                f"{stale[0]!r} got no gradient in this step. ZeRO-3 of deepspeed 0.19 keeps its last one and counts it "
+                'in the norm that it clips by. Set "gradient_clipping": 0.0, use ZeRO-2, or freeze the parameter.'
+            )
+        self._had_gradient |= self._present
+
+    def _mark(self, name: str) -> Callable[[Tensor], None]:
+        def note(_: Tensor) -> None:
+            self._touched_in[name] = getattr(self._engine, "global_steps", 0)
+
+        return note
+
+    def _show_slices(self, call: Call, part: DistributedOptimizer) -> None:
+        """Point the part's parameters at the engine's current storage, and give them this step's gradients."""
+        for placed in part.placed_parameters():
+            parameter, is_present = placed.parameter, placed.fqn in self._present
+            if placed.fqn in call.slices:
+                parameter.data = call.slices[placed.fqn].weight()
+                parameter.grad = call.slices[placed.fqn].gradient() if is_present else None
+            elif parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter) if is_present else None
+
+    def _push_hyperparameters(self, part: DistributedOptimizer) -> None:
+        for outer in self._outer:
+            inner = part.param_groups[outer[GROUP_NUMBER]]
+            inner.update({key: outer[key] for key in (inner.keys() & outer.keys()) - self._counters})
+
+    def _pull_hyperparameters(self) -> None:
+        """Show in DeepSpeed's groups what upstream's hold; what upstream counts there differs from call to call."""
+        for outer in self._outer:
+            inner = self._parts[0].param_groups[outer[GROUP_NUMBER]]
+            outer.update({key: value for key, value in inner.items() if key not in self._counters})
+
+    def _trainable(self) -> list[PlacedParameter]:
+        return [p for group in self._groups for p in group["params"] if p.parameter.requires_grad]
+
+    # Weights for evaluation ---------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Put the training weights into the model. Collective where the optimizer swaps weights; otherwise nothing."""
+        self._swap_weights("train")
+
+    def eval(self) -> None:
+        """Put the averaged weights into the model, as schedule-free methods evaluate and export them. Collective."""
+        self._swap_weights("eval")
+
+    @torch.no_grad()
+    def _swap_weights(self, mode: str) -> None:
+        before = [part.mode for part in self._parts]
+        for call, part in zip(self._calls, self._parts, strict=True):
+            self._show_slices(call, part)
+            getattr(part, mode)()
+        if before != [part.mode for part in self._parts]:
+            push_weights(self._engine)
+
+    @property
+    def mode(self) -> str:
+        """``"train"``, or ``"eval"`` while the averaged weights are in place."""
+        return self._parts[0].mode if self._parts else "train"
+
+    def copied_weights(self) -> list[dict[str, Tensor]]:
+        """Copies of this rank's slices, call by call."""
+        return [{name: part.weight().clone() for name, part in call.slices.items()} for call in self._calls]
+
+    def write_weights(self, weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put slices that ``copied_weights`` returned back in place; the model itself is not touched."""
+        for call, saved in zip(self._calls, weights, strict=True):
+            for name, part in call.slices.items():
+                part.weight().copy_(saved[name])
+
+    # State --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share of the state, by parameter name; DeepSpeed stores it in this rank's checkpoint file."""
+        for part in self._parts:
+            self._push_hyperparameters(part)
+        own: dict[str, Any] = {"dist_optim": 1, "calls": [part.state_dict() for part in self._parts]}
+        return own if self.training_weights is None else {**own, "training_weights": self.training_weights}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Install what ``state_dict`` returned on this rank.
+
+        Raises:
+            StateDictError: It belongs to another optimizer, other parameters, another rank or another ZeRO stage.
+        """
+        saved = state_dict.get("calls")
+        if saved is None or len(saved) != len(self._parts):
+            raise StateDictError(
+                f"The checkpoint holds the state of {'no' if saved is None else len(saved)} step() calls of "
+                f"dist_optim, this engine makes {len(self._parts)}. Load it with the optimizer, the ZeRO stage, the "
+                "sub_group_size and the param groups that saved it."
+            )
+        for part, share in zip(self._parts, saved, strict=True):
+            part.load_state_dict(share)
+        self.training_weights = state_dict.get("training_weights")
+        self._pull_hyperparameters()
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds."""
+        return sum(part.optimizer_state_bytes() for part in self._parts)
+
+    def parts(self) -> list[DistributedOptimizer]:
+        """The optimizers underneath, one for each ``step()`` call of a training step."""
+        return list(self._parts)
+
+
+def _keeps_stale_gradients(engine: Any) -> bool:
+    return wrapper_kind(engine) == "DeepSpeedZeroOptimizer_Stage3"
+
+
+def _refuse_metric_schedule(engine: Any) -> None:
+    if feeds_wrong_metric(engine):
+        raise UnsupportedError(
+            f"The engine steps {type(engine.lr_scheduler).__name__} itself, and gives it the batch size as its metric. "
+            "Do not pass it to deepspeed.initialize: call dist_optim.build_scheduler(engine.optimizer, ...) after it, "
+            "and its step(metric) after evaluating; or name it in the JSON's scheduler section."
+        )

@@ -1,0 +1,34 @@
+"""transformers: a ``Trainer`` and ``TrainingArguments`` with every registered optimizer under every strategy.
+
+A drop-in for transformers' own::
+
+    from dist_optim.integrations.transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments("out", optim="galore_adamw", optim_target_modules=["attn", "mlp"],
+                                  optim_args={"rank": 64, "update_proj_gap": 200}, fsdp=True)
+    Trainer(model, arguments, train_dataset=data).train()
+
+Other Trainers take the same: ``class MyTrainer(DistOptimTrainerMixin, SFTTrainer)``, with ``optim`` set as their
+arguments allow. For a script that shall stay as it is, there is ``dist_optim.run``.
+"""
+
+from __future__ import annotations
+
+from dist_optim.errors import MissingPackageError
+
+try:
+    import transformers
+
+    from dist_optim.integrations.transformers.arguments import TrainingArguments
+    from dist_optim.integrations.transformers.mixin import DistOptimTrainerMixin
+except ImportError as error:
+    raise MissingPackageError(
+        f"dist_optim.integrations.transformers needs transformers and accelerate ({error}). Install them with: "
+        "pip install 'dist-optim[train]'"
+    ) from error
+
+__all__ = ["DistOptimTrainerMixin", "Trainer", "TrainingArguments"]
+
+
+class Trainer(DistOptimTrainerMixin, transformers.Trainer):
+    """transformers' Trainer; see ``DistOptimTrainerMixin`` for what differs."""

@@ -1,0 +1,157 @@
+"""``TrainingArguments`` that take every registered optimizer, and what they mean to one.
+
+transformers passes some of its arguments to some optimizers and drops the rest without a word: weight decay, betas and
+eps of GaLore and LOMO, a fraction as ``warmup_steps`` of schedule-free, "False" (a true string) in ``optim_args``. Here
+what differs from its default is passed on, or refused where the optimizer has nothing of the kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import transformers
+from transformers.training_args import OptimizerNames
+
+from dist_optim.errors import HyperparameterError
+from dist_optim.integrations.transformers.rehearsal import prepare_deepspeed
+from dist_optim.specs.hyperparameters import parse_optim_args
+from dist_optim.specs.registry import OptimizerSpec, get_spec, names
+
+__all__ = ["ALIASES", "TrainingArguments", "name_of", "read_optim_args", "registered_name", "values_for"]
+
+ALIASES = {"adamw_8bit": "adamw_bnb_8bit"}
+"""transformers' second names for what is registered."""
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, with every name of ``dist_optim.names()`` in ``optim``.
+
+    ``optim_args`` is a string as in transformers (``"rank=64, scale=0.25, betas=(0.9, 0.99)"``; values are read as
+    Python literals), JSON text, or a dict. ``optim_target_modules`` may be one string too. All else is unchanged.
+    """
+
+    # Redeclared: argparse would offer only transformers' own names, read no dict, and take a single module.
+    optim: str = field(
+        default=transformers.TrainingArguments.default_optim,
+        metadata={"help": "The optimizer: one of transformers' names, or of `dist-optim list`."},
+    )
+    optim_args: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Its hyperparameters: "rank=64, scale=0.25", or JSON. See `dist-optim list NAME`.'},
+    )
+    optim_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules a low-rank optimizer projects: parts of names, regular expressions, or all-linear."},
+    )
+
+    def __post_init__(self) -> None:
+        wanted, self.optim_args = name_of(self.optim), read_optim_args(self.optim_args)
+        if wanted not in [member.value for member in OptimizerNames]:
+            get_spec(wanted)  # the nearest names, where it is unknown
+            self.optim = OptimizerNames.ADAMW_TORCH
+        prepare_deepspeed(self)
+        super().__post_init__()
+        self.optim = next((member for member in OptimizerNames if member.value == wanted), wanted)
+
+    def set_optimizer(self, name: str = "adamw_torch", *values: Any, **named: Any) -> TrainingArguments:
+        """As in transformers, for every registered name; ``args`` may be a dict."""
+        known = str(name) in [member.value for member in OptimizerNames]
+        if not known:
+            get_spec(name)
+        super().set_optimizer(name if known else OptimizerNames.ADAMW_TORCH, *values, **named)
+        self.optim, self.optim_args = (self.optim if known else name), read_optim_args(self.optim_args)
+        return self
+
+
+def read_optim_args(given: str | Mapping[str, Any] | None) -> Any:
+    """JSON text becomes a dict; anything else stays as it is, once it has been found readable.
+
+    Raises:
+        HyperparameterError: It can be read as neither.
+    """
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            return json.loads(given)
+        except json.JSONDecodeError as error:
+            raise HyperparameterError(f"optim_args: {given!r} starts as JSON and is none: {error}.") from error
+    if isinstance(given, str):
+        parse_optim_args(given)
+    return given
+
+
+def name_of(optim: Any) -> str:
+    """The text of ``args.optim``, which is a member of transformers' enumeration where that has the name."""
+    return str(getattr(optim, "value", optim))
+
+
+def registered_name(optim: Any) -> str | None:
+    """The registered name that ``args.optim`` stands for; None where transformers alone knows it."""
+    name = name_of(optim)
+    name = ALIASES.get(name, name)
+    return name if name in names() else None
+
+
+def values_for(spec: OptimizerSpec, arguments: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the arguments mean to this optimizer: keywords of ``build_optimizer``, ``weight_decay`` among them.
+
+    Args:
+        spec: The optimizer.
+        arguments: transformers' ``TrainingArguments``, or ours.
+        given: Hyperparameters that were set by other means than ``optim_args``, and go before the arguments.
+
+    Raises:
+        HyperparameterError: Two settings contradict each other, or the optimizer has nothing to set.
+    """
+    if given is None:
+        text = arguments.optim_args
+        given = dict(text) if isinstance(text, Mapping) else parse_optim_args(text)
+    known = {record.name for record in spec.records()}
+    values = dict(given)
+    offered = {
+        "lr": ("learning_rate", arguments.learning_rate, _is_set(arguments, "learning_rate")),
+        "betas": (
+            "adam_beta1 and adam_beta2",
+            (arguments.adam_beta1, arguments.adam_beta2),
+            _is_set(arguments, "adam_beta1") or _is_set(arguments, "adam_beta2"),
+        ),
+        "eps": ("adam_epsilon", arguments.adam_epsilon, _is_set(arguments, "adam_epsilon")),
+        "weight_decay": ("weight_decay", arguments.weight_decay, _is_set(arguments, "weight_decay")),
+        "warmup_steps": ("warmup_steps", arguments.warmup_steps, _is_set(arguments, "warmup_steps")),
+    }
+    for key, (argument, value, is_set) in offered.items():
+        if is_set and key in given and _plain(given[key]) != value:
+            raise HyperparameterError(
+                f"{argument} is {value!r} and {key}={given[key]!r} is given with the optimizer. Keep one of the two."
+            )
+        if key not in given and (is_set or key == "lr") and (key in known or spec.is_undescribed):
+            values[key] = _as_wanted(spec, key, value)
+        elif is_set and key not in given and key != "warmup_steps":  # the schedule has a warm-up of its own
+            raise HyperparameterError(
+                f"{argument} is {value!r}, and {spec.name} has no {key!r}, so that it would be ignored. Leave it out; "
+                f"`dist-optim list {spec.name}` shows what there is to set in optim_args."
+            )
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_set(arguments: Any, name: str) -> bool:
+    """Whether an argument differs from transformers' default: what equals it cannot be told from unset."""
+    (default,) = (one.default for one in fields(transformers.TrainingArguments) if one.name == name)
+    return bool(getattr(arguments, name) != default)
+
+
+def _as_wanted(spec: OptimizerSpec, key: str, value: Any) -> Any:
+    record = next((record for record in spec.records() if record.name == key), None)
+    if key == "eps" and record is not None and record.kind == "floats":
+        raise HyperparameterError(
+            f"adam_epsilon={value!r} is one number, and eps of {spec.name} is {record.describe_type()}: "
+            f"{record.meaning}. Leave adam_epsilon out, and set eps=(...) in optim_args."
+        )
+    return float(value) if key == "warmup_steps" else value

@@ -1,0 +1,121 @@
+"""What the Trainer is given and cannot be trained as it stands: found before the first step, on all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_optim.errors import DistOptimError, ParameterError, UnsupportedError
+from dist_optim.integrations.accelerate.placing import refuse_unserved as refuse_settings
+from dist_optim.integrations.transformers.arguments import name_of
+from dist_optim.layouts.detect import detect
+from dist_optim.ranks.agreement import num_ranks, raise_together
+from dist_optim.specs.registry import Trait, names, spec_of_class
+from dist_optim.stepping.optimizer import DistributedOptimizer
+
+__all__ = ["check_given_optimizer", "check_made_by_hand", "refuse_unregistered", "refuse_unserved"]
+
+INSTEAD = (
+    "Name the optimizer instead, so that it is built when the model is in place: TrainingArguments(optim=..., "
+    "optim_args=...), or Trainer(optimizer_cls_and_kwargs=(OptimizerClass, {...}))."
+)
+
+
+def refuse_unserved(accelerator: Any) -> None:
+    """Refuse a strategy, or a setting of it, that is not served. Collective.
+
+    Raises:
+        UnsupportedError: On all ranks together.
+    """
+    error: DistOptimError | None = None
+    try:
+        refuse_settings(accelerator)
+    except DistOptimError as caught:
+        error = caught
+    raise_together(error)
+
+
+def refuse_unregistered(trainer: Any) -> None:
+    """Refuse, where parameters are sharded, an optimizer that transformers alone knows.
+
+    Raises:
+        UnsupportedError: With the names that are served.
+    """
+    if trainer.optimizer_cls_and_kwargs is None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise UnsupportedError(
+            f"optim={name_of(trainer.args.optim)!r} is transformers' own, and nobody "
+            f"has shown that it trains alike on sharded parameters. Use one of: {', '.join(names())}."
+        )
+
+
+def check_given_optimizer(trainer: Any, given: Any, schedule: Any) -> None:
+    """Check ``optimizers=(optimizer, scheduler)`` before the model is placed.
+
+    Raises:
+        ParameterError: The optimizer holds parameters that are not the model's, or state on another device than its
+            parameter; the schedule drives another optimizer; or DeepSpeed would drop the optimizer.
+    """
+    error = next(_faults_of_given(trainer, given, schedule), None)
+    raise_together(None if error is None else ParameterError(error))
+
+
+def _faults_of_given(trainer: Any, given: Any, schedule: Any) -> Iterator[str]:
+    driven = getattr(schedule, "optimizer", None)
+    if isinstance(driven, Optimizer) and driven is not given:
+        yield (
+            "optimizers: the schedule drives another optimizer than the one that is trained, so that its rates would "
+            "reach nothing. Leave it None and set lr_scheduler_type, or override create_scheduler."
+        )
+    if given is None:
+        return
+    if trainer.is_deepspeed_enabled:
+        yield f"optimizers: transformers drops a prebuilt {type(given).__name__} under DeepSpeed. {INSTEAD}"
+    yield from _stale(given, trainer.model, "optimizers")
+    for parameter, state in given.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.device != parameter.device:
+                yield (
+                    f"optimizers: state {key!r} of a parameter of shape {tuple(parameter.shape)} is on {value.device}, "
+                    f"and the parameter on {parameter.device}: the optimizer took steps before the model was moved. "
+                    f"{INSTEAD}"
+                )
+
+
+def _stale(optimizer: Optimizer, model: nn.Module, what: str) -> Iterator[str]:
+    current = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for at, parameter in enumerate(group["params"]):
+            if id(parameter) not in current:
+                yield (
+                    f"{what}: parameter {at} of group {number} of this {type(optimizer).__name__} (shape "
+                    f"{tuple(parameter.shape)}) is not a parameter of the model: it was built on another copy, or the "
+                    f"model was changed since, and what is stepped would not be what is trained. {INSTEAD}"
+                )
+
+
+def check_made_by_hand(optimizer: Optimizer, model: nn.Module) -> None:
+    """Check an optimizer that an overridden ``create_optimizer`` (or ``optimizers=``) made, on the placed model.
+
+    Collective. dist_optim's own are always right here; any other must hold the placed parameters, and be of a kind that
+    can step shards.
+
+    Raises:
+        ParameterError: Its parameters are not the model's.
+        UnsupportedError: The model is sharded, and it needs more of a tensor than a shard.
+    """
+    error: DistOptimError | None = None
+    fault = next(_stale(optimizer, model, "create_optimizer"), None)
+    if fault is not None:
+        error = ParameterError(fault)
+    elif not isinstance(optimizer, DistributedOptimizer) and num_ranks() > 1:
+        spec = spec_of_class(type(optimizer))
+        is_sharded = any(not placed.layout.is_replicated for placed in detect(model).values())
+        if spec.refusal or Trait.FUSED_BACKWARD in spec.traits or (is_sharded and spec.traits != {Trait.ELEMENTWISE}):
+            error = UnsupportedError(
+                f"create_optimizer made a {type(optimizer).__name__} itself, which does not train alike on more than "
+                f"one rank. {INSTEAD} Or call super().create_optimizer() and change its param groups."
+            )
+    raise_together(error)

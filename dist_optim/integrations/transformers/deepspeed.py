@@ -1,0 +1,75 @@
+"""The Trainer's optimizer under DeepSpeed: a draft becomes the client optimizer of the engine.
+
+DeepSpeed needs the optimizer while it places the model. So it is built on the plain model, and finds its slices when
+the engine is there (``zero_optimizer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
+from dist_optim.integrations.deepspeed.engine import PREFIX, build_optimizer_for_engine, is_ours, register
+from dist_optim.integrations.transformers.arguments import name_of, registered_name
+from dist_optim.integrations.transformers.deferred import Draft
+from dist_optim.ranks.agreement import raise_together
+
+__all__ = ["ready", "take_over"]
+
+
+def take_over(trainer: Any) -> tuple[str, dict[str, Any]] | None:
+    """Before the Trainer reads DeepSpeed's configuration: set in it what the arguments say, and take out what is ours.
+
+    Returns:
+        The optimizer that the JSON names, and its hyperparameters; None where it names none of ours.
+
+    Raises:
+        UnsupportedError: The model is in an engine already.
+        HyperparameterError: JSON and arguments name different optimizers, or both have hyperparameters.
+    """
+    if trainer.model_wrapped is not trainer.model:
+        raise UnsupportedError(
+            "A second train() of one Trainer under DeepSpeed would build its optimizer on parameters that the engine "
+            "has cut up. Make a new Trainer, and resume: train(resume_from_checkpoint=True)."
+        )
+    register()
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    # deepspeed 0.19 clips to 1.0 where nothing is said.
+    config.setdefault("gradient_clipping", trainer.args.max_grad_norm)
+    config["zero_force_ds_cpu_optimizer"] = False  # or accelerate exchanges the optimizer for DeepSpeed's own Adam
+    section = config.get("optimizer")
+    if section is None:
+        return None
+    named, argued = str(section.get("type", "")), registered_name(trainer.args.optim)
+    is_default = trainer.args.optim == type(trainer.args).default_optim
+    if trainer.args.optim_args or (not is_default and named.removeprefix(PREFIX) != argued):
+        raise HyperparameterError(
+            f"optim={name_of(trainer.args.optim)!r} (optim_args="
+            f'{trainer.args.optim_args!r}) is set, and DeepSpeed\'s configuration has an "optimizer" section of type '
+            f"{named!r}. Keep one of the two."
+        )
+    if not is_ours(named):
+        return None
+    del config["optimizer"]
+    return named.removeprefix(PREFIX), dict(section.get("params") or {})
+
+
+def ready(objects: Sequence[Any], num_training_steps: int) -> tuple[Any, ...]:
+    """What ``accelerator.prepare`` is to be given: every draft built on the plain model beside it. Collective.
+
+    Raises:
+        DistOptimError: On all ranks together.
+    """
+    error: DistOptimError | None = None
+    built: list[Any] = list(objects)
+    try:
+        for at, part in enumerate(objects):
+            if isinstance(part, Draft):
+                built[at] = build_optimizer_for_engine(
+                    objects[0], part.choice, params=part.groups(), **part.settled(num_training_steps)
+                )
+    except DistOptimError as caught:
+        error = caught
+    raise_together(error)
+    return tuple(built)

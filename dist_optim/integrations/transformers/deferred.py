@@ -1,0 +1,89 @@
+"""``Draft``: what the Trainer's ``create_optimizer`` returns before the model is in place.
+
+FSDP2 and DeepSpeed replace a model's parameters while they place it, and FSDP1 what they hold. So ``create_optimizer``
+settles *what* to build, on which param groups; a subclass may change them, and add some; and the optimizer itself is
+built once, when accelerate has placed the model and put the placed parameters into the draft's groups.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_optim.building.build import build_optimizer
+from dist_optim.errors import WrongModeError
+from dist_optim.specs.registry import get_spec
+from dist_optim.stepping.optimizer import DistributedOptimizer
+
+__all__ = ["Draft", "draft_class"]
+
+
+class Draft(Optimizer):
+    """An optimizer that is chosen and not built yet: param groups, and what ``build_optimizer`` will be given.
+
+    Args:
+        params: Parameters or param groups, as any optimizer takes them.
+        choice: A registered name or an optimizer class.
+        **hyperparameters: ``lr``, ``target_modules``, and everything else that ``dist_optim.build_optimizer`` takes.
+    """
+
+    def __init__(self, params: Iterable[Any], choice: str | type[Optimizer], **hyperparameters: Any) -> None:
+        self.choice = choice
+        self.hyperparameters = dict(hyperparameters)
+        super().__init__(params, _group_defaults(choice, self.hyperparameters))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
+        """Refused."""
+        raise WrongModeError(
+            f"{self.choice} is not built yet: create_optimizer() settles what to build, and train() builds it when the "
+            "model is in place. Call trainer.train(), or build it yourself with dist_optim.build_optimizer(model, ...)."
+        )
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups that have parameters."""
+        return [dict(group) for group in self.param_groups if group["params"]]
+
+    def settled(self, num_training_steps: int) -> dict[str, Any]:
+        """The hyperparameters, with a warm-up given as a share of all steps turned into steps."""
+        settled = dict(self.hyperparameters)
+        warmup = settled.get("warmup_steps")
+        if isinstance(warmup, float):
+            settled["warmup_steps"] = int(warmup) if warmup >= 1 else math.ceil(num_training_steps * warmup)
+        return settled
+
+    def build(self, model: nn.Module, num_training_steps: int, **more: Any) -> DistributedOptimizer:
+        """The optimizer on the placed model, with ``more`` keywords of ``build_optimizer``. Collective.
+
+        Raises:
+            DistOptimError: Whatever ``build_optimizer`` refuses; on all ranks together.
+        """
+        return build_optimizer(model, self.choice, params=self.groups(), **{**self.settled(num_training_steps), **more})
+
+
+def _group_defaults(choice: str | type[Optimizer], hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """What a group without a rate or weight decay of its own gets: what is set, else the class's own decay.
+
+    A registered name's unset decay is the 0 that the Trainer puts into its groups; a group that somebody adds has none.
+    """
+    defaults: dict[str, Any] = {key: hyperparameters[key] for key in ("lr", "weight_decay") if key in hyperparameters}
+    chosen = get_spec(choice).load_class() if isinstance(choice, str) else choice
+    decay = inspect.signature(chosen).parameters.get("weight_decay")
+    if decay is not None and isinstance(decay.default, (int, float)):
+        defaults.setdefault("weight_decay", float(decay.default))
+    return defaults
+
+
+def draft_class(choice: str | type[Optimizer]) -> type[Draft]:
+    """A class that takes ``(param_groups, **hyperparameters)`` like any optimizer, and makes a draft of ``choice``."""
+
+    class Chosen(Draft):
+        def __init__(self, params: Iterable[Any], **hyperparameters: Any) -> None:
+            super().__init__(params, choice, **hyperparameters)
+
+    Chosen.__name__ = Chosen.__qualname__ = choice if isinstance(choice, str) else choice.__name__
+    return Chosen

@@ -1,0 +1,87 @@
+"""Updates inside backward, in the Trainer: LOMO, AdaLomo and the layerwise names.
+
+transformers' loop clips and accumulates stored gradients, of which a fused backward leaves none. So ``max_grad_norm``
+becomes LOMO's own ``clip_grad_norm`` (a first backward for the norm, a second for the updates), LOMO that accumulates
+keeps its gradients after all, and layerwise names refuse both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_optim.errors import HyperparameterError, UnsupportedError
+from dist_optim.inside_backward.guards import why_not_fused
+from dist_optim.integrations.transformers.deferred import Draft
+from dist_optim.layouts.detect import detect
+from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec, spec_of_class
+from dist_optim.stepping.optimizer import DistributedOptimizer
+
+__all__ = ["backward_of", "settings_inside_backward"]
+
+
+def settings_inside_backward(draft: Draft, model: nn.Module, arguments: Any) -> dict[str, Any]:
+    """More keywords for ``build_optimizer``, so that clipping and accumulation are obeyed.
+
+    Args:
+        draft: What will be built.
+        model: The placed model.
+        arguments: The ``TrainingArguments``.
+
+    Raises:
+        UnsupportedError: A layerwise name, with clipping or accumulation.
+        HyperparameterError: ``clip_grad_norm`` and ``max_grad_norm`` differ.
+    """
+    spec = get_spec(draft.choice) if isinstance(draft.choice, str) else spec_of_class(draft.choice)
+    if Trait.FUSED_BACKWARD not in spec.traits:
+        return {}
+    if spec.instead:
+        _refuse_what_needs_gradients(spec, arguments)
+        return {}
+    keeps_gradients = arguments.gradient_accumulation_steps > 1 or arguments.fp16
+    if keeps_gradients or draft.hyperparameters.get("fused_backward") is False:
+        return {"fused_backward": False}
+    if why_not_fused(model, spec, detect(model), None):
+        return {"fused_backward": False}
+    return _clipping(spec, draft.hyperparameters.get("clip_grad_norm"), float(arguments.max_grad_norm))
+
+
+def _refuse_what_needs_gradients(spec: OptimizerSpec, arguments: Any) -> None:
+    if arguments.max_grad_norm > 0 or arguments.gradient_accumulation_steps > 1:
+        raise UnsupportedError(
+            f"{spec.name} frees each gradient inside backward: there is nothing left to clip or to accumulate. Set "
+            f"max_grad_norm=0 (it is {arguments.max_grad_norm}) and gradient_accumulation_steps=1 (it is "
+            f"{arguments.gradient_accumulation_steps}), or use {spec.instead}, which stores its gradients."
+        )
+
+
+def _clipping(spec: OptimizerSpec, own: float | None, max_grad_norm: float) -> dict[str, Any]:
+    if own is not None and max_grad_norm not in (0, own):
+        raise HyperparameterError(
+            f"{spec.name}: clip_grad_norm={own} and max_grad_norm={max_grad_norm} (1.0 where it is not set) are two "
+            "bounds of one norm. Set max_grad_norm=0, or the same."
+        )
+    return {"clip_grad_norm": max_grad_norm} if own is None and max_grad_norm > 0 else {}
+
+
+def backward_of(
+    stock: Callable[..., None], optimizer: DistributedOptimizer | None, note_norm: Callable[[Tensor | None], None]
+) -> Callable[..., None]:
+    """``accelerator.backward`` for this optimizer: without LOMO's learning rate, which the optimizer has itself.
+
+    Args:
+        stock: accelerate's own.
+        optimizer: What was built; None under DeepSpeed, which steps after backward.
+        note_norm: Is given the norm before clipping of each fused backward; None where it was not measured.
+    """
+
+    def backward(loss: Tensor, **options: Any) -> None:
+        options.pop("learning_rate", None)
+        if optimizer is None or optimizer.inside_backward is None:
+            stock(loss, **options)
+        else:
+            note_norm(optimizer.backward(loss))
+
+    return backward

@@ -1,0 +1,81 @@
+"""What accelerate alone would do otherwise than the Trainer asks: on the CPU, and before there is an optimizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from dist_optim.integrations import cpu_rehearsal
+from dist_optim.ranks.agreement import num_ranks
+
+__all__ = [
+    "asks_for_fsdp",
+    "equal_start",
+    "fsdp_plugin",
+    "is_sharded",
+    "place_alone",
+    "prepare_deepspeed",
+    "settle_fsdp_settings",
+]
+
+
+def prepare_deepspeed(arguments: Any) -> None:
+    """Before the Trainer's arguments set DeepSpeed up on the CPU: gloo alone, without C++ that takes a minute to build.
+
+    Raises:
+        UnsupportedError: There is an accelerator, and DeepSpeed would use it.
+    """
+    asked = arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
+    if asked and (arguments.use_cpu or not torch.accelerator.is_available()):
+        arguments.use_cpu = True  # or accelerate takes every rank for a job of its own
+        cpu_rehearsal.deepspeed_arguments()
+
+
+def asks_for_fsdp(plugin: Any, device: torch.device) -> bool:
+    """Whether FSDP is asked for on the CPU, by the arguments or by the launcher."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    return device.type == "cpu" and (plugin is not None or launched)
+
+
+def settle_fsdp_settings(arguments: Any) -> None:
+    """Take out of the arguments' FSDP settings what accelerate can only do on an accelerator: `equal_start` does it."""
+    if arguments.fsdp_plugin_args is not None and arguments.device.type == "cpu":
+        arguments.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
+        if "sync_module_states" in arguments.fsdp_plugin_args:
+            arguments.fsdp_plugin_args["sync_module_states"] = False
+
+
+def fsdp_plugin(settings: dict[str, Any] | None) -> Any:
+    """The plugin that the Trainer's arguments describe, which accelerate has dropped; None without such arguments."""
+    if settings is None:
+        return None
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin(**settings)
+
+
+def equal_start(model: nn.Module) -> None:
+    """Every rank starts from the weights of rank 0, as FSDP1's ``sync_module_states`` has it. Collective."""
+    if num_ranks() > 1:
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                dist.broadcast(tensor.data, src=0)
+
+
+def is_sharded(part: Any) -> bool:
+    """Whether this is a model that FSDP holds already."""
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    return isinstance(part, nn.Module) and any(isinstance(module, kinds) for module in part.modules())
+
+
+def place_alone(trainer: Any) -> None:
+    """Shard the Trainer's model by FSDP2 before there is an optimizer. Collective."""
+    placeholder = torch.optim.SGD([next(trainer.model.parameters())], lr=0.0)  # accelerate takes no model without one
+    placed, wrapped = trainer.accelerator.prepare(trainer.model, placeholder)
+    trainer.accelerator._optimizers.remove(wrapped)
+    trainer.model = trainer.model_wrapped = placed

@@ -1,0 +1,1 @@
+"""What ranks do together: agree, compare, fail together."""

@@ -1,0 +1,248 @@
+"""The table of optimizers: one ``OptimizerSpec`` a name. It knows no ranks and no layouts."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dist_optim.errors import HyperparameterError, MissingPackageError, UnknownOptimizerError
+from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope, check_hyperparameters
+
+__all__ = ["OptimizerSpec", "Trait", "UpstreamClass", "get_spec", "names", "register", "spec_of_class"]
+
+ENTRY_POINT_GROUP = "dist_optim.optimizers"
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamClass:
+    """Loads ``name`` from ``module`` when called: the usual value of ``OptimizerSpec.load``."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> type[Optimizer]:
+        optimizer_class: type[Optimizer] = getattr(importlib.import_module(self.module), self.name)
+        return optimizer_class
+
+
+class Trait(Enum):
+    """What an optimizer needs or does. Code asks for traits, never for a class or a name."""
+
+    ELEMENTWISE = "elementwise"
+    """Any slice of a tensor may be stepped alone (outside the low-rank groups, where there are such)."""
+    BLOCKWISE = "block-quantized"
+    """State is quantized in blocks of the flattened tensor; rules on size hold for the whole tensor."""
+    WHOLE_TENSOR = "whole tensor"
+    """Norms, SVDs or row and column means: the update of one element depends on all of the tensor."""
+    LOW_RANK = "low-rank matrices"
+    """Takes ``target_modules``; their matrices go into groups of their own with rank, gap and scale."""
+    POSITION_DEPENDENT = "position-dependent"
+    """The position of a parameter in the groups is part of the algorithm (seeds, decay by layer)."""
+    WEIGHT_SWAPPING = "swaps weights for evaluation"
+    """``train()`` and ``eval()`` exchange training and averaged weights."""
+    STORAGE_REPLACING = "replaces parameter storage"
+    """``step()`` rebinds ``parameter.data``."""
+    FUSED_BACKWARD = "steps inside backward"
+    """The update happens while gradients are produced, one parameter at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSpec:
+    """Everything dist_optim knows of one optimizer.
+
+    ``load`` imports the upstream class on first use, so that a spec costs nothing until it is built.
+    """
+
+    name: str
+    load: Callable[[], type[Optimizer]]
+    stands_for: tuple[UpstreamClass, ...] = ()
+    """Classes of other packages that mean this optimizer when they are given in place of its name."""
+    package: str
+    """pip name of the upstream package."""
+    extra: str = ""
+    """The extra of dist-optim that installs it; empty when torch alone is enough."""
+    traits: frozenset[Trait]
+    hyperparameters: tuple[Hyperparameter, ...] | None = None
+    """None takes the names and defaults of the class's constructor, unchecked."""
+    matrix_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Other defaults for the groups of low-rank matrices, where the Trainer has such. What the user sets is for all."""
+    embedding_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The same for the weights of ``torch.nn.Embedding``, which then get a group of their own."""
+    driver: UpstreamDriver = field(default_factory=UpstreamDriver)
+    paper: str = ""
+    summary: str = ""
+    licence: str = ""
+    state_bytes: str = ""
+    """State per parameter element, in words and bytes: for people who choose."""
+    needs: tuple[str, ...] = ()
+    """What it needs besides its package (``"CUDA"``, ``"a C++ compiler"``), and for what: for people who choose."""
+    instead: str = ""
+    """For a name that is always stepped inside backward: the name of the same algorithm with stored gradients."""
+    refusal: str = ""
+    """Why building this optimizer is refused, and what to use; empty when it is served."""
+    forced: Mapping[str, Any] = field(default_factory=dict)
+    """Constructor keywords that are always passed (``fused=True`` of the fused variant)."""
+
+    def load_class(self) -> type[Optimizer]:
+        """The upstream class.
+
+        Raises:
+            MissingPackageError: The package is not installed; the message holds the ``pip install`` line.
+        """
+        try:
+            return self.load()
+        except ImportError as error:
+            target = f"'dist-optim[{self.extra}]'" if self.extra else self.package
+            raise MissingPackageError(
+                f"optimizer {self.name!r} needs the package {self.package!r}, which cannot be imported here "
+                f"({error}). Install it with: pip install {target}"
+            ) from error
+
+    def records(self) -> tuple[Hyperparameter, ...]:
+        """The hyperparameters; read off the constructor where the spec does not list them."""
+        return signature_records(self.load_class()) if self.hyperparameters is None else self.hyperparameters
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Checked values of all hyperparameters: the given ones, and the defaults of the rest.
+
+        Raises:
+            HyperparameterError: An unknown key, a wrong type, a value out of range, or a required one is missing.
+        """
+        records = self.records()
+        checked = check_hyperparameters(self.name, records, given)
+        missing = [record.name for record in records if record.required and record.name not in checked]
+        if missing:
+            raise HyperparameterError(f"{self.name} needs a value for {', '.join(missing)}: it has no default.")
+        return {record.name: checked.get(record.name, record.default) for record in records}
+
+    @property
+    def is_undescribed(self) -> bool:
+        """Nobody listed its hyperparameters or needs: it must prove at start-up that tensors can be stepped apart."""
+        return self.hyperparameters is None
+
+    def in_scope(self, scope: Scope) -> tuple[str, ...]:
+        """Names of the hyperparameters with this scope."""
+        return tuple(record.name for record in self.records() if record.scope is scope)
+
+
+def signature_records(optimizer_class: type[Optimizer]) -> tuple[Hyperparameter, ...]:
+    """Unchecked records from a constructor's keywords, ``params`` left out."""
+    parameters = list(inspect.signature(optimizer_class).parameters.values())[1:]
+    return tuple(
+        Hyperparameter(
+            name=parameter.name,
+            kind="any",
+            default=None if parameter.default is parameter.empty else parameter.default,
+            required=parameter.default is parameter.empty,
+            meaning=f"argument of {optimizer_class.__name__}",
+        )
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    )
+
+
+_specs: dict[str, OptimizerSpec] = {}
+_entry_points_read = False
+_lock = threading.RLock()
+
+
+def register(spec: OptimizerSpec) -> None:
+    """Add an optimizer under ``spec.name``.
+
+    Registering an equal spec again does nothing.
+
+    Raises:
+        ValueError: Another spec already has this name, or the name is not an identifier.
+    """
+    if not spec.name.isidentifier():
+        raise ValueError(f"{spec.name!r} is not a usable optimizer name. Use letters, digits and underscores.")
+    with _lock:
+        known = _specs.get(spec.name)
+        if known is not None and known != spec:
+            raise ValueError(
+                f"An optimizer named {spec.name!r} is already registered (package {known.package!r}). "
+                "Choose another name; registered optimizers are never replaced."
+            )
+        _specs[spec.name] = spec
+
+
+def names() -> list[str]:
+    """Every registered name, sorted; those of installed plug-in packages included."""
+    _read_entry_points()
+    return sorted(_specs)
+
+
+def get_spec(name: str) -> OptimizerSpec:
+    """The spec registered under ``name``.
+
+    Raises:
+        UnknownOptimizerError: With the nearest names.
+    """
+    _read_entry_points()
+    if name in _specs:
+        return _specs[name]
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), list(_specs), n=3, cutoff=0.4)
+    hint = f"The nearest names are: {', '.join(near)}. " if near else ""
+    raise UnknownOptimizerError(f"There is no optimizer named {name!r}. {hint}All names: {', '.join(names())}.")
+
+
+def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
+    """A spec for a class given in place of a name.
+
+    A class that a registered spec loads keeps that spec's traits, driver, checks and refusal, but has its own
+    constructor's defaults. Any other class is taken to need whole tensors, which is right for every optimizer that is
+    separable per tensor.
+    """
+    own = {record.name: record for record in signature_records(optimizer_class)}
+    known = _find_spec(optimizer_class)
+    if known is None:
+        swaps = callable(getattr(optimizer_class, "train", None)) and callable(getattr(optimizer_class, "eval", None))
+        return OptimizerSpec(
+            name=optimizer_class.__name__,
+            load=lambda: optimizer_class,
+            package=optimizer_class.__module__.split(".")[0],
+            traits=frozenset({Trait.WHOLE_TENSOR} | ({Trait.WEIGHT_SWAPPING} if swaps else set())),
+        )
+    records = tuple(
+        replace(record, default=own[record.name].default, required=own[record.name].required)
+        if record.name in own
+        else record
+        for record in known.records()
+    )
+    return replace(known, hyperparameters=records, matrix_defaults={}, embedding_defaults={})
+
+
+def _find_spec(optimizer_class: type[Optimizer]) -> OptimizerSpec | None:
+    """The spec that loads exactly this class, if there is one; no other package is imported to find out."""
+    _read_entry_points()
+    for spec in sorted(_specs.values(), key=lambda spec: bool(spec.refusal)):
+        if spec.forced or not isinstance(spec.load, UpstreamClass):
+            continue
+        for known in (spec.load, *spec.stands_for):
+            if getattr(sys.modules.get(known.module), known.name, None) is optimizer_class:
+                return spec
+    return None
+
+
+def _read_entry_points() -> None:
+    """Register what installed packages offer under ``dist_optim.optimizers``: a spec, or a list of specs."""
+    global _entry_points_read
+    with _lock:
+        if _entry_points_read:
+            return
+        _entry_points_read = True
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            offered = entry_point.load()
+            for spec in [offered] if isinstance(offered, OptimizerSpec) else offered:
+                register(spec)

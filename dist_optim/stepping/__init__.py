@@ -1,0 +1,1 @@
+"""How tensors are stepped: one upstream optimizer with ghosts, one training step, and what is checked around it."""

@@ -1,0 +1,89 @@
+"""The route audit: which algorithm got which tensors, and who steps them, as text for people to check before step 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.specs.hyperparameters import Scope
+from dist_optim.specs.registry import Trait
+
+if TYPE_CHECKING:
+    from dist_optim.stepping.optimizer import DistributedOptimizer
+
+__all__ = ["route_audit"]
+
+MAX_SHAPES = 6
+
+
+def route_audit(optimizer: DistributedOptimizer) -> str:
+    """One line a param group (algorithm, tensors, elements, bytes, logical shapes), then each owner's share."""
+    world_size = max(1, len(optimizer.plan.buckets[0].owned)) if optimizer.plan.buckets else 1
+    lines = [f"dist_optim: {optimizer.spec.name} on {world_size} rank{'s' if world_size > 1 else ''}"]
+    matrix_keys = set(optimizer.spec.in_scope(Scope.MATRIX))
+    placed = iter(optimizer.placed_parameters())
+    for number, group in enumerate(optimizer.param_groups):
+        members = [next(placed) for _ in group["params"]]
+        trained = [member for member in members if member.parameter.requires_grad]
+        route = f"low rank {group['rank']}" if matrix_keys and "rank" in group else "full rank"
+        lines.append(
+            f"  group {number} ({route}, lr {_number(group.get('lr'))}, weight decay "
+            f"{_number(group.get('weight_decay'))}): {_describe(trained)}"
+        )
+        if len(trained) < len(members):
+            lines[-1] += f"; {len(members) - len(trained)} frozen"
+    lines += _owner_lines(optimizer)
+    if optimizer.inside_backward is not None:
+        lines.append("  updates are made inside backward: each gradient is freed when it is applied")
+    elif Trait.FUSED_BACKWARD in optimizer.spec.traits:
+        lines.append("  gradients are stored until step(), as for other optimizers")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    """A hyperparameter in few digits; some optimizers choose their own learning rate and have none."""
+    return "none" if value is None else f"{float(value):g}"
+
+
+def _describe(members: Sequence[PlacedParameter]) -> str:
+    numel = sum(member.shape.numel() for member in members)
+    nbytes = sum(member.shape.numel() * member.dtype.itemsize for member in members)
+    shapes = Counter("x".join(map(str, member.shape)) or "scalar" for member in members)
+    listing = ", ".join(f"{count} of {shape}" for shape, count in shapes.most_common(MAX_SHAPES))
+    more = ", ..." if len(shapes) > MAX_SHAPES else ""
+    return f"{len(members)} tensors, {numel:,} elements, {format_bytes(nbytes)} ({listing}{more})"
+
+
+def _owner_lines(optimizer: DistributedOptimizer) -> list[str]:
+    owned: Counter[int] = Counter()
+    tensors: Counter[int] = Counter()
+    placed = optimizer.placed_parameters()
+    for index, owner in optimizer.plan.owners.items():
+        owned[owner] += placed[index].shape.numel()
+        tensors[owner] += 1
+    total = sum(owned.values())
+    lines = []
+    if total and len(optimizer.plan.buckets[0].owned) > 1:
+        shares = (f"rank {r} {tensors[r]} tensors, {owned[r] / total:.1%}" for r in sorted(owned))
+        lines.append(f"  stepped whole by their owners, in {len(optimizer.plan.buckets)} rounds: {'; '.join(shares)}")
+    if optimizer.num_replicas > 1:
+        lines.append(
+            f"  the {optimizer.num_replicas} replicas of the shards all step the same: repeated work, no traffic"
+        )
+    trainable = [p for p in placed if p.parameter.requires_grad]
+    local = [p for i, p in enumerate(placed) if p.parameter.requires_grad and i not in optimizer.plan.owners]
+    if local:
+        lines.append(f"  stepped on local slices: {len(local)} of {len(trainable)} tensors")
+    return lines
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in the unit that suits their size."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,231 @@
+"""One unmodified upstream optimizer, over the whole group structure, with ghosts for what is stepped elsewhere.
+
+**Shadow**: the parameter object that upstream sees for a tensor that is really stepped here. Its ``data`` and ``grad``
+are set right before the step, so the user's own parameters are never rebound and their ``grad`` never reshaped.
+
+**Ghost**: an empty parameter in the place of a tensor that is stepped elsewhere. It keeps positions (APOLLO's seeds,
+GrokAdamW's decay by layer) and group counters (StableAdamW, schedule-free) what they are in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_optim.errors import DistOptimError, HyperparameterError
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.specs.driver import ParamGroup, tensors_in
+from dist_optim.specs.registry import OptimizerSpec, Trait
+
+__all__ = ["UpstreamInstance", "as_if_alone"]
+
+ALIGNMENT = 64
+"""Bytes; of torch's allocations on the CPU."""
+
+
+class UpstreamInstance:
+    """The upstream optimizer of one bucket (or of everything that runs on local slices).
+
+    Args:
+        spec: Which upstream class, and how to drive it.
+        groups: Hyperparameters of each param group; ``params`` holds the ``PlacedParameter`` of the group, in order.
+        shapes: Shape of each tensor that is stepped here, by its position among all parameters.
+        arguments: Constructor keywords.
+    """
+
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        groups: Sequence[ParamGroup],
+        shapes: Mapping[int, torch.Size],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self.driver = spec.driver
+        self.shadows: dict[int, nn.Parameter] = {}
+        self.ghosts: dict[int, nn.Parameter] = {}
+        self._group_of: dict[int, int] = {}
+        upstream_groups: list[ParamGroup] = []
+        index = 0
+        for group in groups:
+            parameters = []
+            for placed in group["params"]:
+                parameters.append(self._make_parameter(index, placed, shapes))
+                self._group_of[index] = len(upstream_groups)
+                index += 1
+            upstream_groups.append({**group, "params": parameters})
+        try:
+            self.optimizer: Optimizer = self.driver.construct(spec.load_class(), upstream_groups, arguments)
+        except DistOptimError:
+            raise
+        except (ValueError, TypeError) as error:  # upstream's own checks, of values that exclude each other, say
+            raise HyperparameterError(
+                f"{spec.name}: upstream's {spec.load_class().__name__} refuses its arguments: {error}. "
+                f"They were: {', '.join(f'{key}={value!r}' for key, value in arguments.items())}."
+            ) from error
+        if Trait.WEIGHT_SWAPPING in spec.traits:
+            self.optimizer.train()  # type: ignore[attr-defined]  # upstream starts in eval mode, and refuses to step there
+
+    def _make_parameter(self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size]) -> nn.Parameter:
+        if index in shapes:
+            # The true shape from the start, on one element of storage: some optimizers read shapes in __init__.
+            data = torch.zeros(1, dtype=placed.dtype, device=placed.device).expand(shapes[index])
+            self.shadows[index] = nn.Parameter(data)
+            return self.shadows[index]
+        # The true number of dimensions: some optimizers check it.
+        ghost = torch.empty(0, *placed.shape[1:], dtype=placed.dtype, device=placed.device)
+        self.ghosts[index] = nn.Parameter(ghost, requires_grad=placed.parameter.requires_grad)
+        return self.ghosts[index]
+
+    def step(
+        self, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor], present: Sequence[bool]
+    ) -> dict[int, Tensor]:
+        """Run one upstream step.
+
+        Args:
+            parameters: Tensors to update, by position; upstream may update them in place or put others in their stead.
+            gradients: Their gradients, in the same shapes.
+            present: For every position, whether that parameter has a gradient anywhere in this step.
+
+        Returns:
+            The updated tensors, by position.
+        """
+        self.show(parameters)
+        for index, gradient in gradients.items():
+            self.shadows[index].grad = gradient
+        if self.driver.ghosts_have_gradients:
+            for index, ghost in self.ghosts.items():
+                ghost.grad = torch.empty_like(ghost) if present[index] and ghost.requires_grad else None
+        self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
+        for index in gradients:
+            self.shadows[index].grad = None
+        return {index: self.shadows[index].data for index in parameters}
+
+    def step_each(
+        self, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor], keys: Collection[str]
+    ) -> dict[int, Tensor]:
+        """Run upstream's step on each of these tensors alone, in time that does not grow with the others' number.
+
+        Upstream sees the tensor as the only member of its group, and the group's counters as they were: they move on
+        in ``tick``.
+
+        Args:
+            parameters: Tensors to update, by position.
+            gradients: Their gradients, in the same shapes.
+            keys: Hyperparameters in the groups; what is not among them upstream counts itself.
+
+        Returns:
+            The updated tensors, by position.
+        """
+        self.show(parameters)
+        every_group = self.optimizer.param_groups
+        for index, gradient in gradients.items():
+            shadow, group = self.shadows[index], every_group[self._group_of[index]]
+            members, counters = group["params"], _counters_in(group, keys)
+            shadow.grad = as_if_alone(gradient)
+            try:
+                self.optimizer.param_groups, group["params"] = [group], [shadow]
+                self.driver.step(self.optimizer, [shadow])
+            finally:
+                self.optimizer.param_groups, group["params"] = every_group, members
+                group.update(counters)
+                shadow.grad = None
+        return {index: self.shadows[index].data for index in parameters}
+
+    def tick(self, keys: Collection[str]) -> None:
+        """Let the groups' counters move on by one step, after ``step_each`` of what has a gradient in this step."""
+        if any(_counters_in(group, keys) for group in self.optimizer.param_groups):
+            self.driver.step(self.optimizer, [])
+
+    def swap_weights(self, mode: str, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Call upstream's ``train()`` or ``eval()`` on the given tensors; returns them as they are afterwards."""
+        self.show(parameters)
+        getattr(self.optimizer, mode)()
+        return {index: self.shadows[index].data for index in parameters}
+
+    def release(self, indices: Collection[int]) -> None:
+        """Drop the full tensors, so that between steps only the shards hold the parameters."""
+        for index in indices:
+            shadow = self.shadows[index]
+            shadow.data = shadow.data.new_zeros(1).expand(shadow.shape)
+
+    def show(self, parameters: Mapping[int, Tensor]) -> None:
+        """Let upstream's parameters be these tensors, on their own storage."""
+        for index, tensor in parameters.items():
+            self.shadows[index].data = tensor
+
+    # Hyperparameters ----------------------------------------------------------------------------------------------
+
+    def push_hyperparameters(self, groups: Sequence[ParamGroup], keys: Collection[str]) -> None:
+        """Write the outer groups' hyperparameters into upstream's groups (schedules change the outer ones)."""
+        for outer, inner in zip(groups, self.optimizer.param_groups, strict=True):
+            for key in keys & inner.keys() & outer.keys():
+                if isinstance(inner[key], Tensor):
+                    inner[key].copy_(torch.as_tensor(outer[key]))  # kept as a tensor where upstream wants one
+                else:
+                    inner[key] = outer[key]
+
+    def group_counters(self, keys: Collection[str]) -> list[dict[str, Any]]:
+        """What upstream itself keeps in its groups (step counts, running sums), group by group."""
+        return [
+            {key: value for key, value in group.items() if key not in keys and _is_plain(value)}
+            for group in self.optimizer.param_groups
+        ]
+
+    def write_counters(self, counters: Sequence[Mapping[str, Any]]) -> None:
+        """Install counters that ``group_counters`` returned."""
+        for group, values in zip(self.optimizer.param_groups, counters, strict=True):
+            for key, value in values.items():
+                group[key] = value.clone() if isinstance(value, Tensor) else value
+
+    # State --------------------------------------------------------------------------------------------------------
+
+    def encoded_state(self, index: int) -> dict[str, Any]:
+        """State of one tensor as plain tensors and scalars; empty before its first step."""
+        state = self.driver.read_state(self.optimizer, self.shadows[index])
+        return self.driver.encode_state(state) if state else {}
+
+    def write_encoded_state(self, index: int, encoded: Mapping[str, Any]) -> None:
+        """Install state that ``encoded_state`` returned; tensors are copied to the parameter's device."""
+        shadow, group = self.shadows[index], self.optimizer.param_groups[self._group_of[index]]
+        if not encoded:
+            return
+        copied = {key: _copy(key, value, shadow.device, group) for key, value in encoded.items()}
+        self.driver.write_state(self.optimizer, shadow, self.driver.decode_state(copied, group))
+
+    def state_tensors(self) -> list[Tensor]:
+        """Every tensor of the state held here, also those inside upstream's own objects."""
+        return [
+            tensor
+            for shadow in self.shadows.values()
+            for tensor in tensors_in(self.driver.read_state(self.optimizer, shadow))
+        ]
+
+
+def _copy(key: str, value: Any, device: torch.device, group: ParamGroup) -> Any:
+    """Tensors go to the parameter's device; a step counter stays where torch keeps it (on the host, unless fused)."""
+    if not isinstance(value, Tensor):
+        return value
+    stays = key == "step" and not group.get("fused") and not group.get("capturable")
+    return value.detach().clone() if stays else value.detach().to(device, copy=True)
+
+
+def as_if_alone(gradient: Tensor) -> Tensor:
+    """The gradient on storage as aligned as a tensor's own: matrix products round by alignment.
+
+    A gradient inside a bucket begins anywhere.
+    """
+    return gradient if gradient.data_ptr() % ALIGNMENT == 0 else gradient.clone()
+
+
+def _counters_in(group: ParamGroup, keys: Collection[str]) -> dict[str, Any]:
+    """Copies of what upstream itself keeps in a group."""
+    found = {key: value for key, value in group.items() if key not in keys and key != "params" and _is_plain(value)}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, tuple, Tensor))
