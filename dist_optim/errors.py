@@ -14,7 +14,8 @@ DistOptimError
 ├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
 │   └── UnsupportedLayoutError                     a sharding that cannot be served
 ├── MissingPackageError     (ImportError)          the upstream package is not installed
-├── StepFailedError         (RuntimeError)         upstream's step failed on another rank
+├── RankFailedError         (RuntimeError)         something failed on one rank, by an error that is not ours
+│   └── StepFailedError                            a step failed on one rank, after other tensors had been updated
 └── RanksDisagreeError      (RuntimeError)         ranks hold different values where they must be equal
 ```
 
@@ -28,6 +29,7 @@ __all__ = [
     "MetricError",
     "MissingPackageError",
     "ParameterError",
+    "RankFailedError",
     "RanksDisagreeError",
     "ScheduleError",
     "StateDictError",
@@ -92,8 +94,12 @@ class MissingPackageError(DistOptimError, ImportError):
     """The upstream package of an optimizer is not installed."""
 
 
-class StepFailedError(DistOptimError, RuntimeError):
-    """Upstream's step failed on another rank, so the parameters are partly updated."""
+class RankFailedError(DistOptimError, RuntimeError):
+    """Something failed on one rank, by an error that is not ours: the message names both."""
+
+
+class StepFailedError(RankFailedError):
+    """A step failed on one rank, so the parameters are partly updated."""
 
 
 class RanksDisagreeError(DistOptimError, RuntimeError):

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from dist_optim.checkpoint import load_checkpoint, save_checkpoint
 from dist_optim.checkpoint.directory import attempt, written_aside
 from dist_optim.errors import CheckpointError, DistOptimError
-from dist_optim.ranks.agreement import num_ranks, own_rank, raise_together
+from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.ranks.together import raise_together
 from train_arguments import UsageError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from dist_optim import Trait, get_spec, parse_optim_args
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.accelerate import prepare
 from dist_optim.integrations.cpu_rehearsal import fsdp_arguments
-from dist_optim.ranks.agreement import raise_together
+from dist_optim.ranks.together import raise_together
 from train_arguments import DataArguments, ModelArguments, TrainArguments, UsageError, parse_arguments
 from train_data import Blocks, load_blocks
 from train_deepspeed import accelerator_arguments, is_asked_for, leave_out

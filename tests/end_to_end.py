@@ -153,7 +153,6 @@ class Measured:
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "ddp reduce_to_owner": {"reduce_to_owner": True},
     "fsdp1": {},
     "fsdp2": {},
     "hsdp": {},
@@ -176,7 +175,7 @@ def measure(run: Run, placements: Sequence[str]) -> Measured:
     reference = ended.pop(1)
     distances = {}
     for placement in placements:
-        model = place(make_llama(), placement.removesuffix(" reduce_to_owner"))
+        model = place(make_llama(), placement)
         arrived = train(model, run, lambda full: [full.chunk(world_size)[rank]], **PLACEMENTS[placement])
         distances[placement] = relative_distance(list(arrived.values()), reference, start)
     return Measured(max(relative_distance(other, reference, start) for other in ended.values()), distances)

@@ -218,13 +218,13 @@ def client_optimizer(kind: str) -> str:
     """What a user meets who gives our optimizer to ``accelerator.prepare`` instead of to ours."""
     from deepspeed.ops import adam
 
-    from dist_optim.integrations.deepspeed import build_deepspeed_optimizer
+    from dist_optim.integrations.deepspeed import build_optimizer_for_engine
 
     run = ZeroRun("sgd", {"lr": 0.1}, 2, zero=OFFLOAD if kind == "swapped" else {})
     with accelerator_of(run) as accelerator, mock.patch.object(adam, "DeepSpeedCPUAdam", PretendedCpuAdam):
         model = run.make_model()
         if kind == "swapped":
-            optimizer: torch.optim.Optimizer = build_deepspeed_optimizer(model, run.json())[0]
+            optimizer: torch.optim.Optimizer = build_optimizer_for_engine(model, "sgd", lr=0.1, print_audit=False)
         else:
             optimizer = dist_optim.build_optimizer(model, "sgd", lr=0.1, print_audit=False)
         try:

@@ -160,7 +160,6 @@ def refusals_on_several_ranks() -> dict[str, str]:
             "fsdp1 layerwise": why(lambda: build(place(model(), "fsdp1"), LAYERWISE[0], **low_rank)),
             "plain layerwise": why(lambda: build(model(), LAYERWISE[0], **low_rank)),
             "mixed": why(lambda: build(mixed, fused_backward=True)),
-            "reduce_to_owner": why(lambda: build(place(model(), "ddp"), fused_backward=True, reduce_to_owner=True)),
             "fsdp1 by default": str(build(place(model(), "fsdp1")).inside_backward),
             "no_sync": why(ddp.no_sync),  # type: ignore[arg-type]
         }
@@ -177,7 +176,6 @@ def test_refusals_on_several_ranks(two_ranks: RankPool) -> None:
         assert "Wrap it in DistributedDataParallel" in found["plain layerwise"]
         assert "Or use galore_adamw," in found["plain layerwise"]
         assert "'2.weight' is not sharded" in found["mixed"]
-        assert "reduce_to_owner=True works on stored gradients" in found["reduce_to_owner"]
         assert found["fsdp1 by default"] == "None"
         assert found["no_sync"].startswith("UnsupportedError: no_sync() accumulates gradients")
         assert "Wrap the module anew" in found["removed"]

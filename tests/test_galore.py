@@ -98,7 +98,7 @@ def test_8bit_galore_keeps_no_copy_of_the_weights_between_steps() -> None:
 
     optimizer = build(ours, "galore_adamw_8bit")
     take_steps(optimizer, ours.weight, 1)
-    shadows = [shadow for instance in optimizer.instances() for shadow in instance.shadows.values()]
+    shadows = [shadow for instance in optimizer.holdings.instances for shadow in instance.shadows.values()]
     assert shadows and not any(hasattr(shadow, "saved_data") for shadow in shadows)
 
 
@@ -111,7 +111,7 @@ def test_weight_decay_of_8bit_galore_survives_a_step_that_fails() -> None:
         with pytest.raises(torch.linalg.LinAlgError):
             stepped.step()
     assert upstream.param_groups[0]["weight_decay"] == 0
-    (instance,) = optimizer.instances()
+    (instance,) = optimizer.holdings.instances
     assert instance.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert "weight_decay_saved" not in instance.optimizer.param_groups[0]
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.errors import UnsupportedLayoutError
-from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated, detect, numel_on
+from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated, detect
 from dist_optim.layouts.layout import boxes_on
 from dist_optim.testing import RankPool, assert_equal, assert_no_problems_on_any_rank
 
@@ -33,7 +33,7 @@ def test_pieces_of_all_ranks_tile_the_tensor(layout: DimShard | FlatRange, shape
     seen = torch.zeros_like(full)
     for rank in range(num_ranks):
         layout.view_of(seen, rank).add_(1)
-        assert numel_on(layout, full.shape, rank) == layout.view_of(full, rank).numel()
+        assert layout.numel_on(full.shape, rank) == layout.view_of(full, rank).numel()
     assert_equal(seen, torch.ones_like(full))
 
 

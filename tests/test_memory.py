@@ -60,7 +60,7 @@ def test_state_of_every_rank_is_its_share(
     assert max(held) <= 1.1 * total / len(held)
 
 
-def peak_of_full_tensors(resident: bool) -> tuple[int, int]:
+def peak_of_full_tensors() -> tuple[int, int]:
     """Bytes of full parameters and gradients that exist at once, at most in a step, and after it."""
     held: list[int] = []
     upstream_step = UpstreamInstance.step
@@ -79,22 +79,17 @@ def peak_of_full_tensors(resident: bool) -> tuple[int, int]:
         upstream_init(self, *arguments)
 
     with mock.patch.object(UpstreamInstance, "step", step), mock.patch.object(UpstreamInstance, "__init__", init):
-        options = {**LOW_RANK, "bucket_bytes": 2 * MATRIX_BYTES, "resident_parameters": resident}
+        options = {**LOW_RANK, "bucket_bytes": 2 * MATRIX_BYTES}
         optimizer = build_and_step("fsdp2", "galore_adamw", **options)
-    return max(held), sum(full_bytes(instance) for instance in optimizer.instances())
+    return max(held), sum(full_bytes(instance) for instance in optimizer.holdings.instances)
 
 
 def full_bytes(instance: UpstreamInstance) -> int:
     return sum(shadow.untyped_storage().nbytes() for shadow in instance.shadows.values() if shadow.ndim == 2)
 
 
-def test_pull_mode_holds_no_more_than_the_rounds_in_flight(two_ranks: RankPool) -> None:
-    for peak, after in two_ranks.run(peak_of_full_tensors, False):
-        # A round is two matrices an owner, each with its gradient; two rounds are in flight.
+def test_a_step_holds_no_more_than_the_rounds_in_flight(two_ranks: RankPool) -> None:
+    for peak, after in two_ranks.run(peak_of_full_tensors):
+        # A round is two matrices an owner, each with its gradient; two are full at the same time.
         assert 0 < peak <= 2 * 2 * 2 * MATRIX_BYTES
         assert after < MATRIX_BYTES / 10
-
-
-def test_resident_mode_keeps_what_its_rank_owns(two_ranks: RankPool) -> None:
-    for _, after in two_ranks.run(peak_of_full_tensors, True):
-        assert after == NUM_MATRICES // 2 * MATRIX_BYTES

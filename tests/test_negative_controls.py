@@ -11,15 +11,15 @@ import torch
 from cases.galore import CASES as GALORE
 from parity import Case, run_case
 
-import dist_optim.stepping.optimizer
+import dist_optim.stepping.step
 from dist_optim.exchange import transfer
 from dist_optim.exchange.plan import Bucket
 from dist_optim.testing import RankPool
 
 
-def one_owner_lacks_the_others_gradients(bucket: Bucket, fields: Any, process_group: Any) -> Any:
+def one_owner_lacks_the_others_gradients(bucket: Bucket, fields: Any, route: Any, process_group: Any) -> Any:
     """The slices of the other ranks are lost on their way to rank 0, for one matrix."""
-    full = yield from transfer.gather_to_owner(bucket, fields, process_group)
+    full = yield from transfer.gather_to_owner(bucket, fields, route, process_group)
     rank = torch.distributed.get_rank()
     for item in bucket.owned[rank][:1] if rank == 0 else ():
         gradient = full[0][item.index]
@@ -29,12 +29,12 @@ def one_owner_lacks_the_others_gradients(bucket: Bucket, fields: Any, process_gr
     return full
 
 
-def updates_do_not_travel_back(bucket: Bucket, full: Any, local: Any, process_group: Any) -> Any:
+def updates_do_not_travel_back(bucket: Bucket, full: Any, local: Any, route: Any, process_group: Any) -> Any:
     yield
 
 
 def with_defect(case: Case, placement: str, name: str, defect: Callable[..., Any]) -> list[str]:
-    with mock.patch.object(dist_optim.stepping.optimizer, name, defect):
+    with mock.patch.object(dist_optim.stepping.step, name, defect):
         return run_case(case, placement)
 
 

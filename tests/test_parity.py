@@ -24,7 +24,7 @@ ON_TWO: Placements = (
     ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp2", {}),
     ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS}),
-    ("fsdp2 columns", {"bucket_bytes": SMALL_ROUNDS, "resident_parameters": True}),
+    ("fsdp2 columns", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
 )
 ON_ONE = tuple(one for one in ON_TWO if one[0] in ("none", "fsdp2", "fsdp1"))
@@ -32,7 +32,7 @@ ON_THREE = tuple(one for one in ON_TWO if one[0] in ("ddp", "fsdp2 units", "fsdp
 ON_FOUR: Placements = (
     ("hsdp", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1 hybrid", {"bucket_bytes": SMALL_ROUNDS}),
-    ("fsdp1 shard_grad_op", {"resident_parameters": True}),
+    ("fsdp1 shard_grad_op", {}),
     ("fsdp1 no_shard", {}),
 )
 

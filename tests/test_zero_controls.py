@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import zero
 from zero import ZeroRun
 
 import dist_optim
-from dist_optim.errors import DistOptimError, UnsupportedError, UnsupportedLayoutError, WrongModeError
+from dist_optim.errors import DistOptimError, UnsupportedError, UnsupportedLayoutError
 from dist_optim.layouts import detect_zero
 from dist_optim.testing import RankPool
 
@@ -107,37 +108,6 @@ def other_version() -> str:
 def test_an_unknown_version_is_refused(one_rank: RankPool) -> None:
     (said,) = one_rank.run(other_version)
     assert "_configure_optimizer" in said and "deepspeed==" in said
-
-
-def distance_without_patches(run: ZeroRun, attach: bool) -> float | str:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    from dist_optim.integrations.deepspeed import build_deepspeed_optimizer, initialize
-
-    package = zero.deepspeed()
-    patched = DeepSpeedEngine._configure_optimizer
-    DeepSpeedEngine._configure_optimizer = patched.__wrapped__
-    try:
-        if attach:
-            engine = initialize(run.make_model(), run.json())[0]
-        else:
-            model = run.make_model()
-            optimizer, config = build_deepspeed_optimizer(model, run.json())
-            engine = package.initialize(model=model, optimizer=optimizer, config=config)[0]
-        zero.train_engine(engine, run)
-    except WrongModeError as error:
-        return str(error)
-    finally:
-        DeepSpeedEngine._configure_optimizer = patched
-    expected = zero.Reference(run).train().weights()
-    return zero.relative_distance(zero.weights_of(engine, run), expected, zero.start_of(run))
-
-
-def test_the_explicit_builder_needs_no_patch(two_ranks: RankPool) -> None:
-    run = ZeroRun("adafactor", {"lr": 1e-2}, 2, real_batches=True)
-    assert two_ranks.run(distance_without_patches, run, True) == [0.0, 0.0]
-    for said in two_ranks.run(distance_without_patches, run, False):
-        assert "attach(engine)" in str(said)
 
 
 def engine_given_to_build_optimizer() -> str:
@@ -238,14 +208,13 @@ def test_the_configurations_train(name: str, two_ranks: RankPool) -> None:
 
 
 def with_presence_as_deepspeed_shows_it(run: ZeroRun) -> float:
-    from dist_optim.integrations.deepspeed import optimizer as zero_optimizer
+    from dist_optim.stepping.presence import StepAgreement
 
-    agree = zero_optimizer.agree_on_presence
-    zero_optimizer.agree_on_presence = lambda has, *_: ([True] * len(has), [False] * len(has))
-    try:
+    def every_one(self: StepAgreement, names: list[str], *_: Any, **__: Any) -> list[bool]:
+        return [True] * len(names)
+
+    with mock.patch.object(StepAgreement, "before", every_one):
         return zero.distance(run)
-    finally:
-        zero_optimizer.agree_on_presence = agree
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -9,6 +9,7 @@ to the one process, and nothing but the optimizer can differ.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from placements import own_group
 from torch import Tensor, nn
 
 import dist_optim
-from dist_optim.exchange.plan import split_sizes
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.testing import relative_distance
@@ -235,20 +235,22 @@ class Recorder:
     def __init__(self, engine: Any) -> None:
         self.gradients: dict[str, Tensor | None] = {}
         for part in engine.basic_optimizer.parts():
-            part.register_step_pre_hook(self._note)
+            part.step_part = functools.partial(self._note, part, part.step_part)
 
-    def _note(self, part: dist_optim.DistributedOptimizer, *_: Any) -> None:
+    def _note(self, part: dist_optim.DistributedOptimizer, step_part: Callable[..., None], present: list[bool]) -> None:
+        group = part.holdings.process_group
         for placed in part.placed_parameters():
             if isinstance(placed.layout, Elsewhere):
                 continue
             own = placed.local_gradient()
-            gathered: list[Any] = [None] * num_ranks(part.process_group)
-            if num_ranks(part.process_group) > 1:
-                dist.all_gather_object(gathered, own, group=part.process_group)
+            gathered: list[Any] = [None] * num_ranks(group)
+            if num_ranks(group) > 1:
+                dist.all_gather_object(gathered, own, group=group)
             else:
                 gathered = [own]
             slices = [piece.flatten() for piece in gathered if piece is not None]
             self.gradients[placed.fqn] = torch.cat(slices).view(placed.shape) if slices else None
+        step_part(present)
 
 
 def start_of(run: ZeroRun) -> list[Tensor]:
@@ -284,7 +286,7 @@ def elements_moved(run: ZeroRun) -> tuple[int, int]:
     for part in optimizer.parts():
         for bucket in part.plan.buckets:
             for rank, _ in enumerate(bucket.owned):
-                to_owners, _ = split_sizes(bucket, rank)
+                to_owners = bucket.route(rank).to_owners
                 sent += sum(to_owners) - to_owners[rank]
         largest += max((item.shape.numel() for bucket in part.plan.buckets for item in bucket.items), default=0)
     return sent, largest * (dist.get_world_size() - 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zero import NO_DECAY, Recorder, Reference, ZeroRun
 
 import dist_optim
-from dist_optim.building.build import resolve
+from dist_optim.building.choice import resolve
 from dist_optim.errors import UnsupportedError
 
 STEPS = 10

@@ -16,7 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_optim.errors import CheckpointError, DistOptimError
-from dist_optim.ranks.agreement import own_rank, raise_together
+from dist_optim.ranks.agreement import own_rank
+from dist_optim.ranks.together import raise_together
 
 __all__ = ["attempt", "opened", "read_json", "write_json", "written_aside"]
 

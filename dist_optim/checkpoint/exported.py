@@ -28,13 +28,13 @@ def exported_weights(optimizer: Any) -> Iterator[None]:
     if Trait.WEIGHT_SWAPPING not in inner.spec.traits or inner.mode == "eval":
         yield
         return
-    kept = [placed.local().clone() for placed in inner.placed_parameters()]
+    kept = [placed.local().clone() for placed in inner.holdings.placed]
     inner.eval()
     try:
         yield
     finally:
         inner.train()
         with torch.no_grad():
-            for placed, local in zip(inner.placed_parameters(), kept, strict=True):
+            for placed, local in zip(inner.holdings.placed, kept, strict=True):
                 placed.local().copy_(local)
         inner.free_gathered_copies()

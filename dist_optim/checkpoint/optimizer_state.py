@@ -22,8 +22,9 @@ from dist_optim.checkpoint.directory import attempt, opened, read_json, write_js
 from dist_optim.errors import CheckpointError, StateDictError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
-from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
+from dist_optim.ranks.agreement import gather_objects, own_rank
 from dist_optim.specs.registry import Trait
+from dist_optim.stepping import rank_state
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["load_optimizer", "optimizer_of", "save_optimizer"]
@@ -46,7 +47,7 @@ def save_optimizer(directory: str | Path, optimizer: Any) -> None:
         CheckpointError: On all ranks; a checkpoint that was there is untouched.
     """
     inner, directory = optimizer_of(optimizer), Path(directory)
-    with written_aside(directory, inner.all_ranks) as aside:
+    with written_aside(directory, inner.holdings.all_ranks) as aside:
         write_optimizer(aside, inner)
 
 
@@ -61,20 +62,17 @@ def load_optimizer(directory: str | Path, optimizer: Any) -> None:
         StateDictError: On all ranks: it belongs to another optimizer, model or arrangement of groups.
     """
     inner, directory = optimizer_of(optimizer), opened(Path(directory))
-    record, stored = attempt(lambda: _checked(directory, inner), directory, inner.all_ranks)
+    record, stored = attempt(lambda: _checked(directory, inner), directory, inner.holdings.all_ranks)
     state, pieces = _allocate(inner, record, stored)
-    read_pieces(directory / "tensors", pieces, inner.all_ranks)
-    inner.load_state_dict(
-        {
-            "optimizer": record["optimizer"],
-            "rank": own_rank(inner.process_group),
-            "world_size": num_ranks(inner.process_group),
-            "num_steps": record["num_steps"],
-            "mode": record["mode"],
-            "counters": record["counters"],
-            "state": state,
-            "param_groups": _decoded(record["param_groups"], pieces),
-        }
+    read_pieces(directory / "tensors", pieces, inner.holdings.all_ranks)
+    rank_state.install(
+        inner.holdings,
+        inner.progress,
+        state=state,
+        groups=_decoded(record["param_groups"], pieces),
+        counters=record["counters"],
+        num_steps=record["num_steps"],
+        mode=record["mode"],
     )
     inner.free_gathered_copies()
 
@@ -96,33 +94,35 @@ def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
     """Write record and tensors into an empty folder. Collective."""
     pieces, scalars = _held(optimizer)
     groups = [
-        _encoded(group, f"groups/{at}", pieces) for at, group in enumerate(optimizer.state_dict()["param_groups"])
+        _encoded(group, f"groups/{at}", pieces) for at, group in enumerate(rank_state.plain_groups(optimizer.holdings))
     ]
-    write_pieces(directory / "tensors", pieces, optimizer.all_ranks)
+    write_pieces(directory / "tensors", pieces, optimizer.holdings.all_ranks)
     memory_orders = {name: order for name, piece in pieces.items() if (order := _memory_order(piece))}
-    gathered = gather_objects((scalars, memory_orders), optimizer.all_ranks)
+    gathered = gather_objects((scalars, memory_orders), optimizer.holdings.all_ranks)
     record = {
         "format": FORMAT,
         "optimizer": optimizer.spec.name,
         "num_steps": optimizer.num_steps,
         "mode": optimizer.mode,
-        "counters": optimizer.counter_keys(),
+        "counters": optimizer.holdings.counter_keys(),
         "param_groups": groups,
-        "shapes": {placed.fqn: list(placed.shape) for placed in optimizer.placed_parameters()},
+        "shapes": {placed.fqn: list(placed.shape) for placed in optimizer.holdings.placed},
         "scalars": {fqn: values for one, _ in gathered for fqn, values in one.items()},
         "memory_orders": {name: order for _, one in gathered for name, order in one.items()},
     }
-    is_first = own_rank(optimizer.all_ranks) == 0
-    attempt(lambda: write_json(directory / RECORD, record) if is_first else None, directory, optimizer.all_ranks)
+    is_first = own_rank(optimizer.holdings.all_ranks) == 0
+    attempt(
+        lambda: write_json(directory / RECORD, record) if is_first else None, directory, optimizer.holdings.all_ranks
+    )
 
 
 def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]]]:
     """This rank's tensors, by logical name, and its scalars, by parameter."""
     pieces: dict[str, Pieces] = {}
     scalars: dict[str, dict[str, Any]] = {}
-    everything = optimizer.placed_parameters()
-    for instance, index in optimizer.stepped_here():
-        placed, is_slice = everything[index], instance is optimizer.local_instance
+    everything = optimizer.holdings.placed
+    for instance, index in optimizer.holdings.stepped_here():
+        placed, is_slice = everything[index], instance is optimizer.holdings.local_instance
         scalars[placed.fqn] = {}
         for key, value in instance.encoded_state(index).items():
             if not isinstance(value, Tensor):
@@ -148,7 +148,7 @@ def _memory_order(pieces: Pieces) -> list[int]:
 def _training_weights(optimizer: DistributedOptimizer) -> dict[str, Pieces]:
     if Trait.WEIGHT_SWAPPING not in optimizer.spec.traits or optimizer.mode != "train":
         return {}
-    return _weights([one for one in optimizer.placed_parameters() if one.parameter.requires_grad])
+    return _weights([one for one in optimizer.holdings.placed if one.parameter.requires_grad])
 
 
 def _weights(placed: Iterable[PlacedParameter]) -> dict[str, Pieces]:
@@ -172,13 +172,14 @@ def _checked(directory: Path, optimizer: DistributedOptimizer) -> tuple[dict[str
             f"The checkpoint {str(directory)!r} is of {record['optimizer']!r}, but this optimizer is "
             f"{optimizer.spec.name!r}. Build {record['optimizer']!r}, or start without the optimizer's state."
         )
-    for placed in optimizer.placed_parameters():
+    for placed in optimizer.holdings.placed:
         saved = record["shapes"].get(placed.fqn)
         if saved is not None and saved != list(placed.shape):
             raise StateDictError(
                 f"The checkpoint {str(directory)!r} has {placed.fqn!r} with shape {tuple(saved)}, but the model's is "
                 f"{tuple(placed.shape)}. Load it into the model that it was saved from."
             )
+    rank_state.check_groups(optimizer.holdings, record["param_groups"])
     return record, stored_tensors(directory / "tensors")
 
 
@@ -194,9 +195,9 @@ def _allocate(
             keys_of.setdefault(fqn, []).append(key)
     state: dict[str, dict[str, Any]] = {}
     pieces: dict[str, Pieces] = {}
-    everything = optimizer.placed_parameters()
-    for instance, index in optimizer.stepped_here():
-        placed, is_slice = everything[index], instance is optimizer.local_instance
+    everything = optimizer.holdings.placed
+    for instance, index in optimizer.holdings.stepped_here():
+        placed, is_slice = everything[index], instance is optimizer.holdings.local_instance
         values = dict(record["scalars"].get(placed.fqn, {}))
         for key in keys_of.get(placed.fqn, []):
             name = f"state/{placed.fqn}/{key}"

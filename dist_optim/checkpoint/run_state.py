@@ -53,7 +53,7 @@ def save_checkpoint(
         CheckpointError: On all ranks; a checkpoint that was there is untouched.
     """
     inner, directory = optimizer_of(optimizer), Path(directory)
-    ranks, rank = inner.all_ranks, own_rank(inner.all_ranks)
+    ranks, rank = inner.holdings.all_ranks, own_rank(inner.holdings.all_ranks)
     with written_aside(directory, ranks) as aside:
         with exported_weights(inner):
             write_pieces(aside / "model", _pieces_of_model(model, ranks), ranks)
@@ -80,7 +80,7 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
         StateDictError: On all ranks: it was saved from another optimizer, or from other param groups.
     """
     inner, directory = optimizer_of(optimizer), opened(Path(directory))
-    ranks = inner.all_ranks
+    ranks = inner.holdings.all_ranks
     pieces = _pieces_of_model(model, ranks)
     about = attempt(lambda: _checked(directory, pieces), directory, ranks)
     read_pieces(directory / "model", pieces, ranks)

@@ -1,1 +1,1 @@
-"""How tensors move: `routing` and `plan` say who owns what and what travels, `transfer` moves it, `norms` measures it."""
+"""How tensors move: `routing` and `plan` say what goes where, `transfer` moves it, `norms` measures it."""

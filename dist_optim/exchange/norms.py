@@ -1,4 +1,4 @@
-"""Global-norm clipping that is exact under every layout: the norms of whole tensors, combined in parameter order.
+"""The norm of all gradients together, exact under every layout: norms of whole tensors, combined in parameter order.
 
 Summing squares over slices rounds differently from a norm over the whole tensor, so clipped runs drift from the
 one-process run. Here each tensor's norm is computed by torch's own kernel on the whole gradient, at its owner.
@@ -6,127 +6,58 @@ one-process run. Here each tensor's norm is computed by torch's own kernel on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.exchange.plan import Bucket, Item, make_plan
-from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
-from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.exchange.plan import Bucket, Route
+from dist_optim.exchange.transfer import Task, gather_to_owner
+from dist_optim.ranks.agreement import num_ranks
 
-__all__ = ["clip_gradients", "combine_norms", "norm_in_fp32", "total_norm"]
+__all__ = ["NormOf", "combine_norms", "norm_as_clipping", "norm_in_fp32", "norm_task"]
 
-BUCKET_NUMEL = 16 << 20
-
-
-@torch.no_grad()
-def clip_gradients(
-    placed: Sequence[PlacedParameter],
-    present: Sequence[bool],
-    max_norm: float,
-    norm_type: float,
-    owners: Sequence[int | None],
-    process_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Scale all gradients so that their global norm is at most ``max_norm``, as torch's ``clip_grad_norm_`` does.
-
-    Collective. Moves each sharded gradient once more, a few buckets at a time.
-
-    Args:
-        placed: Parameters in the order in which their norms are combined.
-        present: Which of them have a gradient, the same on every rank.
-        max_norm: Upper bound of the global norm.
-        norm_type: Order of the norm; ``inf`` for the largest element.
-        owners: For each parameter the rank that alone holds its reduced gradient; None where all ranks do.
-        process_group: The ranks that step together.
-
-    Returns:
-        The global norm before clipping, a 0-D tensor, equal on all ranks.
-    """
-    total = total_norm(placed, present, partial(_norm, norm_type=norm_type), norm_type, owners, process_group)
-    coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    for one, is_present in zip(placed, present, strict=True):
-        gradient = one.local_gradient() if is_present else None
-        if gradient is not None:
-            gradient.mul_(coefficient.to(gradient.device))
-    return total
+NormOf = Callable[[Tensor], Tensor]
 
 
-@torch.no_grad()
-def total_norm(
-    placed: Sequence[PlacedParameter],
-    present: Sequence[bool],
-    norm_of: Callable[[Tensor], Tensor],
-    norm_type: float,
-    owners: Sequence[int | None],
-    process_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """The norm of all gradients together, from ``norm_of`` of each whole gradient. Collective; as ``clip_gradients``.
-
-    Returns:
-        A 0-D tensor, equal on all ranks.
-    """
-    items = [
-        Item(index, one.shape, one.layout, one.dtype, one.device, float(one.shape.numel()))
-        for index, one in enumerate(placed)
-        if present[index]
-    ]
-    norms = [norm_of(torch.zeros(1, dtype=one.dtype, device=one.device)) for one in placed]
-    for item in items:
-        gradient = placed[item.index].local_gradient()
-        if item.layout.is_replicated and gradient is not None and (owners[item.index] or 0) == own_rank(process_group):
-            norms[item.index] = norm_of(gradient)
-    sharded = [item for item in items if not item.layout.is_replicated]
-    plan = make_plan(sharded, num_ranks(process_group), BUCKET_NUMEL)
-    run_tasks(_norm_task(bucket, placed, norms, norm_of, process_group) for bucket in plan.buckets)
-    is_everywhere = [num_ranks(process_group) == 1] * len(items)
-    found = [norms[item.index] for item in items]
-    return combine_norms(found, is_everywhere, placed[0].device, process_group, norm_type)
-
-
-def _norm_task(
+def norm_task(
     bucket: Bucket,
-    placed: Sequence[PlacedParameter],
-    norms: list[Tensor],
-    norm_of: Callable[[Tensor], Tensor],
+    gradients: Mapping[int, Tensor],
+    norms: dict[int, Tensor],
+    norm_of: NormOf,
+    route: Route,
     process_group: dist.ProcessGroup | None,
 ) -> Task[None]:
-    local = {}
-    for item in bucket.items:
-        gradient = placed[item.index].local_gradient()
-        local[item.index] = placed[item.index].local() if gradient is None else gradient  # None: nothing is stored here
-    (full,) = yield from gather_to_owner(bucket, [local], process_group)
-    for item in bucket.owned[own_rank(process_group)]:
-        norms[item.index] = norm_of(full[item.index])
+    """Write the norms of the whole gradients that this rank owns into ``norms``. Collective, as ``gather_to_owner``."""
+    (full,) = yield from gather_to_owner(bucket, [gradients], route, process_group)
+    norms.update({index: norm_of(gradient) for index, gradient in full.items()})
 
 
-@torch.no_grad()
 def combine_norms(
-    norms: Sequence[Tensor],
-    is_everywhere: Sequence[bool],
+    norms: Mapping[int, Tensor],
+    order: Sequence[int],
+    dtypes: Sequence[torch.dtype],
     device: torch.device,
     process_group: dist.ProcessGroup | None,
     norm_type: float = 2.0,
 ) -> Tensor:
-    """The norm of all gradients together, from those of whole tensors, in their order. Collective.
+    """The norm of all gradients together: 0-D, equal on all ranks. Collective: one small all-reduce.
 
     Args:
-        norms: One 0-D tensor each; zero at all ranks but one, unless ``is_everywhere``: then equal on all ranks.
-        is_everywhere: Whether every rank has the norm.
+        norms: 0-D norms of whole tensors, by index; one rank has each.
+        order: The tensors that have a gradient, in the order in which norms are combined, the same on every rank.
+        dtypes: For each of them, the dtype of its norm.
         device: Where the process group communicates.
         process_group: The ranks that step together.
         norm_type: As of the norms themselves.
     """
-    if not norms:
+    if not order:
         return torch.zeros((), device=device)
-    stacked = torch.stack([norm.to(device) for norm in norms])
-    if not all(is_everywhere):
-        if own_rank(process_group) > 0:
-            stacked[torch.tensor(is_everywhere, device=device)] = 0.0
+    zeros = {dtype: torch.zeros((), dtype=dtype, device=device) for dtype in set(dtypes)}
+    found = zip(order, dtypes, strict=True)
+    stacked = torch.stack([norms[at].to(device) if at in norms else zeros[dtype] for at, dtype in found])
+    if num_ranks(process_group) > 1:
         dist.all_reduce(stacked, group=process_group)  # one rank has each norm, the others zero: a sum is exact
     return torch.linalg.vector_norm(stacked, norm_type)
 
@@ -136,7 +67,11 @@ def norm_in_fp32(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient.float(), 2.0)
 
 
-def _norm(gradient: Tensor, norm_type: float) -> Tensor:
+def norm_as_clipping(norm_type: float) -> NormOf:
     """By the kernel that torch's ``clip_grad_norm_`` takes."""
-    (norm,) = torch._foreach_norm([gradient], norm_type)
-    return norm
+
+    def norm_of(gradient: Tensor) -> Tensor:
+        (norm,) = torch._foreach_norm([gradient], norm_type)
+        return norm
+
+    return norm_of

@@ -6,20 +6,26 @@ step time nor the state bytes pile up on one rank.
 
 **Bucket**: the tensors of one round. In a round every owner takes about the same number of elements, so that each
 collective is balanced; a bucket has one dtype and one device, and its tensors are all replicated or all sharded.
+
+**Route**: how many elements one rank sends to each owner and receives from each holder in a round. The way back is the
+same route, read the other way.
+
+``print(plan)`` shows every byte that will travel. Planning takes O(tensors x log ranks).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dist_optim.layouts.layout import Layout, numel_on
+from dist_optim.layouts.layout import Layout
 
-__all__ = ["Bucket", "Item", "Plan", "assign_owners", "make_plan"]
+__all__ = ["Bucket", "Item", "Plan", "Route", "assign_owners", "make_plan"]
 
 
 HOME_SHARE = 0.75
@@ -41,6 +47,16 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Elements of one field (the gradients, say) that one rank moves in a round."""
+
+    to_owners: tuple[int, ...]
+    """What it holds, by the owner that it goes to."""
+    from_holders: tuple[int, ...]
+    """What it owns, by the rank that it comes from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """Tensors that travel in one round: ``owned[rank]`` are the ones that ``rank`` steps, in travelling order."""
 
@@ -55,10 +71,52 @@ class Bucket:
         """All tensors of the bucket, owner by owner."""
         return tuple(item for items in self.owned for item in items)
 
-    def without(self, absent: set[int]) -> Bucket:
-        """The same bucket less the tensors with these indices (those that have no gradient in this step)."""
-        owned = tuple(tuple(item for item in items if item.index not in absent) for items in self.owned)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the full tensors of the round."""
+        return self.dtype.itemsize * sum(item.shape.numel() for item in self.items)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffer that the fullest rank takes for one field of the round.
+
+        The updated parameters of all owners where the tensors are replicated, the tensors that it owns where not.
+        """
+        if self.is_replicated:
+            return self.nbytes
+        return self.dtype.itemsize * max(sum(item.shape.numel() for item in items) for items in self.owned)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of one field that go from a rank to another on the way to the owners."""
+        if self.is_replicated:
+            return 0
+        return self.dtype.itemsize * sum(
+            item.shape.numel() - item.layout.numel_on(item.shape, owner)
+            for owner, items in enumerate(self.owned)
+            for item in items
+        )
+
+    @property
+    def scattered_bytes(self) -> int:
+        """Bytes of the updated parameters that go from a rank to another on the way back."""
+        return self.nbytes * (len(self.owned) - 1) if self.is_replicated else self.gathered_bytes
+
+    def only(self, indices: Collection[int]) -> Bucket:
+        """The same bucket with no other tensors than these: what has a gradient, or is ready, in this step."""
+        owned = tuple(tuple(item for item in items if item.index in indices) for items in self.owned)
         return dataclasses.replace(self, owned=owned)
+
+    def route(self, rank: int) -> Route:
+        """What ``rank`` sends and receives."""
+        own = self.owned[rank]
+        return Route(
+            tuple(sum(item.layout.numel_on(item.shape, rank) for item in items) for items in self.owned),
+            tuple(
+                sum(item.layout.numel_on(item.shape, holder) for item in own) if own else 0
+                for holder in range(len(self.owned))
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +126,21 @@ class Plan:
     owners: dict[int, int]
     buckets: tuple[Bucket, ...]
 
+    def __str__(self) -> str:
+        """Round by round: what is in it, what travels, and what the fullest rank holds."""
+        num_ranks = len(self.buckets[0].owned) if self.buckets else 0
+        lines = [f"{len(self.owners)} tensors owned by {num_ranks} ranks, in {len(self.buckets)} rounds"]
+        for bucket in self.buckets:
+            lines.append(
+                f"  round {bucket.index}: {len(bucket.items)} {'replicated' if bucket.is_replicated else 'sharded'} "
+                f"tensors of {bucket.dtype}, {bucket.nbytes:,} bytes; gradients to owners {bucket.gathered_bytes:,}, "
+                f"parameters to owners {bucket.gathered_bytes:,}, parameters back {bucket.scattered_bytes:,}; "
+                f"a buffer of {bucket.held_bytes:,} on the fullest rank"
+            )
+        return "\n".join(lines)
 
-def make_plan(items: Sequence[Item], world_size: int, bucket_numel: int) -> Plan:
+
+def make_plan(items: Sequence[Item], world_size: int, bucket_bytes: int) -> Plan:
     """Deal the tensors out to owners and cut the rounds.
 
     Deterministic in its arguments: ranks that describe the same model make the same plan.
@@ -77,73 +148,86 @@ def make_plan(items: Sequence[Item], world_size: int, bucket_numel: int) -> Plan
     Args:
         items: The tensors that need an owner, in parameter order.
         world_size: Ranks to deal to.
-        bucket_numel: Elements that one owner takes in one round; a larger tensor has a round of its own.
+        bucket_bytes: The most that a rank's buffer for one field of a round takes, at any number of ranks; a larger
+            tensor has a round of its own.
     """
-    held = [[numel_on(item.layout, item.shape, rank) for rank in range(world_size)] for item in items]
-    owners = dict(zip([item.index for item in items], assign_owners(items, world_size, held), strict=True))
-    queues: dict[_Kind, list[deque[Item]]] = defaultdict(lambda: [deque() for _ in range(world_size)])
+    owners = dict(zip([item.index for item in items], assign_owners(items, world_size), strict=True))
+    queues: dict[_Kind, dict[int, deque[Item]]] = defaultdict(lambda: defaultdict(deque))
     for item in items:
-        kind = (item.layout.is_replicated, item.dtype, item.device)
-        queues[kind][owners[item.index]].append(item)
+        queues[item.layout.is_replicated, item.dtype, item.device][owners[item.index]].append(item)
     buckets: list[Bucket] = []
     for (is_replicated, dtype, device), by_owner in queues.items():
-        while any(by_owner):
-            owned = tuple(_take(queue, bucket_numel) for queue in by_owner)
+        bucket_numel = bucket_bytes // dtype.itemsize
+        while by_owner:
+            # Replicated tensors come back into one buffer on every rank, sharded ones into a buffer of their owner.
+            taken = _take_shared(by_owner, bucket_numel) if is_replicated else _take_each(by_owner, bucket_numel)
+            owned = tuple(tuple(taken.get(rank, ())) for rank in range(world_size))
             buckets.append(Bucket(len(buckets), owned, is_replicated, dtype, device))
+            for owner in [owner for owner, queue in by_owner.items() if not queue]:
+                del by_owner[owner]
     return Plan(owners, tuple(buckets))
 
 
-def assign_owners(items: Sequence[Item], world_size: int, held: Sequence[Sequence[int]] = ()) -> list[int]:
-    """An owner for each item: longest first, each to the rank whose worse share (time or elements) stays smallest.
+def assign_owners(items: Sequence[Item], world_size: int) -> list[int]:
+    """An owner for each item: longest first, each to the rank whose worse share (time or elements) is smallest.
+
+    A tensor that lies (almost) whole on one rank is stepped there, since nothing then has to travel: ZeRO-1/2 and FSDP1
+    store most tensors so.
 
     Args:
         items: The tensors to deal out.
         world_size: Ranks to deal to.
-        held: Elements of each item that each rank stores. A tensor that lies (almost) whole on one rank is stepped
-            there, since nothing then has to travel: ZeRO-1/2 and FSDP1 store most tensors so.
     """
     total_cost = sum(item.cost for item in items) or 1.0
     total_numel = sum(item.shape.numel() for item in items) or 1
     shares = [(item.cost / total_cost, item.shape.numel() / total_numel) for item in items]
-    loads = [(0.0, 0.0)] * world_size
-    owners = [0] * len(items)
-    homes = [_home(item, parts) for item, parts in zip(items, held, strict=True)] if held else [None] * len(items)
-    for at in sorted(range(len(items)), key=lambda at: (homes[at] is None, -max(shares[at]), at)):
-        time, size = shares[at]
-        owner = homes[at]
-        if owner is None:
-            owner = min(
-                range(world_size), key=lambda r: (max(loads[r][0] + time, loads[r][1] + size), sum(loads[r]), r)
-            )
+    homes = [_home(item) for item in items]
+    owners = [0 if home is None else home for home in homes]
+    time, size = [0.0] * world_size, [0.0] * world_size
+    for at, home in enumerate(homes):
+        if home is not None:
+            time[home], size[home] = time[home] + shares[at][0], size[home] + shares[at][1]
+    lightest = [(max(time[rank], size[rank]), time[rank] + size[rank], rank) for rank in range(world_size)]
+    heapq.heapify(lightest)
+    for at in sorted((at for at, home in enumerate(homes) if home is None), key=lambda at: (-max(shares[at]), at)):
+        owner = lightest[0][2]
         owners[at] = owner
-        loads[owner] = (loads[owner][0] + time, loads[owner][1] + size)
+        time[owner], size[owner] = time[owner] + shares[at][0], size[owner] + shares[at][1]
+        heapq.heapreplace(lightest, (max(time[owner], size[owner]), time[owner] + size[owner], owner))
     return owners
 
 
-def _home(item: Item, held: Sequence[int]) -> int | None:
+def _home(item: Item) -> int | None:
     """The rank that stores almost all of a sharded tensor, where there is one."""
-    if item.layout.is_replicated or max(held) < HOME_SHARE * item.shape.numel():
+    if item.layout.is_replicated or not item.shape.numel():
         return None
-    return max(range(len(held)), key=lambda rank: held[rank])
+    rank = item.layout.home(item.shape)
+    return rank if item.layout.numel_on(item.shape, rank) >= HOME_SHARE * item.shape.numel() else None
 
 
-def split_sizes(bucket: Bucket, rank: int) -> tuple[list[int], list[int]]:
-    """Elements that ``rank`` sends to each owner, and receives from each holder, when a sharded bucket is gathered.
-
-    The way back is the way there, inverted: scattering uses the same two lists swapped.
-    """
-    to_owners = [sum(numel_on(item.layout, item.shape, rank) for item in items) for items in bucket.owned]
-    own = bucket.owned[rank]
-    from_holders = [
-        sum(numel_on(item.layout, item.shape, holder) for item in own) for holder in range(len(bucket.owned))
-    ]
-    return to_owners, from_holders
+def _take_each(by_owner: dict[int, deque[Item]], bucket_numel: int) -> dict[int, list[Item]]:
+    """Up to so many elements from each owner's queue; a larger tensor alone."""
+    return {owner: _take(queue, bucket_numel, bucket_numel) for owner, queue in by_owner.items()}
 
 
-def _take(queue: deque[Item], bucket_numel: int) -> tuple[Item, ...]:
-    taken: list[Item] = []
-    numel = 0
-    while queue and (not taken or numel + queue[0].shape.numel() <= bucket_numel):
+def _take_shared(by_owner: dict[int, deque[Item]], bucket_numel: int) -> dict[int, list[Item]]:
+    """Up to so many elements from all queues together, about equally many from each; a larger tensor alone."""
+    taken: dict[int, list[Item]] = {}
+    left = {owner: sum(item.shape.numel() for item in queue) for owner, queue in by_owner.items()}
+    share, room = -(-bucket_numel // len(by_owner)), bucket_numel
+    for owner in sorted(by_owner, key=lambda owner: (-left[owner], owner)):
+        if room < bucket_numel and by_owner[owner][0].shape.numel() > room:
+            continue
+        taken[owner] = _take(by_owner[owner], min(share, room), room)
+        room -= sum(item.shape.numel() for item in taken[owner])
+    return taken
+
+
+def _take(queue: deque[Item], share: int, room: int) -> list[Item]:
+    """At least one item; more while all together stay within the share."""
+    taken = [queue.popleft()]
+    numel = taken[0].shape.numel()
+    while queue and numel + queue[0].shape.numel() <= min(share, room):
         numel += queue[0].shape.numel()
         taken.append(queue.popleft())
-    return tuple(taken)
+    return taken

@@ -29,8 +29,15 @@ def runs_on_local_slices(spec: OptimizerSpec, placed: PlacedParameter, values: M
     return not rounds_by_position and spec.driver.runs_on_slices(values, placed.device)
 
 
-def refuse_misfits(spec: OptimizerSpec, members: Sequence[tuple[PlacedParameter, Mapping[str, Any]]]) -> None:
+def refuse_misfits(
+    spec: OptimizerSpec, members: Sequence[tuple[PlacedParameter, Mapping[str, Any]]], is_divided: bool
+) -> None:
     """Refuse parameters that upstream cannot step, each with the hyperparameters that it would get.
+
+    Args:
+        spec: The optimizer.
+        members: Parameters, with their hyperparameters.
+        is_divided: Whether several ranks step them.
 
     Raises:
         UnsupportedError: Naming the parameters and upstream's reason.
@@ -38,6 +45,8 @@ def refuse_misfits(spec: OptimizerSpec, members: Sequence[tuple[PlacedParameter,
     names_by_reason: dict[str, list[str]] = defaultdict(list)
     for placed, values in members:
         reason = spec.driver.why_refused(placed.shape, placed.dtype, placed.device, values)
+        if is_divided:
+            reason = reason or spec.driver.why_not_divided(placed.dtype, values)
         if reason:
             names_by_reason[reason].append(placed.fqn)
     for reason, names in names_by_reason.items():
@@ -57,8 +66,6 @@ def plan_owners(
     for index, (placed, values) in members.items():
         cost = spec.driver.step_cost(placed.shape, values)
         items.append(Item(index, placed.shape, placed.layout, placed.dtype, placed.device, cost))
-    element_size = max([item.dtype.itemsize for item in items], default=4)
     world_size = num_ranks(process_group)
     # One process has nothing to overlap: all in one round.
-    bucket_numel = bucket_bytes // element_size if world_size > 1 else 1 << 62
-    return make_plan(items, world_size, bucket_numel)
+    return make_plan(items, world_size, bucket_bytes if world_size > 1 else 1 << 62)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,12 @@ from dist_optim.inside_backward.ddp import why_not_this_ddp
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.registry import OptimizerSpec, Trait
+from dist_optim.stepping.optimizer import InsideBackward
 
-if TYPE_CHECKING:
-    from dist_optim.inside_backward.handle import FusedBackward
+__all__ = ["MARK", "guard_clipping", "marked_by", "why_not_fused"]
 
-__all__ = ["MARK", "fused_backward_of", "guard_clipping", "why_not_fused"]
+MARK = "_dist_optim_fused"
+"""Attribute of a parameter that is updated inside backward: a weak reference to what does it."""
 
 
 def why_not_fused(
@@ -59,14 +60,10 @@ def why_not_fused(
     )
 
 
-MARK = "_dist_optim_fused"
-"""Attribute of a parameter that is updated inside backward: a weak reference to its ``FusedBackward``."""
-
-
-def fused_backward_of(parameter: Tensor) -> FusedBackward | None:
+def marked_by(parameter: Tensor) -> InsideBackward | None:
     """What updates this parameter inside backward, if anything does."""
-    fused: FusedBackward | None = getattr(parameter, MARK, lambda: None)()
-    return fused
+    found: InsideBackward | None = getattr(parameter, MARK, lambda: None)()
+    return found
 
 
 def guard_clipping() -> None:
@@ -88,7 +85,7 @@ def _guarded(clip: Callable[..., Any]) -> Callable[..., Any]:
     def clip_or_refuse(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         for parameter in given:
-            fused = fused_backward_of(parameter)
+            fused = marked_by(parameter)
             if fused is not None:
                 raise UnsupportedError(fused.why_no_clipping())
         return clip(given, *args, **kwargs)

@@ -15,17 +15,17 @@ the model under FSDP2, as FSDP2's own collectives demand; under DDP they need no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.errors import UnsupportedError, WrongModeError
+from dist_optim.errors import DistOptimError, UnsupportedError, WrongModeError
 from dist_optim.inside_backward.ddp import BucketReduction, retire_reducer
-from dist_optim.inside_backward.guards import MARK, fused_backward_of, guard_clipping
-from dist_optim.inside_backward.step import PartialStep
+from dist_optim.inside_backward.guards import MARK, guard_clipping, marked_by
 from dist_optim.layouts.detect import PlacedParameter, local_of
+from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 
 __all__ = ["FusedBackward", "Shards", "install"]
@@ -88,16 +88,18 @@ class FusedBackward:
         self._shards = shards or Shards()
         trained = [index for index, placed in enumerate(self._placed) if placed.parameter.requires_grad]
         self._refuse_leftovers()
-        self._steps = PartialStep(optimizer)
+        self._steps = optimizer.training_step
         self._has_begun = False
         self._is_measuring = False
         self._seen: set[int] = set()
         self._removers: list[Callable[[], None]] = []
-        self._source: _Queue | BucketReduction = _Queue(self._steps.travels, self._placed, bucket_bytes, self._deliver)
+        held = optimizer.holdings
+        travelling = set(held.plan.owners) if num_ranks(held.process_group) > 1 else set()
+        deliver = _weakly(self._deliver)
+        self._source: _Queue | BucketReduction = _Queue(travelling, self._placed, bucket_bytes, deliver)
         if isinstance(model, DistributedDataParallel):
             self._removers.append(retire_reducer(model))
-            group = optimizer.process_group
-            self._source = BucketReduction(self._placed, trained, group, bucket_bytes, self._deliver)
+            self._source = BucketReduction(self._placed, trained, held.process_group, bucket_bytes, deliver)
         self._removers += [self._watch(index) for index in trained]
         guard_clipping()
 
@@ -125,7 +127,7 @@ class FusedBackward:
     def _watch(self, index: int) -> Callable[[], None]:
         """Hooks hold this object weakly: when its optimizer is gone, they do nothing."""
         parameter, own = self._shards.parameter(self._placed[index]), weakref.ref(self)
-        if fused_backward_of(parameter) is not None:
+        if marked_by(parameter) is not None:
             raise WrongModeError(
                 f"{self._placed[index].fqn!r} is already updated inside backward by another optimizer. Call "
                 "optimizer.inside_backward.remove() of that one first."
@@ -168,7 +170,7 @@ class FusedBackward:
     def _begin(self) -> None:
         """At the first gradient of a training step."""
         if not self._has_begun:
-            self._steps.begin()
+            self._steps.begin(before_backward=True)
             self._has_begun = True
         if self._steps.lacks_total_norm and not self._is_measuring:
             raise WrongModeError(
@@ -201,34 +203,45 @@ class FusedBackward:
         finally:
             self._is_measuring = False
         self._seen.clear()
-        return self._steps.finish_measuring()
+        total = self._steps.total()
+        self._steps.clip_updates_by(total)
+        return total
 
-    def finish_step(self) -> None:
+    def finish_step(self, problem: DistOptimError | None) -> None:
         """End the training step. Collective.
 
+        Args:
+            problem: What this rank found wrong with the model: all ranks raise it.
+
         Raises:
-            WrongModeError: A gradient was put in place by other means than backward, or hyperparameters were changed
-                between backward and here.
-            StepFailedError: Upstream's step failed on another rank in the step before.
+            WrongModeError: On all ranks: a gradient was put in place by other means than backward, or hyperparameters
+                were changed between backward and here.
+            StepFailedError: On all ranks: upstream's step failed on one.
         """
-        stored = next((placed.fqn for placed in self._placed if placed.parameter.grad is not None), None)
-        if stored is not None:
-            raise WrongModeError(
-                f"{self._name}: {stored!r} has a stored gradient at step(), but this optimizer updates inside "
-                "backward. It was set by hand, or the parameter was frozen when the optimizer was built. Build the "
-                "optimizer after unfreezing, or with fused_backward=False."
-            )
         if not self._has_begun:
-            self._steps.begin()
+            self._steps.begin(before_backward=True)
         self._source.flush()
         self._shards.end_backward()
-        self._steps.finish()
-        if isinstance(self._source, BucketReduction):
-            self._source.learn_order()
+        problem = problem or self._stored()
+        if problem is not None:
+            self._steps.agreement.note(problem)
         self._has_begun = False
         self._seen.clear()
+        self._steps.end()
+        if isinstance(self._source, BucketReduction):
+            self._source.learn_order()
 
     # Refusals -----------------------------------------------------------------------------------------------------
+
+    def _stored(self) -> WrongModeError | None:
+        stored = next((placed.fqn for placed in self._placed if placed.parameter.grad is not None), None)
+        if stored is None:
+            return None
+        return WrongModeError(
+            f"{self._name}: {stored!r} has a stored gradient at step(), but this optimizer updates inside backward. It "
+            "was set by hand, or the parameter was frozen when the optimizer was built. Build the optimizer after "
+            "unfreezing, or with fused_backward=False."
+        )
 
     def _refuse_leftovers(self) -> None:
         for placed in self._placed:
@@ -256,17 +269,29 @@ class FusedBackward:
         )
 
 
+def _weakly(deliver: Callable[[Mapping[int, Tensor]], None]) -> Callable[[Mapping[int, Tensor]], None]:
+    """Where gradients come from does not keep alive where they go to: that one goes when its optimizer does."""
+    method = weakref.WeakMethod(deliver)
+
+    def deliver_weakly(gradients: Mapping[int, Tensor]) -> None:
+        living = method()
+        if living is not None:
+            living(gradients)
+
+    return deliver_weakly
+
+
 class _Queue:
     """Gradients that are reduced already: each is handed on at once, or waits for others to travel to owners with."""
 
     def __init__(
         self,
-        travels: Callable[[int], bool],
+        travelling: Collection[int],
         placed: Sequence[PlacedParameter],
         bucket_bytes: int,
         deliver: Callable[[Mapping[int, Tensor]], None],
     ) -> None:
-        self._travels = travels
+        self._travelling = travelling
         self._placed = placed
         self._bucket_bytes = bucket_bytes
         self._deliver = deliver
@@ -275,7 +300,7 @@ class _Queue:
 
     def ready(self, index: int, gradient: Tensor) -> None:
         """Take a gradient."""
-        if not self._travels(index):
+        if index not in self._travelling:
             self._deliver({index: gradient})
             return
         # Counted in full tensors, equal on all ranks: so all of them empty the queue at the same parameter.

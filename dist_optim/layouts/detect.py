@@ -66,6 +66,9 @@ def local_of(tensor: Tensor) -> Tensor:
 def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> dict[str, PlacedParameter]:
     """Read the layout of every parameter of a placed and wrapped model; tied parameters appear once.
 
+    What an engine left gathered, after an evaluation say, is resharded first: it would show other tensors, in another
+    dtype, and hide what is written to the shards.
+
     Args:
         model: As it will be trained: on its device, wrapped by its engine.
         process_group: The ranks that replicate plain parameters; the default group when None.
@@ -74,6 +77,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
         UnsupportedLayoutError: A parameter is sharded in a way that cannot be served.
     """
     _refuse_unserved_wrappers(model)
+    reshard(model)
     flat_places = places_by_parameter(model)
     placed: dict[str, PlacedParameter] = {}
     for name, parameter in named_parameters(model):

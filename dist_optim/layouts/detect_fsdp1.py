@@ -82,10 +82,10 @@ def _places_of_unit(handle: Any) -> Iterator[tuple[int, FlatPlace]]:
         if not handle.uses_sharded_strategy:
             yield id(parameter), FlatPlace(shape, Replicated(), group)
             continue
-        numel = shape.numel()
-        bounds = tuple(min(max(r * chunk - start, 0), numel) for r in range(world_size)) + (numel,)
-        _check_own_range(flat._shard_param_infos[at], bounds[rank], bounds[rank + 1], flat._fqns[at])
-        yield id(parameter), FlatPlace(shape, FlatRange(bounds), group)
+        layout = FlatRange.cut(shape.numel(), chunk, world_size, start)
+        own_start, own_end = layout.bounds[rank : rank + 2]
+        _check_own_range(flat._shard_param_infos[at], own_start, own_end, flat._fqns[at])
+        yield id(parameter), FlatPlace(shape, layout, group)
 
 
 def _check_own_range(info: Any, start: int, end: int, name: str) -> None:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
-from dist_optim.ranks.agreement import gather_objects, own_rank, raise_together, reachable_devices
+from dist_optim.ranks.agreement import gather_objects, host_group, own_rank, reachable_devices
+from dist_optim.ranks.together import raise_together
 
 __all__ = [
     "Call",
     "ParamSlice",
     "check_slices",
     "logical_shape",
-    "push_weights",
     "read_calls",
     "with_reachable_groups",
     "wrapper_kind",
@@ -133,18 +133,17 @@ def with_reachable_groups(calls: Sequence[Call]) -> list[Call]:
 
     Offloaded slices are in the host's memory, out of reach of NCCL: gloo moves them, between the same ranks.
     """
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    return [Call({name: _within_reach(part, made) for name, part in call.slices.items()}) for call in calls]
+    return [
+        Call({name: replace(part, process_group=_reaching(part)) for name, part in call.slices.items()})
+        for call in calls
+    ]
 
 
-def _within_reach(part: ParamSlice, made: dict[tuple[int, ...], dist.ProcessGroup]) -> ParamSlice:
+def _reaching(part: ParamSlice) -> dist.ProcessGroup | None:
     group = part.process_group
     if group is None or part.live.device.type in reachable_devices(group):
-        return part
-    ranks = tuple(dist.get_process_group_ranks(group))
-    if ranks not in made:
-        made[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-    return replace(part, process_group=made[ranks])
+        return group
+    return host_group(group)
 
 
 def check_slices(calls: Sequence[Call], process_group: dist.ProcessGroup | None) -> None:
@@ -172,23 +171,6 @@ def check_slices(calls: Sequence[Call], process_group: dist.ProcessGroup | None)
     raise_together(error, process_group)
 
 
-def push_weights(engine: Any) -> None:
-    """Copy the optimizer's weights into the model, outside a step. Collective on all ranks."""
-    wrapper, kind = engine.optimizer, wrapper_kind(engine)
-    if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
-        wrapper.update_lp_params()
-    elif kind == "FP16_UnfusedOptimizer":
-        for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-            for master, copy in zip(masters, copies, strict=True):
-                copy.data.copy_(master.data)
-    elif kind == "DeepSpeedZeroOptimizer_Stage3":
-        wrapper._partition_all_parameters()  # full copies that a forward pass left would hide the new weights
-        for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
-            wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if wrapper.persistent_parameters:
-            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
-
-
 def _whole_tensors(groups: Sequence[NamedParameters], live_groups: Sequence[Sequence[Tensor]]) -> Call:
     """Stage 0: the optimizer sees the parameters themselves, or fp32 copies of the same shapes in the same order."""
     slices = {}
@@ -214,14 +196,13 @@ def _cut_evenly(
     slices = {}
     for name, parameter in members:
         begin = (parameter.data_ptr() - model_flat.data_ptr()) // model_flat.element_size()
-        numel = parameter.numel()
-        bounds = tuple(min(max(r * size - begin, 0), numel) for r in range(world_size)) + (numel,)
-        start, end = bounds[rank], bounds[rank + 1]
+        layout = FlatRange.cut(parameter.numel(), size, world_size, begin)
+        start, end = layout.bounds[rank : rank + 2]
         offset = begin + start - rank * size if end > start else 0
         slices[name] = ParamSlice(
             name,
             parameter.shape,
-            FlatRange(bounds),
+            layout,
             process_group,
             partition,
             offset,
@@ -238,12 +219,12 @@ def _cut_each(groups: Sequence[Sequence[tuple[str, Any]]], wrapper: Any) -> list
         sub_group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
         process_group, numel = parameter.ds_process_group, parameter.ds_numel
         rank, world_size = own_rank(process_group), dist.get_world_size(process_group)
-        bounds = tuple(min(r * size, numel) for r in range(world_size)) + (numel,)
-        own = bounds[rank + 1] - bounds[rank]
+        layout = FlatRange.cut(numel, size, world_size)
+        own = layout.numel_on(torch.Size([numel]), rank)
         slices[sub_group][name] = ParamSlice(
             name,
             torch.Size(parameter.ds_shape),
-            FlatRange(bounds),
+            layout,
             process_group,
             wrapper.fp32_partitioned_groups_flat[sub_group],
             offset,

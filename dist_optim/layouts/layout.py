@@ -1,19 +1,21 @@
 """Which part of a full parameter each rank holds: frozen arithmetic, testable in one process.
 
 A layout answers one question, ``view_of(full, rank)``: the view of the full tensor that this rank stores. Packing reads
-through it, unpacking writes through it, tests cut their references with it, and on a meta tensor it gives split sizes.
+through it, unpacking writes through it, tests cut their references with it. ``numel_on`` and ``home`` answer from the
+shape alone what planners ask of thousands of ranks: how many elements a rank stores, and who stores most of a tensor.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Box", "DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "boxes_on", "numel_on"]
+__all__ = ["Box", "DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "boxes_on"]
 
 
 class Box(NamedTuple):
@@ -35,6 +37,14 @@ class Layout(Protocol):
         """The view of ``full`` that ``rank`` stores; may be empty."""
         ...
 
+    def numel_on(self, shape: torch.Size, rank: int) -> int:
+        """Elements of a tensor of this shape that ``rank`` stores."""
+        ...
+
+    def home(self, shape: torch.Size) -> int:
+        """The rank that stores the middle of the tensor: whoever stores more than half of it, if anybody does."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
@@ -46,6 +56,12 @@ class Replicated:
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         return full
+
+    def numel_on(self, shape: torch.Size, rank: int) -> int:
+        return shape.numel()
+
+    def home(self, shape: torch.Size) -> int:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +76,24 @@ class DimShard:
         return False
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
-        size = full.size(self.dim)
-        per_rank = -(-size // self.world_size)  # ceil, as torch.chunk does
+        start, length = self._rows(full.size(self.dim), rank)
+        return full.narrow(self.dim, start, length)
+
+    def numel_on(self, shape: torch.Size, rank: int) -> int:
+        size = shape[self.dim]
+        return shape.numel() // size * self._rows(size, rank)[1] if size else 0
+
+    def home(self, shape: torch.Size) -> int:
+        size = shape[self.dim]
+        return size // 2 // self._per_rank(size) if size else 0
+
+    def _per_rank(self, size: int) -> int:
+        return -(-size // self.world_size)  # ceil, as torch.chunk does
+
+    def _rows(self, size: int, rank: int) -> tuple[int, int]:
+        per_rank = self._per_rank(size)
         start = min(rank * per_rank, size)
-        return full.narrow(self.dim, start, min(per_rank, size - start))
+        return start, min(per_rank, size - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +102,26 @@ class FlatRange:
 
     bounds: tuple[int, ...]
 
+    @classmethod
+    def cut(cls, numel: int, chunk: int, world_size: int, start: int = 0) -> FlatRange:
+        """The ranges of a tensor that begins at ``start`` of a buffer which is cut into chunks of equal size."""
+        first, last = min(-(-start // chunk), world_size), min((start + numel) // chunk + 1, world_size)
+        inside = (r * chunk - start for r in range(first, last))
+        # Most ranks of many lie before the tensor or behind it: they are not computed one by one.
+        return cls((*(0,) * first, *(min(bound, numel) for bound in inside), *(numel,) * (world_size + 1 - last)))
+
     @property
     def is_replicated(self) -> bool:
         return False
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         return full.view(-1)[self.bounds[rank] : self.bounds[rank + 1]]
+
+    def numel_on(self, shape: torch.Size, rank: int) -> int:
+        return self.bounds[rank + 1] - self.bounds[rank]
+
+    def home(self, shape: torch.Size) -> int:
+        return min(bisect_right(self.bounds, shape.numel() // 2), len(self.bounds) - 1) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +135,11 @@ class Elsewhere:
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         return full.view(-1)[:0]
 
+    def numel_on(self, shape: torch.Size, rank: int) -> int:
+        return 0
 
-def numel_on(layout: Layout, shape: torch.Size, rank: int) -> int:
-    """Elements of a tensor of this shape that ``rank`` holds."""
-    return layout.view_of(torch.empty(shape, device="meta"), rank).numel()
+    def home(self, shape: torch.Size) -> int:
+        return 0
 
 
 def boxes_on(layout: Layout, shape: torch.Size, rank: int) -> list[Box]:

@@ -69,6 +69,9 @@ class GrokAdamWDriver(UpstreamDriver):
         on_host = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
         _group_of(optimizer, parameter).setdefault("state", {})[parameter] = on_host
 
+    def clear_state(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        _group_of(optimizer, parameter).get("state", {}).pop(parameter, None)
+
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> ParamGroup:
     return next(group for group in optimizer.param_groups if any(own is parameter for own in group["params"]))

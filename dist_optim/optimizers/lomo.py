@@ -1,7 +1,7 @@
 """LOMO and AdaLomo, written from their papers, with the arithmetic of lomo-optim to the bit.
 
 lomo-optim's classes take a whole model, read one rate for all of it, and step inside hooks that walk over every
-parameter. These are ordinary optimizers: param groups, ``step()``, state in ``state``. ``dist_optim.inside_backward.handle``
+parameter. These are ordinary optimizers: param groups, ``step()``, state in ``state``. ``dist_optim.inside_backward``
 steps them inside backward.
 """
 

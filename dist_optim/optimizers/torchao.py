@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import StateDictError
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
-from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.driver import UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
@@ -48,7 +47,10 @@ class TorchAODriver(UpstreamDriver):
                 "torchao (0.18) cannot take the maximum of quantized moments, and fails in the first step. "
                 "Pass amsgrad=False, or choose adamw_torch."
             )
-        if values["bf16_stochastic_round"] and dtype is torch.bfloat16 and num_ranks() > 1:
+        return ""
+
+    def why_not_divided(self, dtype: torch.dtype, values: Mapping[str, Any]) -> str:
+        if values["bf16_stochastic_round"] and dtype is torch.bfloat16:
             return (
                 "bf16_stochastic_round=True rounds with numbers from the process's random generator. Ranks that step "
                 "different parameters draw other numbers than one process does, so the run would not be the upstream "

@@ -1,4 +1,4 @@
-"""What ranks agree on before they act: errors raised together, plans compared, gradient presence.
+"""What ranks agree on before they act: values gathered and compared, bits combined.
 
 Every function here is a collective of the given process group: all its ranks call it, in the same order. Without an
 initialised process group the caller is alone, and each is a local operation.
@@ -6,6 +6,7 @@ initialised process group the caller is alone, and each is a local operation.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.errors import DistOptimError, RanksDisagreeError
+from dist_optim.errors import RanksDisagreeError
 
 __all__ = [
-    "agree_on_presence",
+    "agree_on_bits",
     "assert_ranks_equal",
     "gather_objects",
+    "host_group",
     "num_ranks",
     "own_rank",
-    "raise_together",
     "reachable_devices",
 ]
 
@@ -52,29 +53,20 @@ def gather_objects(value: Any, process_group: ProcessGroup | None = None) -> lis
     return gathered
 
 
-def raise_together(error: DistOptimError | None, process_group: ProcessGroup | None = None) -> None:
-    """Raise on every rank when any rank has an error, so that none goes on into a collective alone.
-
-    The rank that has an error raises its own; the others raise the first one, with the rank it came from.
-    """
-    messages = gather_objects(None if error is None else (type(error), str(error)), process_group)
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            error_type, text = message
-            raise error_type(f"[from rank {rank}] {text}")
-
-
 def assert_ranks_equal(
     what: str, items: Sequence[tuple[str, Any]], remedy: str, process_group: ProcessGroup | None = None
 ) -> None:
-    """Compare named values over the ranks.
+    """Compare named values over the ranks: by a digest, and by their texts only where that differs. Collective.
 
     Raises:
         RanksDisagreeError: On all ranks, naming the first item that differs, two ranks and both their values.
     """
-    listings = gather_objects([(name, repr(value)) for name, value in items], process_group)
+    if num_ranks(process_group) == 1:
+        return
+    listing = [(name, repr(value)) for name, value in items]
+    if _are_equal(zlib.crc32(repr(listing).encode()), process_group):
+        return
+    listings = gather_objects(listing, process_group)
     for rank, listing in enumerate(listings):
         if listing == listings[0]:
             continue
@@ -89,22 +81,48 @@ def assert_ranks_equal(
         )
 
 
-def agree_on_presence(
-    has: Sequence[bool], lacks: Sequence[bool], device: torch.device, process_group: ProcessGroup | None = None
+def _are_equal(number: int, process_group: ProcessGroup | None) -> bool:
+    """Whether every rank gave the same number, which is not negative."""
+    both = torch.tensor([number, -number], dtype=torch.int64)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=host_group(process_group))
+    largest, minus_smallest = both.tolist()
+    return bool(largest == -minus_smallest)
+
+
+def agree_on_bits(
+    has: Sequence[bool], lacks: Sequence[bool], process_group: ProcessGroup | None = None
 ) -> tuple[list[bool], list[bool]]:
     """Which entries any rank has, and which some rank lacks: one small all-reduce.
 
     Args:
         has: This rank's entries, in the same order on every rank.
         lacks: Entries that this rank should have and has not.
-        device: Where the process group communicates.
+        process_group: One that communicates in the host's memory.
 
     Returns:
         ``(any_has, any_lacks)``, each as long as ``has``.
     """
-    if num_ranks(process_group) == 1:
-        return list(has), list(lacks)
-    bits: Tensor = torch.tensor([has, lacks], dtype=torch.uint8, device=device)
+    bits: Tensor = torch.tensor([has, lacks], dtype=torch.uint8)
     dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=process_group)
     any_has, any_lacks = bits.bool().tolist()
     return any_has, any_lacks
+
+
+_host_groups: dict[tuple[int, ...], ProcessGroup] = {}
+
+
+def host_group(process_group: ProcessGroup | None = None) -> ProcessGroup | None:
+    """A group of the same ranks that communicates in the host's memory.
+
+    Collective where one has to be made: once for the same ranks in a job. What it carries does not wait for an
+    accelerator, and finds parameters that were offloaded.
+
+    Args:
+        process_group: The ranks; the default group when None.
+    """
+    if num_ranks(process_group) == 1 or "cpu" in reachable_devices(process_group):
+        return process_group
+    ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
+    if ranks not in _host_groups:
+        _host_groups[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+    return _host_groups[ranks]

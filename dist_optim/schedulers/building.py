@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_optim.errors import DistOptimError, ScheduleError
-from dist_optim.ranks.agreement import num_ranks, own_rank, raise_together
+from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.ranks.together import raise_together
 from dist_optim.schedulers.limits import complete_options, refuse_immovable, refuse_other_mode
 from dist_optim.schedulers.names import Recipe, resolve_schedule, takes_metric
 from dist_optim.schedulers.shared import MetricScheduler
@@ -65,7 +66,7 @@ def build_scheduler(
         MissingPackageError: The name is one of transformers', which is not installed.
     """
     inner = inner_optimizer(optimizer)
-    group = process_group if process_group is not None else getattr(inner, "all_ranks", None)
+    group = process_group if process_group is not None else getattr(getattr(inner, "holdings", None), "all_ranks", None)
     decision_options = {
         "greater_is_better": greater_is_better,
         "metric_from_rank": metric_from_rank,

@@ -18,7 +18,8 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_optim.errors import DistOptimError, RanksDisagreeError, ScheduleError, StateDictError
-from dist_optim.ranks.agreement import assert_ranks_equal, gather_objects, own_rank, raise_together
+from dist_optim.ranks.agreement import assert_ranks_equal, gather_objects, own_rank
+from dist_optim.ranks.together import raise_together
 from dist_optim.schedulers.decisions import DecisionLog, Row, describe_decision, make_row
 from dist_optim.schedulers.limits import learning_rates, set_learning_rates
 from dist_optim.schedulers.metric import Contribution, Reduced, read_metric, reduce_metric

@@ -48,6 +48,10 @@ class UpstreamDriver:
         """Why upstream cannot step a tensor like this one, and what to do; empty when it can. Asked before step 1."""
         return ""
 
+    def why_not_divided(self, dtype: torch.dtype, values: Mapping[str, Any]) -> str:
+        """Why tensors of this dtype cannot be stepped on different ranks, and what to do; empty where they can."""
+        return ""
+
     def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
         """Hyperparameters that the user gave to single parameters by upstream's own means, by ``id(parameter)``."""
         return {}
@@ -79,6 +83,10 @@ class UpstreamDriver:
         It goes around ``Optimizer.load_state_dict``, which casts fp32 state of a bf16 parameter to bf16.
         """
         optimizer.state[parameter] = state
+
+    def clear_state(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        """Leave the parameter without state, as before its first step."""
+        optimizer.state.pop(parameter, None)
 
     def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Upstream's state of one parameter as a flat dict of plain tensors, numbers, strings and None."""

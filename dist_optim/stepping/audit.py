@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.registry import Trait
-
-if TYPE_CHECKING:
-    from dist_optim.stepping.optimizer import DistributedOptimizer
+from dist_optim.stepping.holdings import Holdings
 
 __all__ = ["route_audit"]
 
 MAX_SHAPES = 6
 
 
-def route_audit(optimizer: DistributedOptimizer) -> str:
+def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
     """One line a param group (algorithm, tensors, elements, bytes, logical shapes), then each owner's share."""
-    world_size = max(1, len(optimizer.plan.buckets[0].owned)) if optimizer.plan.buckets else 1
-    lines = [f"dist_optim: {optimizer.spec.name} on {world_size} rank{'s' if world_size > 1 else ''}"]
-    matrix_keys = set(optimizer.spec.in_scope(Scope.MATRIX))
-    placed = iter(optimizer.placed_parameters())
-    for number, group in enumerate(optimizer.param_groups):
+    world_size = max(1, len(held.plan.buckets[0].owned)) if held.plan.buckets else 1
+    lines = [f"dist_optim: {held.spec.name} on {world_size} rank{'s' if world_size > 1 else ''}"]
+    matrix_keys = set(held.spec.in_scope(Scope.MATRIX))
+    placed = iter(held.placed)
+    for number, group in enumerate(held.groups):
         members = [next(placed) for _ in group["params"]]
         trained = [member for member in members if member.parameter.requires_grad]
         route = f"low rank {group['rank']}" if matrix_keys and "rank" in group else "full rank"
@@ -34,10 +32,10 @@ def route_audit(optimizer: DistributedOptimizer) -> str:
         )
         if len(trained) < len(members):
             lines[-1] += f"; {len(members) - len(trained)} frozen"
-    lines += _owner_lines(optimizer)
-    if optimizer.inside_backward is not None:
+    lines += _owner_lines(held)
+    if is_inside_backward:
         lines.append("  updates are made inside backward: each gradient is freed when it is applied")
-    elif Trait.FUSED_BACKWARD in optimizer.spec.traits:
+    elif Trait.FUSED_BACKWARD in held.spec.traits:
         lines.append("  gradients are stored until step(), as for other optimizers")
     return "\n".join(lines)
 
@@ -56,24 +54,22 @@ def _describe(members: Sequence[PlacedParameter]) -> str:
     return f"{len(members)} tensors, {numel:,} elements, {format_bytes(nbytes)} ({listing}{more})"
 
 
-def _owner_lines(optimizer: DistributedOptimizer) -> list[str]:
+def _owner_lines(held: Holdings) -> list[str]:
     owned: Counter[int] = Counter()
     tensors: Counter[int] = Counter()
-    placed = optimizer.placed_parameters()
-    for index, owner in optimizer.plan.owners.items():
+    placed = held.placed
+    for index, owner in held.plan.owners.items():
         owned[owner] += placed[index].shape.numel()
         tensors[owner] += 1
     total = sum(owned.values())
     lines = []
-    if total and len(optimizer.plan.buckets[0].owned) > 1:
+    if total and len(held.plan.buckets[0].owned) > 1:
         shares = (f"rank {r} {tensors[r]} tensors, {owned[r] / total:.1%}" for r in sorted(owned))
-        lines.append(f"  stepped whole by their owners, in {len(optimizer.plan.buckets)} rounds: {'; '.join(shares)}")
-    if optimizer.num_replicas > 1:
-        lines.append(
-            f"  the {optimizer.num_replicas} replicas of the shards all step the same: repeated work, no traffic"
-        )
+        lines.append(f"  stepped whole by their owners, in {len(held.plan.buckets)} rounds: {'; '.join(shares)}")
+    if held.num_replicas > 1:
+        lines.append(f"  the {held.num_replicas} replicas of the shards all step the same: repeated work, no traffic")
     trainable = [p for p in placed if p.parameter.requires_grad]
-    local = [p for i, p in enumerate(placed) if p.parameter.requires_grad and i not in optimizer.plan.owners]
+    local = [p for i, p in enumerate(placed) if p.parameter.requires_grad and i not in held.plan.owners]
     if local:
         lines.append(f"  stepped on local slices: {len(local)} of {len(trainable)} tensors")
     return lines

@@ -1,39 +1,34 @@
 """``DistributedOptimizer``: any upstream optimizer, with its one-process trajectory, on sharded parameters.
 
-A step reads as the idea does. Elementwise groups run upstream on the local slices. For everything else, bucket by
-bucket: full tensors to their owners, the upstream step there, updated tensors back to the ranks that hold them.
+A step reads as the idea does (``stepping.step``). Elementwise groups run upstream on the local slices. For everything
+else, round by round: full tensors to their owners, the upstream step there, updated tensors back to who holds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dist_optim.errors import UnsupportedError, WrongModeError
-from dist_optim.exchange.ddp_hook import OwnerReduction
-from dist_optim.exchange.norms import clip_gradients, norm_in_fp32, total_norm
-from dist_optim.exchange.plan import Bucket
+from dist_optim.errors import DistOptimError, UnsupportedError
+from dist_optim.exchange.norms import norm_as_clipping
+from dist_optim.exchange.plan import Plan
 from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
-from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
-from dist_optim.ranks.failures import FailureNotice
-from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait
-from dist_optim.stepping import rank_state as state_dicts
-from dist_optim.stepping.audit import route_audit
-from dist_optim.stepping.presence import agree_on_gradients, assert_gradients_reduced, hyperparameters_of
-from dist_optim.stepping.sentinel import compare_ranks
-from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
+from dist_optim.stepping import audit, rank_state
+from dist_optim.stepping.holdings import Holdings, Progress
+from dist_optim.stepping.presence import StepAgreement
+from dist_optim.stepping.step import TrainingStep
+from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["DistributedOptimizer"]
 
@@ -41,9 +36,9 @@ DEFAULT_BUCKET_BYTES = 64 << 20
 
 
 class InsideBackward(Protocol):
-    """Takes the updates over from ``step``: see ``dist_optim.inside_backward.handle``."""
+    """Takes the updates over from ``step``: see ``dist_optim.inside_backward``."""
 
-    def finish_step(self) -> None:
+    def finish_step(self, problem: DistOptimError | None) -> None:
         """End a training step whose updates backward has made. Collective."""
 
     def backward(self, loss: Tensor) -> Tensor | None:
@@ -56,6 +51,16 @@ class InsideBackward(Protocol):
         """Store gradients again, and update from them in ``step``."""
 
 
+class ModelSide(Protocol):
+    """The model that an optimizer was built on, as far as a step needs it."""
+
+    def reshard(self) -> None:
+        """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
+
+    def problem(self, groups: Sequence[ParamGroup]) -> DistOptimError | None:
+        """Why these groups are no longer what the model trains; None where they are. Local."""
+
+
 class DistributedOptimizer(Optimizer):
     """An unmodified upstream optimizer over a placed model; made by ``dist_optim.build_optimizer``.
 
@@ -63,7 +68,7 @@ class DistributedOptimizer(Optimizer):
     one process. Each rank holds the optimizer state of what it owns, about ``total / world_size``.
 
     ``param_groups`` hold the model's own parameters and every hyperparameter: changing ``lr`` (or another one that
-    upstream keeps per group) takes effect at the next step. Collective on all ranks of the process group: ``step``,
+    upstream keeps per group) takes effect at the next step. Collective on all ranks that train the model: ``step``,
     and ``train`` and ``eval`` of optimizers that swap weights.
 
     Args:
@@ -71,12 +76,11 @@ class DistributedOptimizer(Optimizer):
         groups: Param groups; ``params`` lists the ``PlacedParameter`` of the group.
         arguments: Constructor keywords for upstream.
         process_group: The ranks that share the work; the default group when None.
-        resident_parameters: Owners keep a copy of the full parameters that they own. Saves a third of the traffic of
-            sharded layouts and costs ``parameters / world_size`` of memory.
-        bucket_bytes: Bytes of parameters that one owner takes in one round.
+        bucket_bytes: The most that a rank's buffer for one field of a round takes.
         check_ranks_every: Steps between two comparisons of what ranks should hold alike; 0 for none.
         all_ranks: All ranks that train the model: also the replicas of a shard group (HSDP).
-        reshard: Frees the full copies of sharded parameters that the engine may have left after a forward pass.
+        model_side: The model; None for an engine that looks after it itself.
+        agreement: What all ranks agree on around a step; one that is shared where an engine steps a model in parts.
     """
 
     def __init__(
@@ -86,80 +90,60 @@ class DistributedOptimizer(Optimizer):
         arguments: Mapping[str, Any],
         *,
         process_group: dist.ProcessGroup | None = None,
-        resident_parameters: bool = False,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         check_ranks_every: int = 0,
         all_ranks: dist.ProcessGroup | None = None,
-        reshard: Callable[[], None] = lambda: None,
+        model_side: ModelSide | None = None,
+        agreement: StepAgreement | None = None,
     ) -> None:
         self.spec = spec
-        self.process_group = process_group
-        self.num_steps = 0
-        self._resident = resident_parameters
-        self.mode = "train"
-        self._check_ranks_every = check_ranks_every
-        self._all_ranks = all_ranks
-        self._reshard = reshard
-        # One entry a parameter, in group order: the position that everything below counts by.
-        self._placed: list[PlacedParameter] = [placed for group in groups for placed in group["params"]]
+        self.inside_backward: InsideBackward | None = None  # set by inside_backward.install
+        self._model_side = model_side
+        self._is_built = False
+        # One entry a parameter, in group order: the index that everything below counts by.
+        placed = tuple(one for group in groups for one in group["params"])
         values = [{**arguments, **_without_params(group)} for group in groups for _ in group["params"]]
-        members = {
-            index: (placed, own)
-            for index, (placed, own) in enumerate(zip(self._placed, values, strict=True))
-            if placed.parameter.requires_grad
-        }
-        refuse_misfits(spec, list(members.values()))
-        self.needs_total_norm = spec.driver.needs_total_norm(arguments)
-        if self.needs_total_norm and any(isinstance(placed.layout, Elsewhere) for placed in self._placed):
+        members = {index: (one, values[index]) for index, one in enumerate(placed) if one.parameter.requires_grad}
+        refuse_misfits(spec, list(members.values()), is_divided=num_ranks(all_ranks) > 1)
+        if spec.driver.needs_total_norm(arguments) and any(isinstance(one.layout, Elsewhere) for one in placed):
             raise UnsupportedError(
                 f"{spec.name}: clip_grad_norm needs all gradients at once, and the engine steps one part of them after "
                 'another. Let the engine clip ("gradient_clipping" in DeepSpeed\'s configuration).'
             )
-        self._trainable = set(members)
         here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
-        self._local_indices = [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
-        owned = {index: member for index, member in here.items() if index not in self._local_indices}
-        self.plan = plan_owners(spec, owned, bucket_bytes, process_group)
-        self.local_instance: UpstreamInstance | None = None
-        self._instances: list[UpstreamInstance] = []
-        self._build_instances(groups, arguments)
-        constructor_only = set(spec.in_scope(Scope.CONSTRUCTOR))
-        self.pushed_keys = {record.name for record in spec.records()} - constructor_only
-        self._fixed = [_without_params(group) for group in self._any_instance().optimizer.param_groups]
+        slices = [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
+        owned = {index: member for index, member in here.items() if index not in slices}
+        plan = plan_owners(spec, owned, bucket_bytes, process_group)
+        local, owners = _build_instances(spec, groups, arguments, placed, slices, plan, own_rank(process_group))
+        first = local or owners[0]
+        self._fixed = [_without_params(group) for group in first.optimizer.param_groups]
         outer = [
-            {**values, "params": [placed.parameter for placed in group["params"]]}
-            for values, group in zip(self._fixed, groups, strict=True)
+            {**own, "params": [one.parameter for one in group["params"]]}
+            for own, group in zip(self._fixed, groups, strict=True)
         ]
-        self._is_built = False
-        super().__init__(outer, self._any_instance().optimizer.defaults)
+        super().__init__(outer, first.optimizer.defaults)
         self._is_built = True
-        self._fingerprints: dict[int, int] = {}  # of the slices that resident copies were made of
-        self._copies_are_stale = True
-        self._reduction: OwnerReduction | None = None
-        self.inside_backward: InsideBackward | None = None  # set by fused_backward.install
-        self.failures = FailureNotice(self._placed[0].device, process_group)
-
-    # Building -----------------------------------------------------------------------------------------------------
-
-    def _build_instances(self, groups: Sequence[ParamGroup], arguments: Mapping[str, Any]) -> None:
-        rank = own_rank(self.process_group)
-        if self._local_indices or not self.plan.buckets:
-            shapes = {index: self._placed[index].local().shape for index in self._local_indices}
-            self.local_instance = UpstreamInstance(self.spec, groups, shapes, arguments)
-        for bucket in self.plan.buckets:
-            shapes = {item.index: item.shape for item in bucket.owned[rank]}
-            self._instances.append(UpstreamInstance(self.spec, groups, shapes, arguments))
-
-    def instances(self) -> list[UpstreamInstance]:
-        """The upstream optimizers of this rank."""
-        return ([self.local_instance] if self.local_instance else []) + self._instances
-
-    def owner_instances(self) -> list[UpstreamInstance]:
-        """Those that step whole tensors, one for each bucket of the plan."""
-        return list(self._instances)
-
-    def _any_instance(self) -> UpstreamInstance:
-        return self.instances()[0]
+        constructor_only = set(spec.in_scope(Scope.CONSTRUCTOR))
+        self.progress = Progress()
+        self.holdings = Holdings(
+            spec=spec,
+            placed=placed,
+            groups=self.param_groups,
+            plan=plan,
+            local_instance=local,
+            owner_instances=tuple(owners),
+            pushed_keys=frozenset({record.name for record in spec.records()} - constructor_only),
+            needs_total_norm=spec.driver.needs_total_norm(arguments),
+            process_group=process_group,
+            all_ranks=all_ranks,
+        )
+        self.training_step = TrainingStep(
+            self.holdings,
+            self.progress,
+            agreement or StepAgreement(all_ranks),
+            bucket_bytes=bucket_bytes,
+            check_ranks_every=check_ranks_every,
+        )
 
     def agree_on_plan(self) -> None:
         """Compare names, shapes, layouts, owners and hyperparameters over the ranks. Collective; once, after building.
@@ -171,160 +155,83 @@ class DistributedOptimizer(Optimizer):
         for number, values in enumerate(self._fixed):
             items += [(f"group {number}, {key}", value) for key, value in values.items() if not callable(value)]
         round_of = {item.index: bucket.index for bucket in self.plan.buckets for item in bucket.items}
-        for index, placed in enumerate(self._placed):
-            described = (tuple(placed.shape), placed.dtype, placed.layout, placed.parameter.requires_grad)
+        for index, one in enumerate(self.holdings.placed):
+            described = (tuple(one.shape), one.dtype, one.layout, one.parameter.requires_grad)
             travel = ("owner", self.plan.owners.get(index), "round", round_of.get(index))
-            items.append((f"parameter {placed.fqn!r}", (*described, *travel)))
+            items.append((f"parameter {one.fqn!r}", (*described, *travel)))
         assert_ranks_equal(
             f"The plan of {self.spec.name!r} differs between ranks",
             items,
             "Build the same model, with the same arguments, on every rank.",
-            self._all_ranks,
+            self.holdings.all_ranks,
         )
 
     # Stepping -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Collective on all ranks of the process group.
+        """Update every parameter that has a gradient. Collective on all ranks that train the model.
+
+        What is wrong on one rank is raised on all of them, in this step.
 
         Raises:
-            StepFailedError: Upstream's step failed on another rank in the step before.
-            WrongModeError: ``eval()`` was called, and ``train()`` not since.
+            WrongModeError: ``eval()`` was called, and ``train()`` not since. Nothing was changed.
             RanksDisagreeError: A gradient is there on some ranks and missing on others, a hyperparameter differs, or
-                (checked in the first step) gradients of replicated parameters are not equal.
-            ParameterError: A parameter that was frozen when the optimizer was built has a gradient.
+                gradients of replicated parameters are not equal. Nothing was changed.
+            ParameterError: A parameter that was frozen when the optimizer was built has a gradient, or the model trains
+                other parameters than the optimizer's. Nothing was changed.
+            UnsupportedError: A gradient is sparse, or of another dtype than its sharded parameter. Nothing was changed.
+            StepFailedError: Upstream's step failed on one rank; others are updated.
         """
-        if self.mode == "eval":
-            raise WrongModeError(
-                f"{self.spec.name}: step() was called after eval(), while the averaged weights are in place. Their "
-                "gradients belong to other weights than upstream would step. Call optimizer.train() on all ranks "
-                "before the forward pass of each training phase, and optimizer.eval() before evaluating."
-            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        problem = self._look_at_model()
         if self.inside_backward is not None:
-            self._reshard()
-            self.inside_backward.finish_step()
+            self.inside_backward.finish_step(problem)
             return loss
-        self.failures.receive(self.spec.name, self.num_steps)
-        self._reshard()
-        present = self._agree_on_gradients()
-        for instance in self.instances():
-            instance.push_hyperparameters(self.param_groups, self.pushed_keys)
-        if self.needs_total_norm:
-            self._hand_out_total_norm(present)
-        if self.local_instance is not None:
-            self._step_locally(self.local_instance, present)
-        absent = {index for index, is_present in enumerate(present) if not is_present}
-        run_tasks(
-            self._step_task(bucket.without(absent), instance, present)
-            for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
-        )
-        self.end_step()
+        self.training_step.begin(problem=problem)
+        self._update_and_end()
         return loss
 
-    def end_step(self) -> None:
-        """What follows the updates of a training step. Collective."""
-        self.failures.send()
-        self._publish_counters()
-        self.num_steps += 1
-        if self._check_ranks_every and self.num_steps % self._check_ranks_every == 0:
-            compare_ranks(self, self._all_ranks)
+    def _look_at_model(self) -> DistOptimError | None:
+        """Before a step: shards in view, the user's own list of groups taken over; what is wrong with the model."""
+        if self.param_groups is not self.holdings.groups:
+            self.holdings.groups[:] = self.param_groups
+            self.param_groups = self.holdings.groups
+        self.free_gathered_copies()
+        return None if self._model_side is None else self._model_side.problem(self.param_groups)
 
-    def _publish_counters(self) -> None:
-        """Show in our own groups what upstream counts in its groups: state dicts are read from ours."""
-        for group, values in zip(self.param_groups, self._counters(), strict=True):
-            group.update(values)
+    def step_part(self, present: Sequence[bool]) -> None:
+        """The step of an engine that has agreed on it, over all parts of the model, by itself. Collective.
 
-    def _step_locally(self, instance: UpstreamInstance, present: Sequence[bool]) -> None:
-        """Elementwise groups: upstream on this rank's slices, in place."""
-        stepped = [index for index in self._local_indices if present[index]]
-        parameters = self._local_parameters(stepped)
-        updated = instance.step(parameters, self._local_gradients(stepped), present)
-        for index, tensor in updated.items():
-            if tensor.data_ptr() != parameters[index].data_ptr():
-                parameters[index].copy_(tensor)
+        Args:
+            present: Which parameters have a gradient, the same on every rank.
+        """
+        with torch.no_grad():
+            self.training_step.begin(present)
+            self._update_and_end()
 
-    def _step_task(self, bucket: Bucket, instance: UpstreamInstance, present: Sequence[bool]) -> Task[None]:
-        indices = [item.index for item in bucket.items]
-        parameters, gradients = self._local_parameters(indices), self._local_gradients(indices)
-        if self._keeps_copies(bucket) and not self._copies_are_stale:
-            (full_gradients,) = yield from gather_to_owner(bucket, [gradients], self.process_group)
-            full_parameters = {index: instance.shadows[index].data for index in full_gradients}
-        else:
-            fields = [gradients, parameters]
-            full_gradients, full_parameters = yield from gather_to_owner(bucket, fields, self.process_group)
-        full_gradients = {index: as_if_alone(gradient) for index, gradient in full_gradients.items()}
-        try:
-            updated = instance.step(full_parameters, full_gradients, present)
-        except Exception as error:  # the other ranks wait for this bucket: go on, and raise when the exchange is done
-            self.failures.note(error)
-            updated = full_parameters
-        del full_gradients, full_parameters
-        yield from scatter_from_owner(bucket, updated, parameters, self.process_group)
-        self._settle(bucket, instance, updated, parameters)
+    def _update_and_end(self) -> None:
+        gradients = self._local_gradients(self.training_step.present)
+        if self.holdings.needs_total_norm:
+            self.training_step.measure(gradients)
+            self.training_step.clip_updates_by(self.training_step.total())
+        self.training_step.update(gradients)
+        self.training_step.end()
 
-    def _settle(
-        self,
-        bucket: Bucket,
-        instance: UpstreamInstance,
-        updated: Mapping[int, Tensor],
-        parameters: Mapping[int, Tensor],
-    ) -> None:
-        """After a bucket's way back: free the owners' full tensors, or note what their copies are copies of."""
-        if bucket.is_replicated:
-            instance.show({index: parameters[index] for index in updated})
-        elif self._resident:
-            self._fingerprints.update({index: fingerprint(local) for index, local in parameters.items()})
-        else:
-            instance.release(updated.keys())
-
-    def _keeps_copies(self, bucket: Bucket) -> bool:
-        return self._resident and not bucket.is_replicated
-
-    def _local_parameters(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        return {index: self._placed[index].local() for index in indices}
-
-    def _local_gradients(self, indices: Sequence[int]) -> dict[int, Tensor]:
+    def _local_gradients(self, present: Sequence[bool]) -> dict[int, Tensor]:
+        """This rank's part of every gradient that is to be stepped by; zeros where only other ranks have one."""
         gradients = {}
-        for index in indices:
-            placed = self._placed[index]
-            gradient = placed.local_gradient()
-            gradients[index] = torch.zeros_like(placed.local()) if gradient is None else gradient
+        for index in self.holdings.trained:
+            one = self.holdings.placed[index]
+            if present[index] and not isinstance(one.layout, Elsewhere):
+                gradient = one.local_gradient()
+                gradients[index] = torch.zeros_like(one.local()) if gradient is None else gradient
         return gradients
 
-    def _agree_on_gradients(self) -> list[bool]:
-        """Which parameters have a gradient, the same answer on every rank, and whether resident copies are stale."""
-        values = hyperparameters_of(self.param_groups, self.pushed_keys)
-        if self._reduction is not None:
-            flag = self._reduction.were_changed()
-        else:
-            flag = self._resident and self._copies_differ()
-        present, flag = agree_on_gradients(self._placed, self._trainable, values, flag, self.process_group)
-        if self._reduction is None:
-            self._copies_are_stale = flag
-            if self.num_steps == 0:
-                assert_gradients_reduced(self._placed, self.process_group)
-        elif flag:
-            raise UnsupportedError(
-                "A gradient was changed between backward and step(). With reduce_to_owner=True only its owner holds a "
-                "reduced gradient, so that torch.nn.utils.clip_grad_norm_ and accelerator.clip_grad_norm_ see NaN. Use "
-                "optimizer.clip_grad_norm_(max_norm), or leave reduce_to_owner out."
-            )
-        return present
-
-    def _copies_differ(self) -> bool:
-        """Whether a slice was changed by somebody else (a checkpoint was loaded, say) since its copy was made."""
-        planned = {item.index for bucket in self.plan.buckets if not bucket.is_replicated for item in bucket.items}
-        return any(
-            self._placed[index].parameter.grad is not None
-            and fingerprint(self._placed[index].local()) != self._fingerprints.get(index)
-            for index in planned
-        )
-
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the global norm of all gradients, exactly as ``torch.nn.utils.clip_grad_norm_`` does in one process.
 
@@ -336,30 +243,15 @@ class DistributedOptimizer(Optimizer):
         """
         if self.inside_backward is not None:
             raise UnsupportedError(self.inside_backward.why_no_clipping())
-        self._reshard()
-        present = self._agree_on_gradients()
-        ordered, kept, owner_of = self._in_model_order(present)
-        total = clip_gradients(ordered, kept, max_norm, norm_type, owner_of, self.process_group)
-        if self._reduction is not None:
-            self._reduction.accept_changes()
+        present = self.training_step.agree_on_gradients(self._look_at_model())
+        self.training_step.measure(self._local_gradients(present), norm_as_clipping(norm_type))
+        total = self.training_step.total(norm_type)
+        coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for one in self.holdings.placed:
+            gradient = one.local_gradient()
+            if gradient is not None:
+                gradient.mul_(coefficient.to(gradient.device))
         return total
-
-    def _in_model_order(self, present: Sequence[bool]) -> tuple[list[PlacedParameter], list[bool], list[int | None]]:
-        """All parameters in the order of ``model.parameters()``, whether each has a gradient, and who alone has it."""
-        order = sorted(range(len(self._placed)), key=lambda index: self._placed[index].position)
-        owners = self.plan.owners if self._reduction is not None else {}
-        return (
-            [self._placed[index] for index in order],
-            [present[index] for index in order],
-            [owners.get(index) for index in order],
-        )
-
-    def _hand_out_total_norm(self, present: Sequence[bool]) -> None:
-        """The norm of all gradients together, in fp32, to every upstream optimizer of this rank."""
-        placed, kept, owners = self._in_model_order(present)
-        total = total_norm(placed, kept, norm_in_fp32, 2.0, owners, self.process_group)
-        for instance in self.instances():
-            self.spec.driver.take_total_norm(instance.optimizer, total)
 
     def backward(self, loss: Tensor) -> Tensor | None:
         """``loss.backward()``; with ``clip_grad_norm`` and a fused backward, twice: for the norm, then for the updates.
@@ -383,11 +275,6 @@ class DistributedOptimizer(Optimizer):
             )
         return False
 
-    def reduce_to_owners(self, ddp: DistributedDataParallel) -> None:
-        """Replace DDP's all-reduce by a reduction of each gradient to its owner. Once, right after building."""
-        owners = {id(self._placed[index].parameter): owner for index, owner in self.plan.owners.items()}
-        self._reduction = OwnerReduction(ddp, owners, self.process_group)
-
     # Weights for evaluation ---------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -400,24 +287,9 @@ class DistributedOptimizer(Optimizer):
 
     @torch.no_grad()
     def _swap_weights(self, mode: str) -> None:
-        if Trait.WEIGHT_SWAPPING not in self.spec.traits or mode == self.mode:
-            return
-        self._reshard()
-        if self.local_instance is not None:
-            self.local_instance.swap_weights(mode, self._local_parameters(self._local_indices))
-        run_tasks(
-            self._swap_task(bucket, instance, mode)
-            for bucket, instance in zip(self.plan.buckets, self._instances, strict=True)
-        )
-        self._publish_counters()
-        self.mode = mode
-
-    def _swap_task(self, bucket: Bucket, instance: UpstreamInstance, mode: str) -> Task[None]:
-        parameters = self._local_parameters([item.index for item in bucket.items])
-        (full,) = yield from gather_to_owner(bucket, [parameters], self.process_group)
-        updated = instance.swap_weights(mode, full)
-        yield from scatter_from_owner(bucket, updated, parameters, self.process_group)
-        self._settle(bucket, instance, updated, parameters)
+        if Trait.WEIGHT_SWAPPING in self.spec.traits and mode != self.mode:
+            self.free_gathered_copies()
+            self.training_step.swap_weights(mode)
 
     # State --------------------------------------------------------------------------------------------------------
 
@@ -426,63 +298,49 @@ class DistributedOptimizer(Optimizer):
 
         It loads with ``torch.load(weights_only=True)``, on the same rank of a run with the same world size.
         """
-        return state_dicts.read(self)
+        return rank_state.read(self.holdings, self.progress)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Install what ``state_dict`` returned on this rank; hyperparameters of the groups included.
 
+        All state is replaced: a parameter that had none when it was saved has none afterwards.
+
         Raises:
             StateDictError: It belongs to another optimizer, other parameters, or another rank.
         """
-        state_dicts.write(self, state_dict)
-
-    def parameter_names(self) -> list[str]:
-        """Logical names of all parameters, in group order."""
-        return [placed.fqn for placed in self._placed]
-
-    def counter_keys(self) -> list[str]:
-        """Keys that upstream itself counts in, in its groups (none for most optimizers)."""
-        return sorted({key for group in self._counters() for key in group})
-
-    def _counters(self) -> list[dict[str, Any]]:
-        return self._any_instance().group_counters(self.pushed_keys | {"params"})
+        rank_state.write(self.holdings, self.progress, state_dict)
 
     @property
-    def num_replicas(self) -> int:
-        """How many groups of ranks hold the same shards (HSDP), and step them alike."""
-        return num_ranks(self._all_ranks) // num_ranks(self.process_group)
+    def num_steps(self) -> int:
+        """Steps taken."""
+        return self.progress.num_steps
 
     @property
-    def all_ranks(self) -> dist.ProcessGroup | None:
-        """All ranks that train the model: those that share the work, and under HSDP their replicas too."""
-        return self._all_ranks
+    def mode(self) -> str:
+        """``"train"``, or ``"eval"`` while the averaged weights are in place."""
+        return self.progress.mode
 
-    def stepped_here(self) -> Iterator[tuple[UpstreamInstance, int]]:
-        """What this rank steps: who steps it, and its position among all parameters."""
-        for instance in self.instances():
-            for index in instance.shadows:
-                yield instance, index
+    @property
+    def plan(self) -> Plan:
+        """Owners and rounds of what is stepped whole."""
+        return self.holdings.plan
 
     def free_gathered_copies(self) -> None:
-        """Free full copies of sharded parameters that the engine may have left: call it after changing the shards."""
-        self._reshard()
-
-    def placed_parameters(self) -> list[PlacedParameter]:
-        """All parameters and where they are stored, in group order."""
-        return list(self._placed)
+        """Free full copies of sharded parameters that the engine may have left: before reading or writing shards."""
+        if self._model_side is not None:
+            self._model_side.reshard()
 
     def route_audit(self) -> str:
         """Which algorithm got which tensors, and who steps them: the text that is printed before step 1."""
-        return route_audit(self)
+        return audit.route_audit(self.holdings, is_inside_backward=self.inside_backward is not None)
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds, counted on the real storages."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for instance in self.instances()
-            for tensor in instance.state_tensors()
-        }
-        return sum(storages.values())
+        return self.holdings.state_bytes()
+
+    def placed_parameters(self) -> list[PlacedParameter]:
+        """All parameters and where they are stored, in group order."""
+        return list(self.holdings.placed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer is built: owners and positions are planned over all parameters together."""
@@ -492,6 +350,23 @@ class DistributedOptimizer(Optimizer):
                 "groups at once: build_optimizer(model, name, params=[{'params': [...]}, ...])."
             )
         super().add_param_group(param_group)
+
+
+def _build_instances(
+    spec: OptimizerSpec,
+    groups: Sequence[ParamGroup],
+    arguments: Mapping[str, Any],
+    placed: Sequence[PlacedParameter],
+    slices: Sequence[int],
+    plan: Plan,
+    rank: int,
+) -> tuple[UpstreamInstance | None, list[UpstreamInstance]]:
+    """One upstream optimizer for what is stepped on slices, where there is such, and one for each round."""
+    local = None
+    if slices or not plan.buckets:
+        local = UpstreamInstance(spec, groups, {index: placed[index].local().shape for index in slices}, arguments)
+    shapes = [{item.index: item.shape for item in bucket.owned[rank]} for bucket in plan.buckets]
+    return local, [UpstreamInstance(spec, groups, own, arguments) for own in shapes]
 
 
 def _without_params(group: Mapping[str, Any]) -> ParamGroup:

@@ -7,19 +7,16 @@ optimizer that was built before would go on stepping the old ones, and the loss 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError
 from dist_optim.layouts.detect import PlacedParameter, reshard
-from dist_optim.ranks.agreement import raise_together
 
-__all__ = ["ModelWatch"]
+__all__ = ["ParameterGuard"]
 
 REMEDY = (
     "Build the optimizer last, on the model as it will be trained: wrap, shard and move the model first, then "
@@ -28,38 +25,33 @@ REMEDY = (
 )
 
 
-class ModelWatch:
-    """A pre-hook of ``step``: raises ``ParameterError`` when the model trains other parameters than the optimizer.
+class ParameterGuard:
+    """What an optimizer knows of the model that it was built on; it does not keep the model alive.
 
-    In the first step all ranks raise together. Later steps look without communicating: whoever replaces parameters in
-    the middle of a run does so on every rank, or leaves the others waiting anyway.
+    Args:
+        model: Placed and wrapped.
+        placed: The optimizer's parameters.
     """
 
-    def __init__(
-        self, model: nn.Module, placed: Sequence[PlacedParameter], process_group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, model: nn.Module, placed: Iterable[PlacedParameter]) -> None:
         self._model = weakref.ref(model)
         self._placed = list(placed)
-        self._as_built = [_look_of(one.parameter) for one in placed]
-        self._process_group = process_group
-        self._have_agreed = False
+        self._as_built = [_look_of(one.parameter) for one in self._placed]
 
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        error = self.find(optimizer)
-        if not self._have_agreed:
-            raise_together(error, self._process_group)
-            self._have_agreed = True
-        elif error is not None:
-            raise error
+    def reshard(self) -> None:
+        """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
+        model = self._model()
+        if model is not None:
+            reshard(model)
 
-    def find(self, optimizer: Optimizer) -> ParameterError | None:
-        """The first parameter that is not what it was, if any. Local."""
+    def problem(self, groups: Iterable[Mapping[str, Any]]) -> ParameterError | None:
+        """The first parameter that is not what it was, if any. Local; call ``reshard`` before: a unit that is gathered
+        shows other parameters."""
         model = self._model()
         if model is None:
             return None
-        reshard(model)  # a unit that is gathered shows other parameters for a while
         current = {id(parameter) for parameter in model.parameters()}
-        listed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        listed = {id(parameter) for group in groups for parameter in group["params"]}
         for one, as_built in zip(self._placed, self._as_built, strict=True):
             if id(one.parameter) not in current:
                 return ParameterError(

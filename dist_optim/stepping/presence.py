@@ -1,121 +1,139 @@
-"""What ranks agree on before every step: which parameters have gradients, that hyperparameters are equal, and, once,
-that gradients of replicated parameters really were reduced. One small all-reduce a step.
+"""What all ranks that train the model agree on around a step: one small all-reduce before it, and one after it.
+
+Before: which parameters have a gradient, that hyperparameters are equal, that gradients of replicas are (a sample), and
+that no rank has found something that forbids the step. After: that no rank failed in it. Both go over the host, so that
+neither waits for an accelerator.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_optim.errors import ParameterError, RanksDisagreeError, UnsupportedError
-from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.ranks.agreement import agree_on_presence, assert_ranks_equal, num_ranks
-from dist_optim.ranks.fingerprints import fingerprint
+from dist_optim.errors import DistOptimError, RanksDisagreeError, StepFailedError
+from dist_optim.ranks.agreement import agree_on_bits, assert_ranks_equal, host_group, num_ranks, own_rank
+from dist_optim.ranks.together import raise_together
 from dist_optim.specs.driver import ParamGroup
 
-__all__ = ["agree_on_gradients", "agree_on_hyperparameters", "assert_gradients_reduced", "hyperparameters_of"]
+__all__ = ["PartOfAgreement", "StepAgreement", "hyperparameters_of"]
 
 DIGEST_BITS = 32
 
 
-def agree_on_gradients(
-    placed: Sequence[PlacedParameter],
-    trainable: Collection[int],
-    hyperparameters: Sequence[tuple[str, Any]],
-    flag: bool,
-    process_group: dist.ProcessGroup | None,
-) -> tuple[list[bool], bool]:
-    """Which parameters have a gradient, the same answer on every rank. Collective.
+class StepAgreement:
+    """The two agreements of the steps of one optimizer; ``note`` keeps what failed in between.
 
     Args:
-        placed: All parameters of the optimizer.
-        trainable: Positions of those that were planned for.
-        hyperparameters: Named values that must be equal on all ranks in this step.
-        flag: Something that holds for all ranks as soon as it holds on one.
-        process_group: The ranks that step together.
-
-    Returns:
-        Presence by position, and the flag.
-
-    Raises:
-        RanksDisagreeError: A gradient is missing on some ranks only, or a hyperparameter differs.
-        ParameterError: A parameter that is not planned for has a gradient.
-        UnsupportedError: A gradient is sparse, or of another dtype than its sharded parameter.
+        ranks: All ranks that train the model, replicas of shard groups included.
     """
-    has = [one.parameter.grad is not None for one in placed]
-    lacks = [not has[at] and one.local().numel() > 0 for at, one in enumerate(placed)]
-    bits = _digest(hyperparameters)
-    present, lacking = agree_on_presence(
-        [*has, flag, *bits], [*lacks, False, *(not bit for bit in bits)], placed[0].device, process_group
-    )
-    _raise_on_differing(hyperparameters, present[-DIGEST_BITS:], lacking[-DIGEST_BITS:], process_group)
-    for at, one in enumerate(placed):
-        if present[at] and lacking[at]:
+
+    def __init__(self, ranks: dist.ProcessGroup | None) -> None:
+        self._ranks = ranks
+        self._group = host_group(ranks)
+        self._is_alone = num_ranks(ranks) == 1
+        self._failure: Exception | None = None
+
+    def before(
+        self,
+        names: Sequence[str],
+        has: Sequence[bool],
+        lacks: Sequence[bool],
+        values: Sequence[tuple[str, Any]] = (),
+        samples: Sequence[int | None] = (),
+        problem: DistOptimError | None = None,
+        explain: Callable[[], None] = lambda: None,
+    ) -> list[bool]:
+        """Which parameters have a gradient, the same answer on every rank. Collective.
+
+        Args:
+            names: Parameters, in the same order on every rank.
+            has: Which of them have a gradient here.
+            lacks: Which of them should have one here if they have one anywhere, and have none.
+            values: Named values that must be equal on all ranks in this step.
+            samples: Digests that must be equal on all ranks that give one in the same place.
+            problem: Why this rank cannot take the step.
+            explain: Collective; raises with what exactly differs, when samples do.
+
+        Raises:
+            DistOptimError: On all ranks, what was a problem on any.
+            RanksDisagreeError: On all ranks: a gradient is missing on some only, or values or gradients differ.
+        """
+        if self._is_alone:
+            if problem is not None:
+                raise problem
+            return list(has)
+        digests = [_digest(values), *samples]
+        mine = [bit for digest in digests for bit in _bits(digest)]
+        others = [not bit for bit in mine]
+        silent = [digest is None for digest in digests for _ in range(DIGEST_BITS)]
+        mine, others = ([bit and not mute for bit, mute in zip(row, silent, strict=True)] for row in (mine, others))
+        some, not_all = agree_on_bits([problem is not None, *has, *mine], [False, *lacks, *others], self._group)
+        if some[0]:
+            raise_together(problem, self._ranks)
+        end = 1 + len(names)
+        differs = [here and there for here, there in zip(some[end:], not_all[end:], strict=True)]
+        if any(differs[:DIGEST_BITS]):
+            _raise_on_values(values, self._ranks)
+        for name, is_present, is_lacking in zip(names, some[1:end], not_all[1:end], strict=True):
+            if is_present and is_lacking:
+                raise RanksDisagreeError(
+                    f"Parameter {name!r} has a gradient on some ranks and none on others. Gradients must be reduced "
+                    "before step(): wrap the model in DistributedDataParallel (find_unused_parameters=True where ranks "
+                    "use different parameters), or all-reduce them yourself."
+                )
+        if any(differs[DIGEST_BITS:]):
+            explain()
             raise RanksDisagreeError(
-                f"Parameter {one.fqn!r} has a gradient on some ranks and none on others. Gradients must be reduced "
-                "before step(): wrap the model in DistributedDataParallel (find_unused_parameters=True where ranks use "
-                "different parameters), or all-reduce them yourself."
+                "Gradients differ between ranks that hold the same parameters. They must be reduced before step(): "
+                "end gradient accumulation with a synchronised backward pass (outside no_sync()), wrap the model that "
+                "is trained in DistributedDataParallel, or all-reduce gradients yourself. No parameter was changed."
             )
-        if present[at] and at not in trainable:
-            raise ParameterError(
-                f"Parameter {one.fqn!r} has a gradient, but was frozen (requires_grad=False) when the optimizer was "
-                "built. Build the optimizer after unfreezing, or leave the parameter frozen."
+        return some[1:end]
+
+    def note(self, error: Exception) -> None:
+        """Keep the first error of this step until the exchange that other ranks wait for is done."""
+        if self._failure is None:
+            self._failure = error
+
+    def after(self, name: str, num_steps: int) -> None:
+        """At the end of a step. Collective.
+
+        Raises:
+            StepFailedError: On all ranks, when upstream's step failed on any; raised from that rank's own error.
+            DistOptimError: On all ranks, what was noted on any.
+        """
+        failure, self._failure = self._failure, None
+        if not self._is_alone:
+            (has_failed,), _ = agree_on_bits([failure is not None], [False], self._group)
+            if not has_failed:
+                return
+        error = failure if isinstance(failure, DistOptimError) else None
+        if failure is not None and error is None:
+            error = StepFailedError(
+                f"{name}: step {num_steps + 1} failed on rank {own_rank(self._ranks)} with {type(failure).__name__}: "
+                f"{str(failure).strip() or 'no text'}. Other parameters of this step are updated: resume from the last "
+                "checkpoint."
             )
-        _refuse_odd_gradient(one)
-    return present[: len(placed)], present[len(placed)]
+            error.__cause__ = failure
+        raise_together(error, self._ranks)
 
 
-def agree_on_hyperparameters(
-    hyperparameters: Sequence[tuple[str, Any]], device: torch.device, process_group: dist.ProcessGroup | None
-) -> None:
-    """Raise ``RanksDisagreeError`` on all ranks when a named value differs. Collective: one small all-reduce."""
-    bits = _digest(hyperparameters)
-    present, lacking = agree_on_presence(bits, [not bit for bit in bits], device, process_group)
-    _raise_on_differing(hyperparameters, present, lacking, process_group)
+class PartOfAgreement(StepAgreement):
+    """For an optimizer that an engine calls for one part of a step: the whole step's agreement speaks for all parts."""
 
+    def __init__(self, whole: StepAgreement) -> None:
+        self._whole = whole
 
-def _digest(hyperparameters: Sequence[tuple[str, Any]]) -> list[bool]:
-    digest = zlib.crc32(repr(hyperparameters).encode())
-    return [bool(digest >> bit & 1) for bit in range(DIGEST_BITS)]
+    def note(self, error: Exception) -> None:
+        """Keep it for the end of the whole step."""
+        self._whole.note(error)
 
-
-def _raise_on_differing(
-    hyperparameters: Sequence[tuple[str, Any]],
-    present: Sequence[bool],
-    lacking: Sequence[bool],
-    process_group: dist.ProcessGroup | None,
-) -> None:
-    """Ranks with equal digests have no bit that one has and another lacks."""
-    if not any(some and others for some, others in zip(present, lacking, strict=True)) or num_ranks(process_group) == 1:
-        return
-    assert_ranks_equal(
-        "Hyperparameters differ between ranks",
-        hyperparameters,
-        "Change them on all ranks alike; a schedule that follows a metric must see the same, reduced metric on all.",
-        process_group,
-    )
-
-
-def assert_gradients_reduced(placed: Sequence[PlacedParameter], process_group: dist.ProcessGroup | None) -> None:
-    """Raise on all ranks when gradients of replicated parameters are not equal. Collective; worth it once a run."""
-    if num_ranks(process_group) == 1:
-        return
-    marks = [
-        (f"the gradient of {one.fqn!r} (fingerprint)", fingerprint(gradient))
-        for one in placed
-        if one.layout.is_replicated and (gradient := one.local_gradient()) is not None
-    ]
-    assert_ranks_equal(
-        "Gradients differ between ranks in the first step",
-        marks,
-        "Replicated parameters need reduced gradients: wrap the model in DistributedDataParallel, end gradient "
-        "accumulation with a synchronised backward pass, or all-reduce gradients before step().",
-        process_group,
-    )
+    def after(self, name: str, num_steps: int) -> None:
+        """Nothing: the whole step has not ended."""
 
 
 def hyperparameters_of(groups: Sequence[ParamGroup], keys: Collection[str]) -> list[tuple[str, Any]]:
@@ -128,13 +146,19 @@ def hyperparameters_of(groups: Sequence[ParamGroup], keys: Collection[str]) -> l
     ]
 
 
-def _refuse_odd_gradient(placed: PlacedParameter) -> None:
-    gradient = placed.local_gradient()
-    if gradient is None:
-        return
-    if gradient.is_sparse or (gradient.dtype != placed.dtype and not placed.layout.is_replicated):
-        raise UnsupportedError(
-            f"The gradient of {placed.fqn!r} is {gradient.layout}, {gradient.dtype}; a sharded parameter of dtype "
-            f"{placed.dtype} needs a dense gradient of its own dtype. Set sparse=False in the embedding, or keep "
-            "gradients in the parameter's dtype."
-        )
+def _digest(values: Sequence[tuple[str, Any]]) -> int:
+    return zlib.crc32(repr(values).encode())
+
+
+def _bits(digest: int | None) -> list[bool]:
+    """Ranks with equal digests have no bit that one has and another lacks."""
+    return [bool((digest or 0) >> bit & 1) for bit in range(DIGEST_BITS)]
+
+
+def _raise_on_values(values: Sequence[tuple[str, Any]], ranks: dist.ProcessGroup | None) -> None:
+    assert_ranks_equal(
+        "Hyperparameters differ between ranks",
+        values,
+        "Change them on all ranks alike; a schedule that follows a metric must see the same, reduced metric on all.",
+        ranks,
+    )

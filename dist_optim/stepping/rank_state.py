@@ -10,60 +10,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from dist_optim.errors import StateDictError
-from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.ranks.agreement import num_ranks
+from dist_optim.stepping.holdings import Holdings, Progress
 
-if TYPE_CHECKING:
-    from dist_optim.stepping.optimizer import DistributedOptimizer
-
-__all__ = ["read", "write"]
+__all__ = ["check_groups", "install", "plain_groups", "read", "write"]
 
 
-def read(optimizer: DistributedOptimizer) -> dict[str, Any]:
+def read(held: Holdings, progress: Progress) -> dict[str, Any]:
     """This rank's share; tensors are the live ones, as torch's ``state_dict`` returns them."""
-    names = optimizer.parameter_names()
     state = {}
-    for instance, index in optimizer.stepped_here():
+    for instance, index in held.stepped_here():
         encoded = instance.encoded_state(index)
         if encoded:
-            state[names[index]] = encoded
-    groups = []
-    for group, group_names in zip(optimizer.param_groups, _names_by_group(optimizer), strict=True):
-        plain = {key: value for key, value in group.items() if key != "params" and not callable(value)}
-        groups.append({**plain, "params": group_names})
+            state[held.placed[index].fqn] = encoded
     return {
-        **_header(optimizer),
-        "num_steps": optimizer.num_steps,
-        "mode": optimizer.mode,
-        "counters": optimizer.counter_keys(),
+        **_header(held),
+        "num_steps": progress.num_steps,
+        "mode": progress.mode,
+        "counters": held.counter_keys(),
         "state": state,
-        "param_groups": groups,
+        "param_groups": plain_groups(held),
     }
 
 
-def write(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> None:
+def plain_groups(held: Holdings) -> list[dict[str, Any]]:
+    """The param groups with names for parameters, without what cannot be saved."""
+    return [
+        {**{key: value for key, value in group.items() if key != "params" and not callable(value)}, "params": names}
+        for group, names in zip(held.groups, held.names_by_group(), strict=True)
+    ]
+
+
+def write(held: Holdings, progress: Progress, state_dict: Mapping[str, Any]) -> None:
     """Check that the state dict is this rank's, then install it."""
-    _check(optimizer, state_dict)
-    names = optimizer.parameter_names()
-    for instance, index in optimizer.stepped_here():
-        instance.write_encoded_state(index, state_dict["state"].get(names[index], {}))
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+    _check(held, state_dict)
+    install(
+        held,
+        progress,
+        state=state_dict["state"],
+        groups=state_dict["param_groups"],
+        counters=state_dict["counters"],
+        num_steps=state_dict["num_steps"],
+        mode=state_dict["mode"],
+    )
+
+
+def install(
+    held: Holdings,
+    progress: Progress,
+    *,
+    state: Mapping[str, Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    counters: Sequence[str],
+    num_steps: int,
+    mode: str,
+) -> None:
+    """Replace all state that this rank steps by; a parameter that ``state`` does not name has none afterwards.
+
+    Args:
+        held: What is written into.
+        progress: The same.
+        state: Encoded state by parameter name; what other ranks step may be in it too.
+        groups: One for each param group, with the parameters in the same order.
+        counters: Keys of the groups that upstream itself counts in.
+        num_steps: Steps taken.
+        mode: Which weights are in place.
+    """
+    for instance, index in held.stepped_here():
+        instance.write_encoded_state(index, state.get(held.placed[index].fqn, {}))
+    for group, saved in zip(held.groups, groups, strict=True):
         group.update({key: _copy(value) for key, value in saved.items() if key != "params"})
-    counter_keys = set(state_dict["counters"])
-    counters = [{key: group[key] for key in counter_keys & group.keys()} for group in optimizer.param_groups]
-    for instance in optimizer.instances():
-        instance.write_counters(counters)
-    optimizer.num_steps = state_dict["num_steps"]
-    optimizer.mode = state_dict["mode"]
+    own = [{key: group[key] for key in counters if key in group} for group in held.groups]
+    for instance in held.instances:
+        instance.write_counters(own)
+    progress.num_steps, progress.mode = num_steps, mode
 
 
-def _check(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> None:
-    own = _header(optimizer)
+def _check(held: Holdings, state_dict: Mapping[str, Any]) -> None:
+    own = _header(held)
     missing = [key for key in (*own, "num_steps", "mode", "counters", "state", "param_groups") if key not in state_dict]
     if missing:
         raise StateDictError(
@@ -76,18 +106,9 @@ def _check(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> No
                 f"The state dict was saved with {key} {state_dict[key]!r}, but is loaded with {key} {value!r}. "
                 "Every rank must load its own share, with the optimizer and the number of ranks that saved it."
             )
-    saved_groups = [list(group["params"]) for group in state_dict["param_groups"]]
-    groups = _names_by_group(optimizer)
-    if saved_groups != groups:
-        ours, theirs = {n for g in groups for n in g}, {n for g in saved_groups for n in g}
-        raise StateDictError(
-            f"The state dict has other param groups. Only in the state dict: {sorted(theirs - ours)[:5]}; only in the "
-            f"optimizer: {sorted(ours - theirs)[:5]}; sizes {[len(g) for g in saved_groups]} against "
-            f"{[len(g) for g in groups]}. Build the optimizer with the same model, groups and target_modules."
-        )
-    names = optimizer.parameter_names()
-    held = {names[index] for _, index in optimizer.stepped_here()}
-    foreign = sorted(set(state_dict["state"]) - held)
+    check_groups(held, state_dict["param_groups"])
+    here = {held.placed[index].fqn for _, index in held.stepped_here()}
+    foreign = sorted(set(state_dict["state"]) - here)
     if foreign:
         raise StateDictError(
             f"The state dict holds state of {foreign[:5]}, which this rank does not own. Build the optimizer with the "
@@ -95,18 +116,25 @@ def _check(optimizer: DistributedOptimizer, state_dict: Mapping[str, Any]) -> No
         )
 
 
-def _header(optimizer: DistributedOptimizer) -> dict[str, Any]:
+def check_groups(held: Holdings, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse param groups that have other parameters.
+
+    Raises:
+        StateDictError: With the names that differ.
+    """
+    theirs, ours = [list(group["params"]) for group in saved], held.names_by_group()
+    if theirs != ours:
+        own, other = {n for g in ours for n in g}, {n for g in theirs for n in g}
+        raise StateDictError(
+            f"The state dict has other param groups. Only in the state dict: {sorted(other - own)[:5]}; only in the "
+            f"optimizer: {sorted(own - other)[:5]}; sizes {[len(g) for g in theirs]} against "
+            f"{[len(g) for g in ours]}. Build the optimizer with the same model, groups and target_modules."
+        )
+
+
+def _header(held: Holdings) -> dict[str, Any]:
     """What must be equal between a saved share and the optimizer that loads it."""
-    return {
-        "optimizer": optimizer.spec.name,
-        "rank": own_rank(optimizer.process_group),
-        "world_size": num_ranks(optimizer.process_group),
-    }
-
-
-def _names_by_group(optimizer: DistributedOptimizer) -> list[list[str]]:
-    names = iter(optimizer.parameter_names())
-    return [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
+    return {"optimizer": held.spec.name, "rank": held.rank, "world_size": num_ranks(held.process_group)}
 
 
 def _copy(value: Any) -> Any:

@@ -6,57 +6,48 @@ It catches what no single step can: a weight changed on one rank, a rate that dr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.errors import RanksDisagreeError
-from dist_optim.ranks.agreement import gather_objects, own_rank
+from dist_optim.ranks.agreement import gather_objects
 from dist_optim.ranks.fingerprints import fingerprint
+from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.presence import hyperparameters_of
-
-if TYPE_CHECKING:
-    from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["compare_ranks"]
 
 
-def compare_ranks(optimizer: DistributedOptimizer, process_group: dist.ProcessGroup | None) -> None:
+def compare_ranks(holdings: Holdings, progress: Progress) -> None:
     """Compare param groups, parameters and optimizer state between all ranks that hold the same of them. Collective.
-
-    Args:
-        optimizer: After a step.
-        process_group: All ranks that train the model, replicas of shard groups included.
 
     Raises:
         RanksDisagreeError: On all ranks, naming the first thing that differs, the step, and the ranks.
     """
-    holdings: list[Mapping[str, Any]] = gather_objects(_holdings(optimizer), process_group)
+    listings: list[Mapping[str, Any]] = gather_objects(_marks(holdings), holdings.all_ranks)
     first_holder: dict[str, int] = {}
-    for rank, held in enumerate(holdings):
-        for name, value in held.items():
+    for rank, listing in enumerate(listings):
+        for name, value in listing.items():
             other = first_holder.setdefault(name, rank)
-            if holdings[other][name] != value:
+            if listings[other][name] != value:
                 raise RanksDisagreeError(
-                    f"After step {optimizer.num_steps}, {name} is {holdings[other][name]} on rank {other} and {value} "
+                    f"After step {progress.num_steps}, {name} is {listings[other][name]} on rank {other} and {value} "
                     f"on rank {rank}. Something changed it on one rank only (code that runs on one rank, a local "
                     "metric, faulty memory). Resume from a checkpoint, and look for what treats ranks differently."
                 )
 
 
-def _holdings(optimizer: DistributedOptimizer) -> dict[str, Any]:
+def _marks(held: Holdings) -> dict[str, Any]:
     """Name to value or fingerprint; a name says which part it is of, so that only equal parts are compared."""
-    keys = {key for group in optimizer.param_groups for key in group} - {"params"}
-    held = dict(hyperparameters_of(optimizer.param_groups, keys))
-    part = own_rank(optimizer.process_group)
-    names = optimizer.parameter_names()
-    for placed in optimizer.placed_parameters():
-        where = "" if placed.layout.is_replicated else f", slice {part}"
-        held[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
-    for instance, index in optimizer.stepped_here():
-        where = "" if index in optimizer.plan.owners else f", slice {part}"
+    keys = {key for group in held.groups for key in group} - {"params"}
+    marks = dict(hyperparameters_of(held.groups, keys))
+    for placed in held.placed:
+        where = "" if placed.layout.is_replicated else f", slice {held.rank}"
+        marks[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
+    for instance, index in held.stepped_here():
+        where = "" if index in held.plan.owners else f", slice {held.rank}"
         for key, value in instance.encoded_state(index).items():
             shown = fingerprint(value) if isinstance(value, Tensor) else value
-            held[f"state {key!r} of {names[index]!r}{where}"] = shown
-    return held
+            marks[f"state {key!r} of {held.placed[index].fqn!r}{where}"] = shown
+    return marks

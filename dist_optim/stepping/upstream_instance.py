@@ -72,11 +72,12 @@ class UpstreamInstance:
     def _make_parameter(self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size]) -> nn.Parameter:
         if index in shapes:
             # The true shape from the start, on one element of storage: some optimizers read shapes in __init__.
-            data = torch.zeros(1, dtype=placed.dtype, device=placed.device).expand(shapes[index])
+            data = torch.zeros((), dtype=placed.dtype, device=placed.device).expand(shapes[index])
             self.shadows[index] = nn.Parameter(data)
             return self.shadows[index]
-        # The true number of dimensions: some optimizers check it.
-        ghost = torch.empty(0, *placed.shape[1:], dtype=placed.dtype, device=placed.device)
+        # The true number of dimensions: some optimizers check it. Without dims a tensor has one element.
+        shape = (0, *placed.shape[1:]) if placed.shape else ()
+        ghost = torch.zeros(shape, dtype=placed.dtype, device=placed.device)
         self.ghosts[index] = nn.Parameter(ghost, requires_grad=placed.parameter.requires_grad)
         return self.ghosts[index]
 
@@ -98,7 +99,7 @@ class UpstreamInstance:
             self.shadows[index].grad = gradient
         if self.driver.ghosts_have_gradients:
             for index, ghost in self.ghosts.items():
-                ghost.grad = torch.empty_like(ghost) if present[index] and ghost.requires_grad else None
+                ghost.grad = torch.zeros_like(ghost) if present[index] and ghost.requires_grad else None
         self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
         for index in gradients:
             self.shadows[index].grad = None
@@ -150,7 +151,7 @@ class UpstreamInstance:
         """Drop the full tensors, so that between steps only the shards hold the parameters."""
         for index in indices:
             shadow = self.shadows[index]
-            shadow.data = shadow.data.new_zeros(1).expand(shadow.shape)
+            shadow.data = shadow.data.new_zeros(()).expand(shadow.shape)
 
     def show(self, parameters: Mapping[int, Tensor]) -> None:
         """Let upstream's parameters be these tensors, on their own storage."""
@@ -189,9 +190,10 @@ class UpstreamInstance:
         return self.driver.encode_state(state) if state else {}
 
     def write_encoded_state(self, index: int, encoded: Mapping[str, Any]) -> None:
-        """Install state that ``encoded_state`` returned; tensors are copied to the parameter's device."""
+        """Install state that ``encoded_state`` returned, in place of any there is; tensors are copied to the device."""
         shadow, group = self.shadows[index], self.optimizer.param_groups[self._group_of[index]]
         if not encoded:
+            self.driver.clear_state(self.optimizer, shadow)
             return
         copied = {key: _copy(key, value, shadow.device, group) for key, value in encoded.items()}
         self.driver.write_state(self.optimizer, shadow, self.driver.decode_state(copied, group))

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
 from dist_optim.integrations.deepspeed.engine import PREFIX, build_optimizer_for_engine, is_ours, register
-from dist_optim.ranks.agreement import num_ranks, raise_together
+from dist_optim.ranks.agreement import num_ranks
+from dist_optim.ranks.together import raise_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_optim.building.build import build_optimizer, resolve
+from dist_optim.building.build import build_optimizer
+from dist_optim.building.choice import resolve
 from dist_optim.errors import DistOptimError, MissingPackageError, UnsupportedError
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.accelerate.deepspeed import prepare_engine, refuse_missed_ranks
@@ -21,7 +22,7 @@ from dist_optim.integrations.accelerate.schedules import (
     schedule_of_engine,
 )
 from dist_optim.integrations.accelerate.state import serve_state
-from dist_optim.ranks.agreement import raise_together
+from dist_optim.ranks.together import raise_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

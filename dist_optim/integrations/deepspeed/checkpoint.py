@@ -8,26 +8,41 @@ in this rank's optimizer state; both are put back bit for bit, after saving and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from dist_optim.layouts.detect_zero import push_weights
-
-if TYPE_CHECKING:
-    from dist_optim.integrations.deepspeed.optimizer import ZeroOptimizer
+from dist_optim.integrations.deepspeed.push_weights import push_weights
 
 __all__ = ["hold_averaged_weights"]
 
 
-def hold_averaged_weights(engine: Any, optimizer: ZeroOptimizer) -> None:
+class SwapsWeights(Protocol):
+    """The optimizer of an engine, as far as saving needs it."""
+
+    training_weights: list[dict[str, Tensor]] | None
+
+    @property
+    def mode(self) -> str: ...
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+    def copied_weights(self) -> list[dict[str, Tensor]]: ...
+
+    def write_weights(self, weights: Sequence[Mapping[str, Tensor]]) -> None: ...
+
+
+def hold_averaged_weights(engine: Any, optimizer: SwapsWeights) -> None:
     """Make this engine's ``save_checkpoint`` write averaged weights, and ``load_checkpoint`` find the training ones."""
     engine.save_checkpoint = _saving(engine, optimizer, engine.save_checkpoint)
     engine.load_checkpoint = _loading(engine, optimizer, engine.load_checkpoint)
 
 
-def _saving(engine: Any, optimizer: ZeroOptimizer, original: Callable[..., Any]) -> Callable[..., Any]:
+def _saving(engine: Any, optimizer: SwapsWeights, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_checkpoint(*args: Any, **options: Any) -> Any:
         if optimizer.mode == "eval":
@@ -42,7 +57,7 @@ def _saving(engine: Any, optimizer: ZeroOptimizer, original: Callable[..., Any])
     return save_checkpoint
 
 
-def _loading(engine: Any, optimizer: ZeroOptimizer, original: Callable[..., Any]) -> Callable[..., Any]:
+def _loading(engine: Any, optimizer: SwapsWeights, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **options: Any) -> Any:
         loaded = original(*args, **options)
@@ -54,7 +69,7 @@ def _loading(engine: Any, optimizer: ZeroOptimizer, original: Callable[..., Any]
 
 
 @torch.no_grad()
-def _train_on(engine: Any, optimizer: ZeroOptimizer) -> None:
+def _train_on(engine: Any, optimizer: SwapsWeights) -> None:
     """Back to training, on the very bits that were set aside: upstream's own way back would round."""
     weights, optimizer.training_weights = optimizer.training_weights, None
     assert weights is not None

@@ -13,7 +13,6 @@ that DeepSpeed has itself (``adagrad``, ``muon``) stay its own; ``dist_optim.ada
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_optim.building.build import arrange, resolve
+from dist_optim.building.choice import resolve
+from dist_optim.building.groups import arrange
 from dist_optim.errors import (
     DistOptimError,
     HyperparameterError,
@@ -36,16 +36,15 @@ from dist_optim.integrations.deepspeed.schedules import register_schedules
 from dist_optim.layouts.detect import PlacedParameter, named_parameters
 from dist_optim.layouts.detect_zero import logical_shape
 from dist_optim.layouts.layout import Replicated
-from dist_optim.ranks.agreement import own_rank, raise_together
+from dist_optim.ranks.agreement import own_rank
+from dist_optim.ranks.together import raise_together, together
 from dist_optim.specs.registry import Trait, get_spec, names
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = [
     "PREFIX",
     "UnknownDeepSpeedOptimizerError",
-    "build_deepspeed_optimizer",
     "build_optimizer_for_engine",
-    "initialize",
     "is_ours",
     "register",
 ]
@@ -91,47 +90,6 @@ def register() -> None:
     register_schedules()
 
 
-def build_deepspeed_optimizer(model: nn.Module, ds_config: Mapping[str, Any]) -> tuple[ZeroOptimizer, dict[str, Any]]:
-    """The optimizer that the configuration names, and the configuration to pass with it; nothing is patched.
-
-    Pass both to ``deepspeed.initialize(model=model, optimizer=optimizer, config=config)``, and call
-    ``optimizer.attach(engine)`` right after it. ``initialize`` does all three.
-
-    Raises:
-        DistOptimError: Unknown name, unknown or ill-valued ``params``.
-    """
-    config = copy.deepcopy(dict(ds_config))
-    section = config.pop("optimizer", None)
-    if not isinstance(section, Mapping) or "type" not in section:
-        raise UnknownOptimizerError(
-            'The DeepSpeed configuration has no "optimizer" section with a "type". Add '
-            '{"optimizer": {"type": "galore_adamw", "params": {"lr": 1e-3, ...}}}.'
-        )
-    optimizer = _build(model, str(section["type"]), None, section.get("params") or {})
-    # Both flags are about client optimizers: the layout is proved, and offloaded slices are stepped as they are.
-    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    return optimizer, config
-
-
-def initialize(model: nn.Module, config: Mapping[str, Any], **options: Any) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` for a configuration that names one of our optimizers; nothing is patched.
-
-    Args:
-        model: The plain model.
-        config: DeepSpeed's configuration.
-        **options: Passed on.
-
-    Returns:
-        What ``deepspeed.initialize`` returns: engine, optimizer, data loader, schedule.
-    """
-    import deepspeed
-
-    optimizer, own_config = build_deepspeed_optimizer(model, config)
-    engine, *others = deepspeed.initialize(model=model, optimizer=optimizer, config=own_config, **options)
-    _attach(engine, optimizer)
-    return (engine, *others)
-
-
 def _deepspeed_parts() -> tuple[Any, list[type]]:
     try:
         from deepspeed.runtime.engine import DeepSpeedEngine
@@ -166,15 +124,12 @@ def _extend_construction(original: Callable[..., Any]) -> Callable[..., Any]:
         name = self.optimizer_name()
         if not is_ours(name):
             return original(self, model_parameters)
-        error: DistOptimError | None = None
-        optimizer: ZeroOptimizer | None = None
-        try:
+
+        def build() -> ZeroOptimizer:
             refuse_unserved(self)
-            optimizer = _build(self.module, name, model_parameters, self.optimizer_params() or {})
-        except DistOptimError as caught:
-            error = caught
-        raise_together(error)
-        return optimizer
+            return _build(self.module, str(name), model_parameters, self.optimizer_params() or {})
+
+        return together(build, doing="Building the optimizer of DeepSpeed's configuration")
 
     return _configure_basic_optimizer
 
@@ -272,12 +227,7 @@ def _attach(engine: Any, optimizer: ZeroOptimizer) -> None:
     """Refuse what is not served, read the layout, and say on rank 0 what will be trained how."""
     if optimizer.is_attached:
         return
-    error: DistOptimError | None = None
-    try:
-        refuse_unserved(engine)
-    except DistOptimError as caught:
-        error = caught
-    raise_together(error)
+    together(lambda: refuse_unserved(engine))
     optimizer.attach(engine)
     if own_rank() == 0 and optimizer.print_audit:
         clip = engine.gradient_clipping()

@@ -21,17 +21,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.building.build import ONE_BUCKET, arrange, resolve
-from dist_optim.errors import DistOptimError, UnsupportedError
+from dist_optim.building.build import ONE_BUCKET
+from dist_optim.building.choice import resolve
+from dist_optim.building.groups import arrange
+from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.handle import Shards, install
 from dist_optim.layouts.detect import PlacedParameter, named_parameters
 from dist_optim.layouts.layout import FlatRange
-from dist_optim.ranks.agreement import num_ranks, own_rank, raise_together
+from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.ranks.together import together
 from dist_optim.specs.registry import Trait
-from dist_optim.stepping.audit import route_audit
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 
 __all__ = ["build_fused_optimizer"]
+
+# torch 2.13 renamed the collective.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def build_fused_optimizer(
@@ -56,15 +61,14 @@ def build_fused_optimizer(
         UnsupportedError: The engine has an optimizer, another stage, or keeps small parameters gathered.
         DistOptimError: As ``dist_optim.build_optimizer``.
     """
-    error: DistOptimError | None = None
-    built: DistributedOptimizer | None = None
     model = engine.module
-    try:
+    real = dict(named_parameters(model))
+
+    def build() -> DistributedOptimizer:
         spec = resolve(optimizer, inside_backward=True)
         if not {Trait.FUSED_BACKWARD, Trait.ELEMENTWISE} & spec.traits:
             raise UnsupportedError(f"{spec.name} is not stepped inside backward. Name it in DeepSpeed's JSON.")
         _refuse_engine(engine)
-        real = dict(named_parameters(model))
         placed = {name: _place(name, parameter, at) for at, (name, parameter) in enumerate(real.items())}
         stand_ins = {id(real[name]): one.parameter for name, one in placed.items()}
         groups, arguments = arrange(
@@ -82,15 +86,15 @@ def build_fused_optimizer(
                 "clip_grad_value, or name the optimizer in DeepSpeed's JSON with gradient_clipping."
             )
         group = next(iter(placed.values())).process_group
-        built = DistributedOptimizer(spec, groups, arguments, process_group=group, bucket_bytes=ONE_BUCKET)
-    except DistOptimError as caught:
-        error = caught
-    raise_together(error)
-    assert built is not None
+        return DistributedOptimizer(
+            spec, groups, arguments, process_group=group, all_ranks=group, bucket_bytes=ONE_BUCKET
+        )
+
+    built = together(build, doing="Building the optimizer")
     built.agree_on_plan()
     install(built, model, bucket_bytes=bucket_bytes, shards=_ZeroShards(engine, real))
     if print_audit and own_rank() == 0:
-        print(route_audit(built), flush=True)
+        print(built.route_audit(), flush=True)
     return built
 
 
@@ -133,11 +137,10 @@ def _refuse_engine(engine: Any) -> None:
 def _place(name: str, parameter: Any, position: int) -> PlacedParameter:
     """The parameter as this rank's slice of the flattened tensor, on DeepSpeed's own storage."""
     group, numel, size = parameter.ds_process_group, parameter.ds_numel, parameter.ds_tensor.ds_numel
-    bounds = tuple(min(rank * size, numel) for rank in range(num_ranks(group))) + (numel,)
-    rank = own_rank(group)
-    own = parameter.ds_tensor.data[: bounds[rank + 1] - bounds[rank]]
+    layout = FlatRange.cut(numel, size, num_ranks(group))
+    own = parameter.ds_tensor.data[: layout.numel_on(parameter.ds_shape, own_rank(group))]
     view = nn.Parameter(own, requires_grad=parameter.requires_grad)
-    return PlacedParameter(name, view, parameter.ds_shape, FlatRange(bounds), group, position)
+    return PlacedParameter(name, view, parameter.ds_shape, layout, group, position)
 
 
 class _ZeroShards(Shards):
@@ -153,10 +156,11 @@ class _ZeroShards(Shards):
     def reduced(self, placed: PlacedParameter, gradient: Tensor) -> Tensor:
         group, numel = placed.process_group, gradient.numel()
         size: int = cast(Any, self._real[placed.fqn]).ds_tensor.ds_numel
-        padded = gradient.new_zeros(size * num_ranks(group))  # DeepSpeed's slices are equally long, the last padded
-        padded[:numel] = gradient.reshape(-1)
+        whole = gradient.reshape(-1)
+        if numel < size * num_ranks(group):  # DeepSpeed's slices are equally long, the last padded
+            whole = torch.nn.functional.pad(whole, (0, size * num_ranks(group) - numel))
         own = gradient.new_empty(size)
-        dist.reduce_scatter_tensor(own, padded.div_(num_ranks(group)), group=group)
+        _reduce_scatter(own, whole.div_(num_ranks(group)), group=group)
         return own[: placed.local().numel()]
 
     def end_backward(self) -> None:

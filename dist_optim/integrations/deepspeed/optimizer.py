@@ -8,8 +8,9 @@ calls step are ghosts there, so that every upstream instance steps once a traini
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,25 +18,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import DistOptimError, ParameterError, StateDictError, UnsupportedError, WrongModeError
+from dist_optim.errors import ParameterError, StateDictError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
 from dist_optim.integrations.deepspeed.parts import group_of, place, where_it_is
+from dist_optim.integrations.deepspeed.push_weights import push_weights
 from dist_optim.integrations.deepspeed.schedules import feeds_wrong_metric
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.detect_zero import (
     Call,
     check_slices,
-    push_weights,
     read_calls,
     with_reachable_groups,
     wrapper_kind,
 )
-from dist_optim.ranks.agreement import agree_on_presence, raise_together
+from dist_optim.ranks.agreement import host_group
+from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.audit import route_audit
 from dist_optim.stepping.optimizer import DistributedOptimizer
+from dist_optim.stepping.presence import PartOfAgreement, StepAgreement, hyperparameters_of
 from dist_optim.stepping.probe import prove_separable
 
 __all__ = ["GROUP_NUMBER", "ZeroOptimizer"]
@@ -73,6 +76,7 @@ class ZeroOptimizer(Optimizer):
         self._calls: list[Call] = []
         self._parts: list[DistributedOptimizer] = []
         self._engine: Any = None
+        self._agreement = StepAgreement(None)
         self._touched_in: dict[str, int] = {}  # name -> the engine's step in which backward last gave it a gradient
         self._had_gradient: set[str] = set()
         self._present: set[str] = set()
@@ -90,9 +94,8 @@ class ZeroOptimizer(Optimizer):
         super().__init__(outer, {})
         # The list that holds every group: DeepSpeed shows one group at a time through ``param_groups``.
         self._outer = list(self.param_groups)
-        self._hooks = [
-            placed.parameter.register_post_accumulate_grad_hook(self._mark(placed.fqn)) for placed in self._trainable()
-        ]
+        for placed in self._trainable():
+            placed.parameter.register_post_accumulate_grad_hook(_marking(weakref.ref(self), placed.fqn))
 
     @property
     def num_steps(self) -> int:
@@ -122,22 +125,24 @@ class ZeroOptimizer(Optimizer):
             [(placed.fqn, placed.parameter) for placed in members["params"] if placed.parameter.requires_grad]
             for members in self._groups
         ]
-        error: DistOptimError | None = None
-        try:
-            self._calls = read_calls(engine, [members for members in by_group if members])
-        except DistOptimError as caught:
-            error = caught
-        raise_together(error, group)
+        host_group(group)  # where one has to be made, all ranks make it now, before any of them can fail
+        self._calls = together(
+            lambda: read_calls(engine, [members for members in by_group if members]),
+            group,
+            doing="Reading DeepSpeed's partitions",
+            remedy="Use deepspeed 0.19.8, and report the ZeRO options of this run.",
+        )
         check_slices(self._calls, group)
         self._calls = with_reachable_groups(self._calls)
-        try:
-            self._parts = [self._build_part(call, group_of(call)) for call in self._calls]
-        except DistOptimError as caught:
-            error = caught
-        raise_together(error, group)
+        self._agreement = StepAgreement(group)
+        self._parts = together(
+            lambda: [self._build_part(call, group_of(call)) for call in self._calls],
+            group,
+            doing="Building the optimizer",
+        )
         for part in self._parts:
             part.agree_on_plan()
-        self._counters = {"params", *self._parts[0].counter_keys()}
+        self._counters = {"params", *self._parts[0].holdings.counter_keys()}
         self._pull_hyperparameters()
         if Trait.WEIGHT_SWAPPING in self.spec.traits:
             hold_averaged_weights(engine, self)
@@ -147,21 +152,25 @@ class ZeroOptimizer(Optimizer):
         spec = self.spec
         if spec.is_undescribed:
             spec = prove_separable(spec, groups, self._arguments)
-        return DistributedOptimizer(spec, groups, self._arguments, process_group=process_group, all_ranks=process_group)
+        return DistributedOptimizer(
+            spec,
+            groups,
+            self._arguments,
+            process_group=process_group,
+            all_ranks=self._engine.seq_data_parallel_group,
+            agreement=PartOfAgreement(self._agreement),
+        )
 
     def route_audit(self) -> str:
         """Which algorithm got which tensors, and who steps them."""
-        owners = {index: owner for part in self._parts for index, owner in part.plan.owners.items()}
-        members = [where_it_is(at) for at in zip(*(part.placed_parameters() for part in self._parts), strict=True)]
-        shown = SimpleNamespace(
-            spec=self.spec,
-            plan=Plan(owners, tuple(bucket for part in self._parts for bucket in part.plan.buckets)),
-            param_groups=self._parts[0].param_groups,
-            placed_parameters=lambda: members,
-            num_replicas=1,
-            inside_backward=None,
+        every = [part.holdings for part in self._parts]
+        owners = {index: owner for held in every for index, owner in held.plan.owners.items()}
+        whole = replace(
+            every[0],
+            placed=tuple(where_it_is(places) for places in zip(*(held.placed for held in every), strict=True)),
+            plan=Plan(owners, tuple(bucket for held in every for bucket in held.plan.buckets)),
         )
-        return route_audit(shown)  # type: ignore[arg-type]  # it reads these six attributes
+        return route_audit(whole)
 
     # Stepping -----------------------------------------------------------------------------------------------------
 
@@ -172,6 +181,8 @@ class ZeroOptimizer(Optimizer):
         Raises:
             WrongModeError: The optimizer was not attached to the engine, or ``eval()`` was called and ``train()`` not.
             UnsupportedError: The engine would feed its schedule a wrong metric, or clip by a stale gradient.
+            RanksDisagreeError: On all ranks: a hyperparameter differs.
+            StepFailedError: On all ranks, in the last call of the training step: upstream's step failed on one.
         """
         shown = [live for group in self.param_groups for live in group["params"]]
         if self._engine is None:
@@ -183,9 +194,11 @@ class ZeroOptimizer(Optimizer):
         call, part = self._calls[number], self._parts[number]
         self._show_slices(call, part)
         self._push_hyperparameters(part)
-        part.step()
-        for placed in part.placed_parameters():
+        part.step_part([placed.fqn in self._present for placed in part.holdings.placed])
+        for placed in part.holdings.placed:
             placed.parameter.grad = None
+        if part is self._parts[-1]:
+            self._agreement.after(self.spec.name, self.num_steps - 1)
 
     def _refuse_real_gradients(self, shown: Sequence[Tensor]) -> None:
         if any(live.grad is not None and bool(live.grad.any()) for live in shown):
@@ -202,8 +215,14 @@ class ZeroOptimizer(Optimizer):
         names = [placed.fqn for placed in self._trainable()]
         now = self._engine.global_steps
         touched = [self._touched_in.get(name) == now for name in names]
-        group = self._engine.seq_data_parallel_group
-        present, _ = agree_on_presence(touched, [False] * len(names), torch.device(self._engine.device), group)
+        held = self._parts[0].holdings
+        present = self._agreement.before(
+            names,
+            touched,
+            [False] * len(names),
+            hyperparameters_of(self._outer, held.pushed_keys),
+            problem=self._parts[0].training_step.wrong_mode(),
+        )
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
         stale = sorted(self._had_gradient - self._present)
         if stale and self._engine.gradient_clipping() > 0 and _keeps_stale_gradients(self._engine):
@@ -213,15 +232,13 @@ class ZeroOptimizer(Optimizer):
             )
         self._had_gradient |= self._present
 
-    def _mark(self, name: str) -> Callable[[Tensor], None]:
-        def note(_: Tensor) -> None:
-            self._touched_in[name] = getattr(self._engine, "global_steps", 0)
-
-        return note
+    def note_gradient(self, name: str) -> None:
+        """Backward has given this parameter a gradient, in the engine's present step."""
+        self._touched_in[name] = getattr(self._engine, "global_steps", 0)
 
     def _show_slices(self, call: Call, part: DistributedOptimizer) -> None:
         """Point the part's parameters at the engine's current storage, and give them this step's gradients."""
-        for placed in part.placed_parameters():
+        for placed in part.holdings.placed:
             parameter, is_present = placed.parameter, placed.fqn in self._present
             if placed.fqn in call.slices:
                 parameter.data = call.slices[placed.fqn].weight()
@@ -311,6 +328,17 @@ class ZeroOptimizer(Optimizer):
     def parts(self) -> list[DistributedOptimizer]:
         """The optimizers underneath, one for each ``step()`` call of a training step."""
         return list(self._parts)
+
+
+def _marking(optimizer: weakref.ref[ZeroOptimizer], name: str) -> Callable[[Tensor], None]:
+    """A hook on a parameter, which may outlive the optimizer."""
+
+    def note(_: Tensor) -> None:
+        living = optimizer()
+        if living is not None:
+            living.note_gradient(name)
+
+    return note
 
 
 def _keeps_stale_gradients(engine: Any) -> bool:

@@ -12,7 +12,8 @@ from dist_optim.errors import DistOptimError, ParameterError, UnsupportedError
 from dist_optim.integrations.accelerate.placing import refuse_unserved as refuse_settings
 from dist_optim.integrations.transformers.arguments import name_of
 from dist_optim.layouts.detect import detect
-from dist_optim.ranks.agreement import num_ranks, raise_together
+from dist_optim.ranks.agreement import num_ranks
+from dist_optim.ranks.together import raise_together
 from dist_optim.specs.registry import Trait, names, spec_of_class
 from dist_optim.stepping.optimizer import DistributedOptimizer
 

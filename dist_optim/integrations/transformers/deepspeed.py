@@ -13,7 +13,7 @@ from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedEr
 from dist_optim.integrations.deepspeed.engine import PREFIX, build_optimizer_for_engine, is_ours, register
 from dist_optim.integrations.transformers.arguments import name_of, registered_name
 from dist_optim.integrations.transformers.deferred import Draft
-from dist_optim.ranks.agreement import raise_together
+from dist_optim.ranks.together import raise_together
 
 __all__ = ["ready", "take_over"]
 

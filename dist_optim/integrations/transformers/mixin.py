@@ -267,8 +267,6 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if self._steps_inside_backward():
             return self._norm_of_backward  # None, and then not logged, where nobody had to know it
-        if grad_norm is None:
-            grad_norm = self._clip_exactly(float("inf"))
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def _steps_inside_backward(self) -> bool:
@@ -278,7 +276,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     def _clip_exactly(self, max_norm: float) -> Tensor | None:
         """The global norm before clipping; None where transformers' own way is exact: one process, DeepSpeed."""
         optimizer = distributed_optimizer_of(self.optimizer)
-        if optimizer is None or num_ranks(optimizer.process_group) == 1:
+        if optimizer is None or num_ranks(optimizer.holdings.process_group) == 1:
             return None
         self.accelerator.unscale_gradients()
         return optimizer.clip_grad_norm_(max_norm)

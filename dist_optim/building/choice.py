@@ -1,0 +1,54 @@
+"""From what the user chose, a name or a class, to the spec that describes it."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from dist_optim.errors import ParameterError, UnsupportedError
+from dist_optim.specs.registry import OptimizerSpec, get_spec, names, spec_of_class
+from dist_optim.stepping.optimizer import DistributedOptimizer
+
+__all__ = ["resolve"]
+
+
+def resolve(optimizer: str | type[Optimizer], *, inside_backward: bool = False) -> OptimizerSpec:
+    """The spec of a name or a class, with its package at hand.
+
+    Args:
+        optimizer: What the user chose.
+        inside_backward: Whether the caller can step inside backward, as layerwise names always do.
+
+    Raises:
+        UnknownOptimizerError, MissingPackageError, UnsupportedError: It cannot be used.
+        ParameterError: It is something else; an optimizer that is built already, most often.
+    """
+    if isinstance(optimizer, str):
+        spec = get_spec(optimizer)
+    elif isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        spec = spec_of_class(optimizer)
+    else:
+        raise ParameterError(_why_no_choice(optimizer))
+    if spec.refusal:
+        raise UnsupportedError(f"{spec.name}: {spec.refusal}")
+    if spec.instead and not inside_backward:
+        raise UnsupportedError(
+            f"{spec.name} steps each parameter inside backward, which is not served here. Use {spec.instead}, the same "
+            "algorithm with stored gradients."
+        )
+    spec.load_class()
+    return spec
+
+
+def _why_no_choice(given: object) -> str:
+    if not isinstance(given, Optimizer):
+        return (
+            f"optimizer={given!r} is neither a registered name nor a subclass of torch.optim.Optimizer. "
+            "Pass one of dist_optim.names(), or the class itself."
+        )
+    name = given.spec.name if isinstance(given, DistributedOptimizer) else spec_of_class(type(given)).name
+    wanted = repr(name) if name in names() else type(given).__name__
+    return (
+        f"optimizer is an instance of {type(given).__name__}, built already, on parameters that wrapping the model may "
+        f"replace. Pass what to build instead, and its hyperparameters: {wanted}, lr=..., ... It is built when the "
+        "model is in place."
+    )

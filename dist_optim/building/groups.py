@@ -1,0 +1,156 @@
+"""Param groups of placed parameters, with checked values: as given, by weight decay, by low rank, for embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_optim.building.targets import select_matrices
+from dist_optim.errors import HyperparameterError, ParameterError, TargetModulesError
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.specs.driver import ParamGroup
+from dist_optim.specs.hyperparameters import Scope, check_hyperparameters
+from dist_optim.specs.registry import OptimizerSpec, Trait
+
+__all__ = ["arrange"]
+
+
+def arrange(
+    model: nn.Module,
+    spec: OptimizerSpec,
+    placed: Mapping[str, PlacedParameter],
+    hyperparameters: Mapping[str, Any],
+    *,
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    no_decay: Iterable[str] = (),
+    target_modules: str | Sequence[str] | None = None,
+) -> tuple[list[ParamGroup], dict[str, Any]]:
+    """Param groups of placed parameters, and upstream's constructor keywords; all values checked.
+
+    Raises:
+        HyperparameterError, TargetModulesError, ParameterError: As ``build_optimizer``.
+    """
+    values = spec.check(hyperparameters)
+    groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
+    groups = _with_special_values(groups, model, spec, hyperparameters)
+    arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
+    return groups, {**arguments, **spec.forced}
+
+
+def _make_groups(
+    model: nn.Module,
+    spec: OptimizerSpec,
+    values: Mapping[str, Any],
+    placed: Mapping[str, PlacedParameter],
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None,
+    no_decay: set[str],
+    target_modules: str | Sequence[str] | None,
+) -> list[ParamGroup]:
+    """Param groups with checked values, ``params`` as placed parameters; low-rank groups after the others."""
+    groups = _given_groups(spec, placed, params)
+    groups = [part for group in groups for part in _split(group, no_decay, {"weight_decay": 0.0}) if part["params"]]
+    if Trait.LOW_RANK not in spec.traits:
+        if target_modules is not None:
+            raise TargetModulesError(
+                f"{spec.name} has no low-rank matrices to select: leave target_modules out, or choose an optimizer "
+                "that takes it (galore_adamw, for example)."
+            )
+        return groups
+    matrix_values = {key: values[key] for key in spec.in_scope(Scope.MATRIX)}
+    if target_modules is None and any("rank" in group for group in groups):
+        return [{**matrix_values, **group} if "rank" in group else group for group in groups]
+    targets = set(select_matrices(model, target_modules, spec.name))
+    halves = [_split(group, targets, matrix_values) for group in groups]
+    arranged = [rest for rest, _ in halves] + [low_rank for _, low_rank in halves]
+    arranged = [group for group in arranged if group["params"]]
+    trained = [p for group in arranged if "rank" in group for p in group["params"] if p.parameter.requires_grad]
+    if not trained:
+        raise TargetModulesError(
+            f"target_modules={target_modules!r} selects only layers that are frozen or outside `params`, so "
+            f"{spec.name} would own nothing. Select layers that are trained."
+        )
+    return arranged
+
+
+def _with_special_values(
+    groups: list[ParamGroup], model: nn.Module, spec: OptimizerSpec, given: Mapping[str, Any]
+) -> list[ParamGroup]:
+    """Defaults that differ for matrices and embeddings, and what the user set by upstream's own means."""
+    for_matrices, for_embeddings = (
+        {key: value for key, value in defaults.items() if key not in given}
+        for defaults in (spec.matrix_defaults, spec.embedding_defaults)
+    )
+    groups = [{**for_matrices, **group} if "rank" in group else group for group in groups]
+    if for_embeddings:
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        groups = _split_all(groups, embeddings, for_embeddings, overrule=False)
+    for parameter_id, own in spec.driver.values_by_parameter(model).items():
+        groups = _split_all(groups, {parameter_id}, check_hyperparameters(spec.name, spec.records(), own))
+    return groups
+
+
+def _split_all(
+    groups: Iterable[ParamGroup], parameter_ids: set[int], chosen: Mapping[str, Any], overrule: bool = True
+) -> list[ParamGroup]:
+    """Split every group; the parts that get the ``chosen`` values follow their group, empty parts are left out."""
+    parts: list[ParamGroup] = []
+    for group in groups:
+        names = {placed.fqn for placed in group["params"] if id(placed.parameter) in parameter_ids}
+        own = chosen if overrule else {key: value for key, value in chosen.items() if key not in group}
+        parts += _split(group, names, own)
+    return [part for part in parts if part["params"]]
+
+
+def _given_groups(
+    spec: OptimizerSpec,
+    placed: Mapping[str, PlacedParameter],
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None,
+) -> list[ParamGroup]:
+    if params is None:
+        return [{"params": list(placed.values())}]
+    listed: list[Any] = list(params)
+    given = listed if listed and isinstance(listed[0], Mapping) else [{"params": listed}]
+    by_id = {id(p.parameter): p for p in placed.values()}
+    seen: set[int] = set()
+    groups: list[ParamGroup] = []
+    for number, group in enumerate(given):
+        members = group["params"] if isinstance(group, Mapping) and "params" in group else None
+        if members is None:
+            raise ParameterError(f"params: group {number} is {group!r:.80}, not a dict with the key 'params'.")
+        members = [members] if isinstance(members, Tensor) else list(members)
+        for at, parameter in enumerate(members):
+            if id(parameter) not in by_id:
+                raise ParameterError(
+                    f"params: parameter {at} of group {number} (shape {tuple(getattr(parameter, 'shape', ()))}) is not "
+                    "a parameter of the model. Wrapping or sharding a model can replace its parameters: build the "
+                    "groups from the wrapped model, and the optimizer last."
+                )
+            if id(parameter) in seen:
+                raise ParameterError(f"params: {by_id[id(parameter)].fqn!r} is listed twice. List it in one group.")
+            seen.add(id(parameter))
+        own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append({**_check_group(spec, own), "params": [by_id[id(parameter)] for parameter in members]})
+    if not seen:
+        raise ParameterError("params is empty: there is nothing to optimize. Pass the model's parameters.")
+    return groups
+
+
+def _check_group(spec: OptimizerSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    if spec.hyperparameters is None:
+        return dict(values)
+    fixed = [key for key in values if key in spec.in_scope(Scope.CONSTRUCTOR)]
+    if fixed:
+        raise HyperparameterError(
+            f"{spec.name} has one value of {fixed[0]!r} for all groups. "
+            "Pass it to build_optimizer itself, not in a group."
+        )
+    return check_hyperparameters(spec.name, spec.hyperparameters, values)
+
+
+def _split(group: ParamGroup, names: set[str], chosen: Mapping[str, Any]) -> tuple[ParamGroup, ParamGroup]:
+    """The group without the named parameters, and the group of the named ones, which gets the ``chosen`` values."""
+    inside = [placed for placed in group["params"] if placed.fqn in names]
+    outside = [placed for placed in group["params"] if placed.fqn not in names]
+    return {**group, "params": outside}, {**group, **chosen, "params": inside}

@@ -1,0 +1,116 @@
+"""Gradients as they are found at a step: odd ones, and a sample of those that replicas must hold alike."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_optim.errors import UnsupportedError
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
+from dist_optim.ranks.fingerprints import fingerprint
+
+__all__ = ["GradientSamples", "assert_gradients_reduced", "odd_gradient"]
+
+NUM_SAMPLED = 4
+"""Tensors a step. Gradients that were not reduced differ almost everywhere."""
+LAG = 2
+"""Steps until a sample on an accelerator is read: it has arrived by then, and reading waits for nothing."""
+
+
+class GradientSamples:
+    """Digests of a few elements of a few gradients a step, to be compared between the ranks that hold the same part.
+
+    One digest for replicated parameters, and where shards have replicas one for each shard.
+
+    Args:
+        placed: All parameters of the optimizer.
+        process_group: The ranks that share the work.
+        all_ranks: All ranks that train the model.
+    """
+
+    def __init__(
+        self,
+        placed: Sequence[PlacedParameter],
+        process_group: dist.ProcessGroup | None,
+        all_ranks: dist.ProcessGroup | None,
+    ) -> None:
+        trained = [one for one in placed if one.parameter.requires_grad]
+        self._num_parts = num_ranks(process_group) if num_ranks(all_ranks) > num_ranks(process_group) else 0
+        self._part = own_rank(process_group)
+        self._whole = [one for one in trained if one.layout.is_replicated] if num_ranks(all_ranks) > 1 else []
+        self._cut = [one for one in trained if not one.layout.is_replicated] if self._num_parts else []
+        self._on_the_way: deque[list[Tensor | None]] = deque()
+
+    def take(self, num_steps: int) -> list[int | None]:
+        """The digests of this step, or on an accelerator of an earlier one; None where this rank has nothing to say."""
+        now = [_sample(_some(members, num_steps)) for members in (self._whole, self._cut)]
+        if any(sample is not None and sample.device.type != "cpu" for sample in now):
+            self._on_the_way.append([None if one is None else one.to("cpu", non_blocking=True) for one in now])
+            if len(self._on_the_way) <= LAG:
+                return [None] * (1 + self._num_parts)
+            now = self._on_the_way.popleft()
+        whole, cut = [None if one is None else zlib.crc32(one.numpy().tobytes()) for one in now]
+        return [whole, *(cut if part == self._part else None for part in range(self._num_parts))]
+
+
+def _some(members: Sequence[PlacedParameter], num_steps: int) -> list[PlacedParameter]:
+    """Other ones in each step, the same on every rank."""
+    first = num_steps * NUM_SAMPLED
+    return [members[(first + at) % len(members)] for at in range(min(NUM_SAMPLED, len(members)))]
+
+
+def _sample(members: Sequence[PlacedParameter]) -> Tensor | None:
+    """The middle elements of their gradients; None where there is none."""
+    gradients = [one.local_gradient() for one in members]
+    picked = [
+        gradient.reshape(-1)[gradient.numel() // 2].float()
+        for gradient in gradients
+        if gradient is not None and not gradient.is_sparse and gradient.numel()
+    ]
+    return torch.stack(picked) if picked else None
+
+
+def odd_gradient(placed: Sequence[PlacedParameter]) -> UnsupportedError | None:
+    """Why one of the gradients cannot be stepped by; None where all can. Local."""
+    for one in placed:
+        gradient = one.local_gradient()
+        if gradient is None:
+            continue
+        if gradient.is_sparse:
+            return UnsupportedError(
+                f"The gradient of {one.fqn!r} is sparse, and the optimizer's tensors are dense. Set sparse=False in "
+                "the embedding."
+            )
+        if gradient.dtype != one.dtype and not one.layout.is_replicated:
+            return UnsupportedError(
+                f"The gradient of {one.fqn!r} is {gradient.dtype}, and the sharded parameter {one.dtype}. Keep "
+                "gradients in the parameter's dtype."
+            )
+    return None
+
+
+def assert_gradients_reduced(placed: Sequence[PlacedParameter], ranks: dist.ProcessGroup | None) -> None:
+    """Raise on all ranks when gradients of replicated parameters are not equal, naming one. Collective.
+
+    It reads every gradient: worth it once a run, and to explain a sample that differs.
+    """
+    if num_ranks(ranks) == 1:
+        return
+    marks = [
+        (f"the gradient of {one.fqn!r} (fingerprint)", fingerprint(gradient))
+        for one in placed
+        if one.layout.is_replicated and (gradient := one.local_gradient()) is not None
+    ]
+    assert_ranks_equal(
+        "Gradients differ between ranks",
+        marks,
+        "Replicated parameters need reduced gradients: wrap the model in DistributedDataParallel, end gradient "
+        "accumulation with a synchronised backward pass, or all-reduce gradients before step().",
+        ranks,
+    )

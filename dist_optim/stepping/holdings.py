@@ -1,0 +1,103 @@
+"""What a rank holds of one optimizer: the record that audits, checks, state and the step itself read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_optim.exchange.plan import Plan
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.specs.driver import ParamGroup
+from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.stepping.upstream_instance import UpstreamInstance
+
+__all__ = ["Holdings", "Progress"]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far an optimizer has come."""
+
+    num_steps: int = 0
+    mode: str = "train"
+    """``"eval"`` while the averaged weights are in place, for optimizers that swap weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Holdings:
+    """Fixed when an optimizer is built; tensors and param groups inside change with training.
+
+    An **index** is a position among all parameters, in group order.
+    """
+
+    spec: OptimizerSpec
+    placed: tuple[PlacedParameter, ...]
+    groups: list[ParamGroup]
+    """The param groups that the user sees."""
+    plan: Plan
+    local_instance: UpstreamInstance | None
+    """Steps what is elementwise, on this rank's slices."""
+    owner_instances: tuple[UpstreamInstance, ...]
+    """Step whole tensors, one for each bucket of the plan."""
+    pushed_keys: frozenset[str]
+    """Hyperparameters: what the groups hand to upstream. Upstream itself counts under other keys."""
+    needs_total_norm: bool
+    """Whether updates need the norm of all gradients together."""
+    process_group: dist.ProcessGroup | None
+    """The ranks that share the work."""
+    all_ranks: dist.ProcessGroup | None
+    """All ranks that train the model: under HSDP the replicas of those that share the work too."""
+
+    @property
+    def instances(self) -> list[UpstreamInstance]:
+        """The upstream optimizers of this rank."""
+        return [*([self.local_instance] if self.local_instance else []), *self.owner_instances]
+
+    @property
+    def num_replicas(self) -> int:
+        """How many groups of ranks hold the same shards (HSDP), and step them alike."""
+        return num_ranks(self.all_ranks) // num_ranks(self.process_group)
+
+    @property
+    def rank(self) -> int:
+        """This rank among those that share the work."""
+        return own_rank(self.process_group)
+
+    @property
+    def trained(self) -> list[int]:
+        """Indices of what was trainable when the optimizer was built."""
+        return [index for index, one in enumerate(self.placed) if one.parameter.requires_grad]
+
+    @property
+    def local_indices(self) -> list[int]:
+        """Indices of what this rank steps as a slice."""
+        return list(self.local_instance.shadows) if self.local_instance else []
+
+    def stepped_here(self) -> Iterator[tuple[UpstreamInstance, int]]:
+        """Who steps what on this rank."""
+        for instance in self.instances:
+            for index in instance.shadows:
+                yield instance, index
+
+    def names_by_group(self) -> list[list[str]]:
+        """Logical names of the parameters of each group."""
+        names = iter(self.placed)
+        return [[next(names).fqn for _ in group["params"]] for group in self.groups]
+
+    def counters(self) -> list[dict[str, object]]:
+        """What upstream counts in its groups, group by group: the same in all instances after a step."""
+        return self.instances[0].group_counters(self.pushed_keys | {"params"})
+
+    def counter_keys(self) -> list[str]:
+        """Keys that upstream itself counts in, in its groups (none for most optimizers)."""
+        return sorted({key for group in self.counters() for key in group})
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds, counted on the real storages."""
+        tensors: Iterator[Tensor] = (tensor for instance in self.instances for tensor in instance.state_tensors())
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

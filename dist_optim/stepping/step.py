@@ -1,0 +1,337 @@
+"""One training step: ``begin``, ``update`` for some or all gradients, ``end``. There is no other.
+
+Stored gradients come all at once; hooks inside backward bring them as they are produced; an engine that steps a model
+in parts calls an optimizer for each. All are updates of the same step: every parameter is updated once, and what
+upstream counts in its groups moves on once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dist_optim.errors import DistOptimError, ParameterError, WrongModeError
+from dist_optim.exchange.norms import NormOf, combine_norms, norm_in_fp32, norm_task
+from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
+from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
+from dist_optim.ranks.agreement import num_ranks
+from dist_optim.stepping.gradients import GradientSamples, assert_gradients_reduced, odd_gradient
+from dist_optim.stepping.holdings import Holdings, Progress
+from dist_optim.stepping.presence import StepAgreement, hyperparameters_of
+from dist_optim.stepping.sentinel import compare_ranks
+from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
+
+__all__ = ["TrainingStep"]
+
+MAX_KEPT_PARTS = 4096
+
+
+class TrainingStep:
+    """The parts of a step, over the instances and the plan; it knows no engine, and no source of gradients.
+
+    Gradients come as ``{index: this rank's part}``. All methods are collective; every rank gives the same indices, in
+    the same order.
+
+    Args:
+        holdings: What is stepped.
+        progress: Moves on in ``end``.
+        agreement: Of all ranks; one that is shared where an engine steps a model in parts.
+        bucket_bytes: Of the rounds in which gradients that are stepped on slices travel to be measured.
+        check_ranks_every: Steps between two comparisons of what ranks should hold alike; 0 for none.
+    """
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        progress: Progress,
+        agreement: StepAgreement,
+        *,
+        bucket_bytes: int,
+        check_ranks_every: int = 0,
+    ) -> None:
+        self._held = holdings
+        self._progress = progress
+        self.agreement = agreement
+        self._check_ranks_every = check_ranks_every
+        self._bucket_bytes = bucket_bytes
+        self._group = holdings.process_group
+        self._trained = set(holdings.trained)
+        self._rounds = {bucket.index: bucket for bucket in holdings.plan.buckets}
+        self._round_of = {item.index: bucket.index for bucket in holdings.plan.buckets for item in bucket.items}
+        self._parts: dict[tuple[int, tuple[int, ...]], tuple[Bucket, Route]] = {}
+        self._samples = GradientSamples(holdings.placed, holdings.process_group, holdings.all_ranks)
+        self._norm_round_of: dict[int, int] | None = None
+        self.present: Sequence[bool] = ()
+        self._agreed: list[tuple[str, object]] = []
+        self._norms: dict[int, Tensor] = {}
+        self._norm_dtypes: dict[int, torch.dtype] = {}
+        self._total: Tensor | None = None
+        self._is_one_by_one = False
+
+    # Beginning ----------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        present: Sequence[bool] | None = None,
+        problem: DistOptimError | None = None,
+        *,
+        before_backward: bool = False,
+    ) -> None:
+        """Agree on what this step is, and give upstream its hyperparameters.
+
+        Args:
+            present: Which parameters have a gradient, where the caller has agreed on everything already.
+            problem: Why this rank cannot take the step: then none does.
+            before_backward: Gradients are still to come, one by one.
+
+        Raises:
+            WrongModeError: ``eval()`` was called, and ``train()`` not since.
+            RanksDisagreeError: A gradient is there on some ranks and missing on others, a hyperparameter differs, or
+                gradients of replicas are not equal.
+            ParameterError: A parameter that was frozen when the optimizer was built has a gradient.
+        """
+        problem = problem or self.wrong_mode()
+        self._is_one_by_one = before_backward
+        if present is None:
+            self._agreed = hyperparameters_of(self._held.groups, self._held.pushed_keys)
+            present = self._agree([], problem) if before_backward else self.agree_on_gradients(problem)
+            if self._progress.num_steps == 0 and not before_backward:
+                assert_gradients_reduced(self._held.placed, self._held.all_ranks)
+        elif problem is not None:
+            raise problem
+        self.present = present
+        for instance in self._held.instances:
+            instance.push_hyperparameters(self._held.groups, self._held.pushed_keys)
+
+    def agree_on_gradients(self, problem: DistOptimError | None = None) -> list[bool]:
+        """Which parameters have a stored gradient, the same answer on every rank; what else ``begin`` raises for."""
+        placed = self._held.placed
+        problem = problem or odd_gradient(placed) or self._unfrozen()
+        has = [one.parameter.grad is not None for one in placed]
+        return self._agree(has, problem)
+
+    def _agree(self, has: Sequence[bool], problem: DistOptimError | None) -> list[bool]:
+        placed = self._held.placed[: len(has)]
+        return self.agreement.before(
+            [one.fqn for one in placed],
+            has,
+            [not has[at] and one.local().numel() > 0 for at, one in enumerate(placed)],
+            self._agreed,
+            self._samples.take(self._progress.num_steps) if has else (),
+            problem,
+            self._explain_samples,
+        )
+
+    def _explain_samples(self) -> None:
+        assert_gradients_reduced(self._held.placed, self._held.all_ranks)
+
+    def wrong_mode(self) -> WrongModeError | None:
+        """Why no step can be taken now, where the weights for evaluation are in place."""
+        if self._progress.mode != "eval":
+            return None
+        return WrongModeError(
+            f"{self._held.spec.name}: step() or backward() was called after eval(), while the averaged weights are in "
+            "place. Their gradients belong to other weights than upstream would step. Call optimizer.train() on all "
+            "ranks before the forward pass of each training phase, and optimizer.eval() before evaluating."
+        )
+
+    def _unfrozen(self) -> ParameterError | None:
+        for index, one in enumerate(self._held.placed):
+            if one.parameter.grad is not None and index not in self._trained:
+                return ParameterError(
+                    f"Parameter {one.fqn!r} has a gradient, but was frozen (requires_grad=False) when the optimizer "
+                    "was built. Build the optimizer after unfreezing, or leave the parameter frozen."
+                )
+        return None
+
+    # Updating -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, gradients: Mapping[int, Tensor]) -> None:
+        """Update these parameters by their gradients: all that have one, or after ``before_backward`` some of them."""
+        if self._total is not None:
+            for instance in self._held.instances:
+                self._held.spec.driver.take_total_norm(instance.optimizer, self._total)
+        num_rounds = 0 if self._is_one_by_one else len(self._held.plan.buckets)
+        ready: dict[int, list[int]] = {number: [] for number in range(num_rounds)}
+        here: list[int] = []
+        for index in gradients:
+            if index in self._round_of:
+                ready.setdefault(self._round_of[index], []).append(index)
+            else:
+                here.append(index)
+        if self._held.local_instance is not None and (here or not self._is_one_by_one):
+            self._update_locally(self._held.local_instance, {index: gradients[index] for index in here})
+        run_tasks(self._update_task(number, indices, gradients) for number, indices in ready.items())
+
+    def _update_locally(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
+        """Upstream on this rank's slices, in place."""
+        parameters = {index: self._held.placed[index].local() for index in gradients}
+        updated = self._stepped(instance, parameters, gradients)
+        for index, tensor in updated.items():
+            if tensor.data_ptr() != parameters[index].data_ptr():
+                parameters[index].copy_(tensor)
+        if self._is_one_by_one:
+            instance.release(gradients.keys())
+
+    def _update_task(self, number: int, indices: Sequence[int], gradients: Mapping[int, Tensor]) -> Task[None]:
+        bucket, route = self._part_of(number, indices)
+        instance = self._held.owner_instances[number]
+        parameters = {index: self._held.placed[index].local() for index in indices}
+        full_gradients, full = yield from gather_to_owner(bucket, [gradients, parameters], route, self._group)
+        full_gradients = {index: as_if_alone(gradient) for index, gradient in full_gradients.items()}
+        updated = self._stepped(instance, full, full_gradients)
+        del full_gradients, full
+        yield from scatter_from_owner(bucket, updated, parameters, route, self._group)
+        self._put_down(bucket, instance, updated, parameters)
+
+    def _put_down(
+        self,
+        bucket: Bucket,
+        instance: UpstreamInstance,
+        updated: Mapping[int, Tensor],
+        parameters: Mapping[int, Tensor],
+    ) -> None:
+        """After a round's way back: owners free their full tensors; what they share with the model, they keep."""
+        if bucket.is_replicated and not self._is_one_by_one:
+            instance.show({index: parameters[index] for index in updated})
+        else:
+            instance.release(updated.keys())
+
+    def _stepped(
+        self, instance: UpstreamInstance, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor]
+    ) -> Mapping[int, Tensor]:
+        """Upstream's step; where it fails, the tensors as they were, since other ranks wait for them."""
+        try:
+            if self._is_one_by_one:
+                return instance.step_each(parameters, gradients, self._held.pushed_keys)
+            return instance.step(parameters, gradients, self.present)
+        except Exception as error:
+            self.agreement.note(error)
+            return parameters
+
+    def _part_of(self, number: int, indices: Sequence[int]) -> tuple[Bucket, Route]:
+        """What travels now of a round, and its route: kept, since steps are alike."""
+        key = (number, tuple(indices))
+        if key not in self._parts:
+            if len(self._parts) >= MAX_KEPT_PARTS:
+                self._parts.clear()
+            part = self._rounds[number].only(set(indices))
+            self._parts[key] = part, part.route(self._held.rank)
+        return self._parts[key]
+
+    def swap_weights(self, mode: str) -> None:
+        """Let upstream exchange training and averaged weights. Collective."""
+        local = self._held.local_instance
+        self._is_one_by_one = False
+        if local is not None:
+            local.swap_weights(mode, {index: self._held.placed[index].local() for index in local.shadows})
+        run_tasks(self._swap_task(number, mode) for number in range(len(self._held.plan.buckets)))
+        self.publish_counters()
+        self._progress.mode = mode
+
+    def _swap_task(self, number: int, mode: str) -> Task[None]:
+        bucket, instance = self._held.plan.buckets[number], self._held.owner_instances[number]
+        _, route = self._part_of(number, [item.index for item in bucket.items])
+        parameters = {item.index: self._held.placed[item.index].local() for item in bucket.items}
+        (full,) = yield from gather_to_owner(bucket, [parameters], route, self._group)
+        updated = instance.swap_weights(mode, full)
+        yield from scatter_from_owner(bucket, updated, parameters, route, self._group)
+        self._put_down(bucket, instance, updated, parameters)
+
+    # The norm of all gradients ------------------------------------------------------------------------------------
+
+    @property
+    def lacks_total_norm(self) -> bool:
+        """Whether updates need the norm of all gradients together, and it has not been measured in this step."""
+        return self._held.needs_total_norm and self._total is None
+
+    @torch.no_grad()
+    def measure(self, gradients: Mapping[int, Tensor], norm_of: NormOf = norm_in_fp32) -> None:
+        """Take the norms of these gradients, each of the whole tensor, at its owner; nothing is updated."""
+        cut: dict[int, list[int]] = {}
+        round_of = self._rounds_of_norms()
+        for index, gradient in gradients.items():
+            self._norm_dtypes[index] = torch.float32 if norm_of is norm_in_fp32 else gradient.dtype
+            if index in round_of:
+                cut.setdefault(round_of[index], []).append(index)
+            elif self._held.rank == 0:
+                self._norms[index] = norm_of(gradient)
+        run_tasks(
+            norm_task(bucket, gradients, self._norms, norm_of, route, self._group)
+            for bucket, route in (self._part_of(number, indices) for number, indices in cut.items())
+        )
+
+    @torch.no_grad()
+    def total(self, norm_type: float = 2.0) -> Tensor:
+        """Combine the norms that were measured, in the order of ``model.parameters()``; forgets them."""
+        placed = self._held.placed
+        order = sorted(self._norm_dtypes, key=lambda index: placed[index].position)
+        dtypes = [self._norm_dtypes[index] for index in order]
+        total = combine_norms(self._norms, order, dtypes, placed[0].device, self._group, norm_type)
+        self._norms.clear()
+        self._norm_dtypes.clear()
+        return total
+
+    def clip_updates_by(self, total: Tensor) -> None:
+        """Let the updates of this step know the norm of all gradients."""
+        self._total = total
+
+    def _rounds_of_norms(self) -> Mapping[int, int]:
+        """The round in which each sharded gradient travels to be measured; of what is stepped on slices, its own."""
+        if self._norm_round_of is None:
+            placed, held = self._held.placed, self._held
+            sharded = [bucket for bucket in held.plan.buckets if not bucket.is_replicated and len(bucket.owned) > 1]
+            slices = [placed[index] for index in held.local_indices]
+            items = [
+                Item(index, one.shape, one.layout, one.dtype, one.device, float(one.shape.numel()))
+                for index, one in zip(held.local_indices, slices, strict=True)
+                if not one.layout.is_replicated
+            ]
+            more = make_plan(items, num_ranks(self._group), self._bucket_bytes).buckets if items else ()
+            first = len(held.plan.buckets)
+            self._rounds |= {first + at: bucket for at, bucket in enumerate(more)}
+            rounds = {**{bucket.index: bucket for bucket in sharded}, **dict(enumerate(more, first))}
+            self._norm_round_of = {item.index: at for at, bucket in rounds.items() for item in bucket.items}
+        return self._norm_round_of
+
+    # Ending -------------------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """End the training step: groups move on, and what one rank failed at all ranks raise.
+
+        Raises:
+            StepFailedError: On all ranks: upstream's step failed on one.
+            WrongModeError: A hyperparameter was changed after updates were made with the old one.
+            RanksDisagreeError: Every ``check_ranks_every`` steps, on all ranks.
+        """
+        held, progress = self._held, self._progress
+        if self._is_one_by_one:
+            self._note_changed_values()
+            for instance in held.instances:
+                instance.tick(held.pushed_keys)
+        self._total = None
+        self.agreement.after(held.spec.name, progress.num_steps)
+        self.publish_counters()
+        progress.num_steps += 1
+        if self._check_ranks_every and progress.num_steps % self._check_ranks_every == 0:
+            compare_ranks(held, progress)
+
+    def _note_changed_values(self) -> None:
+        now = hyperparameters_of(self._held.groups, self._held.pushed_keys)
+        changed = [name for (name, old), (_, new) in zip(self._agreed, now, strict=True) if old != new]
+        if changed:
+            self.agreement.note(
+                WrongModeError(
+                    f"{self._held.spec.name}: {changed[0]} was changed between backward and step(), after the updates "
+                    "were made. Change hyperparameters after step(), as schedulers do: scheduler.step() follows "
+                    "optimizer.step()."
+                )
+            )
+
+    def publish_counters(self) -> None:
+        """Show in the user's groups what upstream counts in its own: state dicts are read from ours."""
+        for group, values in zip(self._held.groups, self._held.counters(), strict=True):
+            group.update(values)
