@@ -210,8 +210,11 @@ def test_the_configurations_train(name: str, two_ranks: RankPool) -> None:
 def with_presence_as_deepspeed_shows_it(run: ZeroRun) -> float:
     from dist_optim.stepping.presence import StepAgreement
 
-    def every_one(self: StepAgreement, names: list[str], *_: Any, **__: Any) -> list[bool]:
-        return [True] * len(names)
+    before = StepAgreement.before
+
+    def every_one(self: StepAgreement, *args: Any, **options: Any) -> list[bool]:
+        present = before(self, *args, **options)
+        return present if self._is_alone else [True] * len(present)  # alone is the reference
 
     with mock.patch.object(StepAgreement, "before", every_one):
         return zero.distance(run)
