@@ -78,7 +78,7 @@ def _step_on_overflow(engine: Any) -> None:
         for part in optimizer.parts():
             for placed in part.placed_parameters():
                 placed.parameter.grad = torch.zeros_like(placed.parameter)
-            part.step()
+            part.step_part([True] * len(part.holdings.placed))
         optimizer.write_weights(weights)
         skip(has_overflow)
 

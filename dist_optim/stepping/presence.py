@@ -103,19 +103,23 @@ class StepAgreement:
         """At the end of a step. Collective.
 
         Raises:
-            StepFailedError: On all ranks, when upstream's step failed on any; raised from that rank's own error.
+            StepFailedError: On all ranks, when upstream's step failed on any; raised from that rank's own error. A
+                process that trains alone raises that one.
             DistOptimError: On all ranks, what was noted on any.
         """
         failure, self._failure = self._failure, None
-        if not self._is_alone:
-            (has_failed,), _ = agree_on_bits([failure is not None], [False], self._group)
-            if not has_failed:
-                return
+        if self._is_alone:
+            if failure is not None:
+                raise failure
+            return
+        (has_failed,), _ = agree_on_bits([failure is not None], [False], self._group)
+        if not has_failed:
+            return
         error = failure if isinstance(failure, DistOptimError) else None
         if failure is not None and error is None:
             error = StepFailedError(
                 f"{name}: step {num_steps + 1} failed on rank {own_rank(self._ranks)} with {type(failure).__name__}: "
-                f"{str(failure).strip() or 'no text'}. Other parameters of this step are updated: resume from the last "
+                f"{str(failure).strip().rstrip('.') or 'no text'}. Other parameters of this step are updated: resume from the last "
                 "checkpoint."
             )
             error.__cause__ = failure
