@@ -119,8 +119,8 @@ class StepAgreement:
         if failure is not None and error is None:
             error = StepFailedError(
                 f"{name}: step {num_steps + 1} failed on rank {own_rank(self._ranks)} with {type(failure).__name__}: "
-                f"{str(failure).strip().rstrip('.') or 'no text'}. Other parameters of this step are updated: resume from the last "
-                "checkpoint."
+                f"{str(failure).strip().rstrip('.') or 'no text'}. Other parameters of this step are updated: resume "
+                "from the last checkpoint."
             )
             error.__cause__ = failure
         raise_together(error, self._ranks)
