@@ -1,8 +1,9 @@
 """Memory-efficient optimizers with their one-process trajectory under every sharding.
 
-Reading order: ``registry`` (what an optimizer is), ``layouts`` (which part of a tensor a rank holds), ``exchange.plan``
-and ``exchange.transfer`` (who owns what, and how it moves), ``instance`` (one upstream optimizer with ghosts),
-``optimizer`` (the step), ``build`` (from a model and a name), ``schedulers``, ``checkpoint``, then ``integrations``.
+Reading order, a folder a question: ``specs`` (what an optimizer is), ``optimizers`` (the families), ``ranks`` (what ranks
+do together), ``layouts`` (where a tensor lies), ``exchange`` (how it moves), ``stepping`` (how it is stepped),
+``inside_backward`` (the same, fed by hooks), ``building`` (from a model and a name), ``checkpoint``, ``schedulers``, then
+``integrations``. A room imports from those before it alone.
 
 Importing this package needs torch alone; upstream packages and frameworks are imported on use.
 """

@@ -8,7 +8,7 @@ resolves every registered name::
 ``params`` are the keywords of ``dist_optim.build_optimizer``: hyperparameters, ``target_modules``, ``no_decay``. Names
 that DeepSpeed has itself (``adagrad``, ``muon``) stay its own; ``dist_optim.adagrad`` is ours.
 
-``register`` extends three methods of ``DeepSpeedEngine``. ``initialize`` serves one call without touching DeepSpeed.
+``register`` extends three methods of ``DeepSpeedEngine``.
 """
 
 from __future__ import annotations
