@@ -1,9 +1,9 @@
 """Memory-efficient optimizers with their one-process trajectory under every sharding.
 
-Reading order, a folder a question: ``specs`` (what an optimizer is), ``optimizers`` (the families), ``ranks`` (what ranks
-do together), ``layouts`` (where a tensor lies), ``exchange`` (how it moves), ``stepping`` (how it is stepped),
-``inside_backward`` (the same, fed by hooks), ``building`` (from a model and a name), ``checkpoint``, ``schedulers``, then
-``integrations``. A room imports from those before it alone.
+Reading order, a folder a question: ``specs`` (what an optimizer is), ``optimizers`` (the families), ``ranks`` (what
+ranks do together), ``layouts`` (where a tensor lies), ``exchange`` (how it moves), ``stepping`` (how it is stepped),
+``inside_backward`` (the same, fed by hooks), ``building`` (from a model and a name), ``checkpoint``, ``schedulers``,
+then ``integrations``. A room imports from those before it alone.
 
 Importing this package needs torch alone; upstream packages and frameworks are imported on use.
 """

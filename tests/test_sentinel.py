@@ -57,7 +57,7 @@ def assert_all_raise(pool: RankPool, message: str, *arguments: Any) -> None:
         assert re.search(message, text, flags=re.DOTALL), text
 
 
-@pytest.mark.parametrize("placement", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("placement", ["ddp", "fsdp2", "hsdp"])  # on two ranks: two replicas of one shard
 def test_changed_learning_rate_is_refused_in_the_same_step(placement: str, two_ranks: RankPool) -> None:
     message = (
         "RanksDisagreeError: Hyperparameters differ between ranks: group 0, lr is 0.01 on rank 0 and 0.015 on rank 1"

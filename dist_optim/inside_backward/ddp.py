@@ -133,7 +133,10 @@ class BucketReduction:
         flat = self._flats.pop(number) if number in self._flats else self._empty(number)
         bucket = self._buckets[number]
         marks = flat[-len(bucket) :]
-        marks.copy_(torch.tensor([float(index in self._filled[number]) for index in bucket]))
+        if len(self._filled[number]) == len(bucket):
+            marks.fill_(1)  # on the device: a copy from the host would wait for it
+        else:
+            marks.copy_(torch.tensor([float(index in self._filled[number]) for index in bucket]))
         flat.div_(self._world_size)
         self._in_flight = (number, flat, dist.all_reduce(flat, group=self._group, async_op=True))
 

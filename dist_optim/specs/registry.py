@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -154,6 +155,7 @@ def signature_records(optimizer_class: type[Optimizer]) -> tuple[Hyperparameter,
 
 _specs: dict[str, OptimizerSpec] = {}
 _entry_points_read = False
+_broken_plugins: list[str] = []
 _lock = threading.RLock()
 
 
@@ -194,7 +196,8 @@ def get_spec(name: str) -> OptimizerSpec:
         return _specs[name]
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), list(_specs), n=3, cutoff=0.4)
     hint = f"The nearest names are: {', '.join(near)}. " if near else ""
-    raise UnknownOptimizerError(f"There is no optimizer named {name!r}. {hint}All names: {', '.join(names())}.")
+    broken = f" Plug-ins that cannot be used: {'; '.join(_broken_plugins)}." if _broken_plugins else ""
+    raise UnknownOptimizerError(f"There is no optimizer named {name!r}. {hint}All names: {', '.join(names())}.{broken}")
 
 
 def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
@@ -236,13 +239,21 @@ def _find_spec(optimizer_class: type[Optimizer]) -> OptimizerSpec | None:
 
 
 def _read_entry_points() -> None:
-    """Register what installed packages offer under ``dist_optim.optimizers``: a spec, or a list of specs."""
+    """Register what installed packages offer under ``dist_optim.optimizers``: a spec, or a list of specs.
+
+    One that fails, or whose name is taken, is left out with a warning.
+    """
     global _entry_points_read
     with _lock:
         if _entry_points_read:
             return
         _entry_points_read = True
         for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-            offered = entry_point.load()
-            for spec in [offered] if isinstance(offered, OptimizerSpec) else offered:
-                register(spec)
+            try:
+                offered = entry_point.load()
+                for spec in [offered] if isinstance(offered, OptimizerSpec) else offered:
+                    register(spec)
+            except Exception as error:  # somebody else's package: it must not take the other names with it
+                why = f"{entry_point.name!r} ({entry_point.value}): {type(error).__name__}: {error}"
+                _broken_plugins.append(why)
+                warnings.warn(f"An optimizer plug-in cannot be used, all others can: {why}", stacklevel=2)

@@ -48,6 +48,7 @@ class UpstreamInstance:
         self.shadows: dict[int, nn.Parameter] = {}
         self.ghosts: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, int] = {}
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         upstream_groups: list[ParamGroup] = []
         index = 0
         for group in groups:
@@ -151,7 +152,14 @@ class UpstreamInstance:
         """Drop the full tensors, so that between steps only the shards hold the parameters."""
         for index in indices:
             shadow = self.shadows[index]
-            shadow.data = shadow.data.new_zeros(()).expand(shadow.shape)
+            shadow.data = self._zero_like(shadow).expand(shadow.shape)
+
+    def _zero_like(self, tensor: Tensor) -> Tensor:
+        """One element for all that is stepped elsewhere or not now: nobody may write to what many share."""
+        key = (tensor.dtype, tensor.device)
+        if key not in self._zeros:
+            self._zeros[key] = tensor.detach().new_zeros(())
+        return self._zeros[key]
 
     def show(self, parameters: Mapping[int, Tensor]) -> None:
         """Let upstream's parameters be these tensors, on their own storage."""

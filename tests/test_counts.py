@@ -1,0 +1,216 @@
+"""What a steady step costs, counted: collectives, values read from tensors, Python work. Nothing here is timed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from placements import inject, place
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dist_optim
+from dist_optim.testing import RankPool
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_to_all_single",
+    "all_gather_object",
+    "all_gather",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
+LOW_RANK: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
+AGREEMENTS = 2
+"""Before a step and after it: small, and over the host."""
+
+
+def net(num_layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(num_layers)))
+
+
+@contextmanager
+def collectives_counted() -> Iterator[Counter[str]]:
+    from dist_optim.exchange import transfer
+
+    counted: Counter[str] = Counter()
+
+    def counting(name: str, original: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            counted[name] += 1
+            return original(*args, **options)
+
+        return call
+
+    with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in COLLECTIVES}):
+        gather = counting("all_gather_single", transfer._all_gather_single)
+        with mock.patch.object(transfer, "_all_gather_single", gather):
+            yield counted
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that Python reads from tensors: on an accelerator each waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def steady(placement: str, name: str, num_layers: int, **options: Any) -> dist_optim.DistributedOptimizer:
+    model = place(net(num_layers), placement)
+    optimizer = dist_optim.build_optimizer(model, name, lr=1e-3, print_audit=False, **options)
+    for _ in range(3):
+        give_gradients(model, num_layers)
+        optimizer.step()
+    give_gradients(model, num_layers)
+    return optimizer
+
+
+def give_gradients(model: nn.Module, num_layers: int) -> None:
+    inject(model, {name: torch.ones(p.shape) for name, p in net(num_layers).named_parameters()})
+
+
+def count_collectives(placement: str, name: str, options: dict[str, Any]) -> dict[str, int]:
+    optimizer = steady(placement, name, 6, **options)
+    with collectives_counted() as counted:
+        optimizer.step()
+    return {"rounds": len(optimizer.plan.buckets), **counted}
+
+
+@pytest.mark.parametrize(
+    ("placement", "name", "options", "expected"),
+    [
+        ("fsdp2", "adamw_torch", {}, {"rounds": 0, "all_reduce": AGREEMENTS}),
+        ("ddp", "adamw_torch", {}, {"rounds": 1, "all_reduce": AGREEMENTS, "all_gather_single": 1}),
+        ("fsdp2", "galore_adamw", LOW_RANK, {"rounds": 1, "all_reduce": AGREEMENTS, "all_to_all_single": 2}),
+        (
+            "fsdp1",
+            "adafactor",
+            {"bucket_bytes": 256},  # a matrix a round
+            {"rounds": 6, "all_reduce": AGREEMENTS, "all_to_all_single": 12},
+        ),
+    ],
+)
+def test_a_steady_step_makes_two_collectives_a_round_and_two_agreements(
+    placement: str, name: str, options: dict[str, Any], expected: dict[str, int], two_ranks: RankPool
+) -> None:
+    for counted in two_ranks.run(count_collectives, placement, name, options):
+        rounds = counted["rounds"]
+        if name == "adafactor":  # FSDP1 leaves most tensors whole on one rank, whose rounds may be uneven
+            assert counted == {"rounds": rounds, "all_reduce": AGREEMENTS, "all_to_all_single": 2 * rounds}
+        else:
+            assert counted == expected
+
+
+def count_reads(placement: str, name: str, num_layers: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Values that our step reads, and that upstream's own step on as many plain tensors does."""
+    optimizer = steady(placement, name, num_layers, **options)
+    with Reads() as ours:
+        optimizer.step()
+    instances = optimizer.holdings.instances
+    with Reads() as upstreams:
+        for instance in instances:
+            for shadow in instance.shadows.values():
+                shadow.data, shadow.grad = torch.zeros(shadow.shape), torch.ones(shadow.shape)
+            instance.optimizer.step()
+    return ours.count, upstreams.count
+
+
+@pytest.mark.parametrize(
+    ("placement", "name", "options"),
+    [
+        ("fsdp2", "adamw_torch", {}),
+        ("ddp", "adamw_torch", {}),
+        ("fsdp2", "galore_adamw", LOW_RANK),
+        ("hsdp", "sgd", {}),
+    ],
+)
+def test_a_steady_step_reads_no_value_that_upstream_does_not(
+    placement: str, name: str, options: dict[str, Any], two_ranks: RankPool
+) -> None:
+    for ours, upstreams in two_ranks.run(count_reads, placement, name, 8, options):
+        assert ours == upstreams
+
+
+def agreements_under_zero(sub_group_size: int) -> tuple[int, int]:
+    import zero
+
+    run = zero.ZeroRun("adamw_torch", {"lr": 1e-3}, 3, zero={"sub_group_size": sub_group_size})
+    engine = zero.engine_of(run)
+    zero.train_engine(engine, run, range(2))
+    counted = 0
+    from dist_optim.stepping import presence
+
+    def counting(*args: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        return agree(*args)
+
+    agree = presence.agree_on_bits
+    with mock.patch.object(presence, "agree_on_bits", counting):
+        zero.train_engine(engine, run, range(2, 3))
+    return len(engine.basic_optimizer.parts()), counted
+
+
+def test_zero_agrees_once_a_step_however_many_parts_it_steps(two_ranks: RankPool) -> None:
+    for num_parts, counted in two_ranks.run(agreements_under_zero, 1000):
+        assert num_parts > 2 and counted == AGREEMENTS
+
+
+CALLS_OF_A_STEP = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import dist_optim
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[1]))
+model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(64)))
+fully_shard(model, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+optimizer = dist_optim.build_optimizer(model, "stable_adamw", lr=1e-3, print_audit=False, triton=False)
+calls = 0
+
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+
+for step in range(3):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    calls = 0
+    sys.setprofile(count)
+    optimizer.step()
+    sys.setprofile(None)
+print("calls", calls)
+"""
+
+
+def calls_of_a_step(world_size: int) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS_OF_A_STEP, str(world_size)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("calls ")[1])
+
+
+def test_python_work_of_a_step_does_not_grow_with_ranks() -> None:
+    assert calls_of_a_step(64) < 1.1 * calls_of_a_step(8)
