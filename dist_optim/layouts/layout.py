@@ -120,6 +120,11 @@ class FlatRange:
     def numel_on(self, shape: torch.Size, rank: int) -> int:
         return self.bounds[rank + 1] - self.bounds[rank]
 
+    def __repr__(self) -> str:
+        """Short for many ranks: ranks compare layouts by this text."""
+        shown = self.bounds if len(self.bounds) < 20 else f"{len(self.bounds) - 1} ranks, {hash(self.bounds):x}"
+        return f"FlatRange({shown})"
+
     def home(self, shape: torch.Size) -> int:
         return min(bisect_right(self.bounds, shape.numel() // 2), len(self.bounds) - 1) - 1
 
