@@ -31,7 +31,7 @@ def equals_upstream(case: Case, is_mended: bool = True) -> None:
         if is_mended:
             assert_no_problems_on_any_rank(run_case(case, "ddp"))
         else:
-            with mock.patch("dist_optim.stepping.optimizer.as_if_alone", lambda gradient: gradient):
+            with mock.patch("dist_optim.stepping.step.as_if_alone", lambda gradient: gradient):
                 assert_no_problems_on_any_rank(run_case(case, "ddp"))
 
 
