@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_optim.errors import DistOptimError, UnsupportedError
+from dist_optim.ranks.gloo import use_one_worker_each
 
 __all__ = ["REPLACED", "Replacement", "main", "replace_names"]
 
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     script = rest[0]
     if not is_module and not Path(script).is_file():
         raise SystemExit(f"dist_optim.run: {script!r} is not a file. Give the script to run: {USAGE.splitlines()[0]}")
+    use_one_worker_each()  # before the script makes a process group
     try:
         replace_names()
     except DistOptimError as error:

@@ -10,6 +10,7 @@ import torch
 
 from dist_optim.testing import RankPool
 
+BODY_TIMEOUT_S = 150.0  # for a machine that others use too; below pytest's own, so that the ranks' stacks are told
 _pools: dict[int, RankPool] = {}
 
 # One thread, as in the ranks: a reference computed here then sums in the same order as the subject does there.
@@ -17,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def _shared_pool(world_size: int) -> RankPool:
-    return _pools.setdefault(world_size, RankPool(world_size))
+    return _pools.setdefault(world_size, RankPool(world_size, timeout_s=BODY_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,8 +34,9 @@ def _no_rank_is_left_dead() -> Iterator[None]:
     yield
     for world_size, pool in _pools.items():
         if dead := pool.dead_ranks:
+            crashes = "".join(f"\nrank {rank}:\n{stacks}" for rank, stacks in pool.crashes.items())
             pool.close()
-            pytest.fail(f"This test left dead ranks in the pool of {world_size} (rank: exit code): {dead}")
+            pytest.fail(f"This test left dead ranks in the pool of {world_size} (rank: exit code): {dead}{crashes}")
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HARNESS = [REPOSITORY / "tests_multigpu" / name for name in ("conftest.py", "rank_agreement.py")]
 SHORT_TIMEOUT_S = 3.0  # for the runs that must reach it
+LONG_TIMEOUT_S = 1000.0  # for those that must not: whoever waits for it here is ended after PATIENCE_S, and fails
+PATIENCE_S = 150.0  # below the limit of a test
 HEADER = """
 import os, sys, time
 import pytest, torch
@@ -29,7 +30,6 @@ rank = int(os.environ.get("RANK", "0"))
 class Run:
     exit_code: int
     output: str
-    duration_s: float
 
     @property
     def counts(self) -> str:
@@ -39,23 +39,22 @@ class Run:
         return str(lines[0])
 
 
-def run_ranks(directory: Path, tests: str, *, timeout_s: float = 30.0, launcher: bool = True) -> Run:
-    """Run the source ``tests`` on two ranks of the CPU, with this group timeout, and wait at most a minute."""
+def run_ranks(directory: Path, tests: str, *, timeout_s: float = LONG_TIMEOUT_S, launcher: bool = True) -> Run:
+    """Run the source ``tests`` on two ranks of the CPU, with this group timeout, and wait for minutes at most."""
     for source in HARNESS:
         shutil.copy(source, directory)
     (directory / "test_generated.py").write_text(HEADER + tests)
     torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
     command = [sys.executable, "-m", *(torchrun if launcher else []), "pytest", "-p", "no:cacheprovider", "."]
-    start = time.monotonic()
     ended = subprocess.run(
         command,
         cwd=directory,
         env=_environment(timeout_s),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
-    return Run(ended.returncode, ended.stdout.decode(errors="replace"), time.monotonic() - start)
+    return Run(ended.returncode, ended.stdout.decode(errors="replace"))
 
 
 def _environment(timeout_s: float) -> dict[str, str]:
@@ -122,7 +121,6 @@ def test_afterwards():
     assert "AssertionError: the fixture of rank 1" in run.output
     assert re.search(r"ranks disagree.*\n.*rank 0: passed\n.*rank 1: skipped Skipped: only rank 1", run.output)
     assert re.search(r"failed on ranks 0, 1 of 2\n--- ranks 0, 1 ---", run.output)
-    assert run.duration_s < 30
 
 
 def test_a_rank_that_fails_before_a_collective_ends_the_run(tmp_path: Path) -> None:
@@ -142,7 +140,6 @@ def test_never_reached():
     assert run.counts == "1 failed", run.output
     assert "AssertionError: the story of rank 1" in run.output
     assert "left the process group broken" in run.output
-    assert run.duration_s < 40
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(tmp_path: Path) -> None:
@@ -158,7 +155,6 @@ def test_hang():
     assert run.exit_code != 0
     assert "rank 1 did not report within" in run.output, run.output
     assert "in test_hang" in run.output  # the stack of the rank that the launcher had to end
-    assert run.duration_s < 45
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named_by_the_launcher(tmp_path: Path) -> None:
@@ -173,7 +169,6 @@ def test_death():
     )
     assert run.exit_code != 0
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s+exitcode\s*: 9", run.output), run.output
-    assert run.duration_s < 30
 
 
 def test_ranks_that_collect_different_tests_are_refused(tmp_path: Path) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_optim.testing import RankFailure, RankPool, assert_equal
+from dist_optim.testing.native import OUT_OF_TIME
 
 
 @pytest.fixture
@@ -80,7 +84,8 @@ def _fail_on_rank(failing_rank: int) -> None:
     dist.barrier()
 
 
-def test_failures_of_all_ranks_are_all_reported(doomed_pool: RankPool) -> None:
+def test_failures_of_all_ranks_are_all_reported(doomed_pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_optim.testing.pool.OTHERS_MAY_REPORT_S", 30.0)  # however busy the machine is
     with pytest.raises(RankFailure, match="ranks 0, 1, 2 raised") as caught:
         doomed_pool.run(_fail_alone)
     assert [f"alone on {rank}" in caught.value.tracebacks[rank] for rank in range(3)] == [True] * 3
@@ -101,14 +106,14 @@ def test_a_fresh_pool_works_after_a_failure(doomed_pool: RankPool) -> None:
 
 @pytest.mark.parametrize(
     ("means", "description"),
-    [("exit", "rank 2 died: its process ended with exit code 3"), ("kill", "rank 2 died: .* ended by SIGKILL")],
+    [
+        ("exit", "rank 2 died: its process ended with exit code 3"),
+        ("kill", "rank 2 died: its process was ended by SIGKILL"),
+    ],
 )
 def test_a_rank_that_dies_is_named_at_once(doomed_pool: RankPool, means: str, description: str) -> None:
-    doomed_pool.run(dist.get_rank)
-    start = time.monotonic()
-    with pytest.raises(RankFailure, match=description):
+    with pytest.raises(RankFailure, match=f"(?s)_die_on_rank failed .*{description}"):  # not: did not end in 30 s
         doomed_pool.run(_die_on_rank, 2, means)
-    assert time.monotonic() - start < 10.0  # far from the pool's 30 s
 
 
 def _die_on_rank(dying_rank: int, means: str) -> None:
@@ -117,6 +122,57 @@ def _die_on_rank(dying_rank: int, means: str) -> None:
             os._exit(3)
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def test_a_crash_is_reported_with_its_python_stack_and_all_native_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the report looks for a core dump, if the kernel writes them beside the process
+    with RankPool(2, timeout_s=30.0) as pool, pytest.raises(RankFailure, match="rank 1 died; rank 0 ") as caught:
+        pool.run(_crash_on_rank, 1, tmp_path)
+    report = caught.value
+    assert list(report.crashes) == [1]
+    for words in ("SIGSEGV", "Fatal Python error: Segmentation fault", "in string_at", "in _crash_on_rank"):
+        assert words in str(report)
+    cores = list(tmp_path.glob("core*"))
+    if _gdb_can_attach():
+        assert "gloo" in report.native_stacks[0] or OUT_OF_TIME in report.native_stacks[0]
+        assert not cores or "string_at" in report.native_stacks[1] or OUT_OF_TIME in report.native_stacks[1]
+    for core in cores:
+        core.unlink()  # hundreds of megabytes
+
+
+def _gdb_can_attach() -> bool:
+    """Whether it is installed, and this machine lets it look into a process of ours."""
+    if shutil.which("gdb") is None:
+        return False
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        line = ["gdb", "-nx", "-batch", "-p", str(child.pid)]
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        child.kill()
+    return "ptrace" not in done.stderr
+
+
+def _crash_on_rank(crashing_rank: int, directory: Path) -> None:
+    if dist.get_rank() == crashing_rank:
+        os.chdir(directory)
+        limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
+        resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
+        ctypes.string_at(0)
+    dist.barrier()
+
+
+def test_a_crash_between_bodies_is_reported_with_its_stack(doomed_pool: RankPool) -> None:
+    os.kill(doomed_pool.run(_process_id_without_core_dump)[1], signal.SIGABRT)
+    _wait_until(lambda: bool(doomed_pool.dead_ranks))
+    with pytest.raises(RankFailure, match="rank 1 died") as caught:
+        doomed_pool.run(dist.get_rank)
+    assert "in worker_main" in caught.value.crashes[1]
+
+
+def _process_id_without_core_dump() -> int:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return os.getpid()
 
 
 def test_a_rank_that_died_between_bodies_is_named(doomed_pool: RankPool) -> None:
@@ -129,9 +185,9 @@ def test_a_rank_that_died_between_bodies_is_named(doomed_pool: RankPool) -> None
 def test_a_rank_that_hangs_in_a_collective_runs_out_of_time(doomed_pool: RankPool) -> None:
     doomed_pool.run(dist.get_rank)
     with pytest.raises(
-        RankFailure, match="_leave_early did not end within 1 s on 3 .*: rank 0 still waiting"
+        RankFailure, match="_leave_early did not end within 5 s on 3 .*: rank 0 still waiting"
     ) as caught:
-        doomed_pool.run(_leave_early, timeout_s=1.0)
+        doomed_pool.run(_leave_early, timeout_s=5.0)
     assert list(caught.value.still_running) == [0]
     assert "in all_reduce" in caught.value.still_running[0]
 
@@ -141,15 +197,12 @@ def _leave_early() -> None:
         dist.all_reduce(torch.ones(1))
 
 
-def test_ranks_persist_and_run_a_body_in_milliseconds(two_ranks: RankPool) -> None:
+def test_ranks_persist_and_a_body_starts_nothing(two_ranks: RankPool) -> None:
     process_ids = two_ranks.run(os.getpid)
     assert process_ids == two_ranks.process_ids
-    durations_s = []
-    for _ in range(21):
-        start = time.monotonic()
-        assert two_ranks.run(os.getpid) == process_ids
-        durations_s.append(time.monotonic() - start)
-    assert statistics.median(durations_s) < 0.05
+    with mock.patch.object(RankPool, "_start_worker", side_effect=AssertionError("a process was started")):
+        for _ in range(21):
+            assert two_ranks.run(os.getpid) == process_ids
 
 
 def test_impossible_pools_are_refused() -> None:
@@ -180,7 +233,7 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert parent.stdout is not None
     process_ids = [int(word) for word in parent.stdout.readline().split()]
     parent.kill()
-    parent.wait(10)
+    parent.wait(60)
     parent.stdout.close()
     assert len(process_ids) == 2
     _wait_until(lambda: not any(_is_running(process_id) for process_id in process_ids))
@@ -195,7 +248,7 @@ def _is_running(process_id: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def _wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not so within {timeout_s:g} s"

@@ -305,12 +305,12 @@ class TestInterruption:
         )
         wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, START_AND_RUN_S)
         process.send_signal(sent)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=START_AND_RUN_S)
         assert errors.count("interrupted at step ") == 1, errors
         assert "launch/train_loop.py" not in errors
         assert exit_code is None or process.returncode == exit_code
         assert list((tmp_path / "run").iterdir()) == []
-        wait_until(lambda: not processes_naming(str(tmp_path)), 10)
+        wait_until(lambda: not processes_naming(str(tmp_path)), 60)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

@@ -27,7 +27,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_optim.testing.failure import RankFailure
+from dist_optim.testing.failure import RankFailure, is_crash
+from dist_optim.testing.native import native_stacks
 from dist_optim.testing.worker import Reply, WorkerConfig, pack, unpack, worker_main
 
 Result = TypeVar("Result")
@@ -42,6 +43,13 @@ class _Worker:
     config: WorkerConfig
     process: ForkServerProcess
     connection: Connection
+
+    def crash(self) -> str:
+        """The Python stacks that the rank wrote when a signal ended it; empty when none did."""
+        try:
+            return self.config.crash_path.read_text(errors="replace")
+        except OSError:
+            return ""
 
     def stop(self) -> None:
         self.connection.close()
@@ -90,6 +98,11 @@ class RankPool:
         return {
             worker.config.rank: worker.process.exitcode for worker in self._workers if not worker.process.is_alive()
         }
+
+    @property
+    def crashes(self) -> dict[int, str]:
+        """rank -> the Python stacks of each started rank that SIGSEGV or its kin has ended."""
+        return {worker.config.rank: text for worker in self._workers if (text := worker.crash())}
 
     def run(
         self, body: Callable[..., Result], *args: Any, timeout_s: float | None = None, **kwargs: Any
@@ -182,7 +195,9 @@ class RankPool:
         dead = self.dead_ranks
         if dead:
             raise RankFailure(
-                f"{name} cannot run on {self.world_size} rank(s), after the previous body had returned", exit_codes=dead
+                f"{name} cannot run on {self.world_size} rank(s), after the previous body had returned",
+                exit_codes=dead,
+                crashes=self.crashes,
             )
         for worker in self._workers:
             with suppress(OSError):  # a rank that dies just now is named by the collection that follows
@@ -216,8 +231,17 @@ class RankPool:
             f"{name} {reason} on {self.world_size} rank(s)",
             tracebacks=failures,
             exit_codes=died,
+            crashes=self.crashes,
             still_running={worker.config.rank: _stack_of(worker) for worker in pending},
+            native_stacks=self._native_stacks(died, [worker.config.rank for worker in pending], timed_out),
         )
+
+    def _native_stacks(self, died: dict[int, int | None], pending: list[int], timed_out: bool) -> dict[int, str]:
+        """After a crash of all ranks, after a time-out of those waited for; else of none, for it takes seconds."""
+        process_ids = dict(enumerate(self.process_ids))
+        crashed = [rank for rank, code in died.items() if is_crash(code)]
+        living = [rank for rank in process_ids if rank not in died] if crashed else pending if timed_out else []
+        return native_stacks(*({rank: process_ids[rank] for rank in ranks} for ranks in (living, crashed)))
 
 
 def _receive(worker: _Worker, replies: dict[int, Reply], died: dict[int, int | None]) -> None:
@@ -236,7 +260,7 @@ def _failures(replies: dict[int, Reply]) -> dict[int, str]:
     return {rank: reply.traceback for rank, reply in replies.items() if reply.traceback is not None}
 
 
-def _stack_of(worker: _Worker, patience_s: float = 0.5) -> str:
+def _stack_of(worker: _Worker, patience_s: float = 5.0) -> str:
     """Ask a rank that has not ended for its Python stack; the handler answers even from inside a collective."""
     deadline = time.monotonic() + patience_s
     lines: list[str] = []

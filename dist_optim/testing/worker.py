@@ -21,8 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Held for the life of the process: faulthandler writes to the file's descriptor from inside a signal handler.
+from dist_optim.ranks.gloo import use_one_worker_each
+from dist_optim.testing.native import allow_tracing_by
+
+# Held for the life of the process: faulthandler writes to the files' descriptors from inside a signal handler.
 _stack_file: io.TextIOBase | None = None
+_crash_file: io.TextIOBase | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,11 @@ class WorkerConfig:
     def stack_path(self) -> Path:
         """Where this rank writes its Python stack when it receives SIGUSR1."""
         return self.directory / f"stack-of-rank-{self.rank}"
+
+    @property
+    def crash_path(self) -> Path:
+        """Where this rank's Python stacks are once SIGSEGV or its kin ended it; empty until then."""
+        return self.directory / f"crash-of-rank-{self.rank}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +85,15 @@ def worker_main(config: WorkerConfig, connection: Connection) -> None:
 
 
 def _prepare_process(config: WorkerConfig) -> None:
-    global _stack_file
+    global _stack_file, _crash_file
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches every process; the parent alone decides
     _stack_file = config.stack_path.open("w")
     faulthandler.register(signal.SIGUSR1, file=_stack_file, all_threads=False)
+    _crash_file = config.crash_path.open("w")
+    faulthandler.enable(file=_crash_file, all_threads=True)
+    if (parent := parent_process()) is not None and parent.pid is not None:
+        allow_tracing_by(parent.pid)
     torch.set_num_threads(1)
     # What a launcher would set: engines read their place from the environment even when a process group exists.
     os.environ.update(
@@ -102,6 +115,7 @@ def _exit_with_parent() -> None:
 
 
 def _join_process_group(config: WorkerConfig) -> None:
+    use_one_worker_each()
     device = None
     if config.backend == "nccl":
         device = torch.device("cuda", config.rank)
