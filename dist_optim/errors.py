@@ -16,6 +16,7 @@ DistOptimError
 ├── MissingPackageError     (ImportError)          the upstream package is not installed
 ├── RankFailedError         (RuntimeError)         something failed on one rank, by an error that is not ours
 │   └── StepFailedError                            a step failed on one rank, after other tensors had been updated
+├── RankLostError           (RuntimeError)         another rank is silent, or has ended
 └── RanksDisagreeError      (RuntimeError)         ranks hold different values where they must be equal
 ```
 
@@ -30,6 +31,7 @@ __all__ = [
     "MissingPackageError",
     "ParameterError",
     "RankFailedError",
+    "RankLostError",
     "RanksDisagreeError",
     "ScheduleError",
     "StateDictError",
@@ -100,6 +102,10 @@ class RankFailedError(DistOptimError, RuntimeError):
 
 class StepFailedError(RankFailedError):
     """A step failed on one rank, so the parameters are partly updated."""
+
+
+class RankLostError(DistOptimError, RuntimeError):
+    """Another rank has been silent for too long, was killed, or failed: the job cannot go on."""
 
 
 class RanksDisagreeError(DistOptimError, RuntimeError):

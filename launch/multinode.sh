@@ -14,6 +14,7 @@
 #   RDZV_ID         a name that all machines of this job share, and no other job has (default dist_optim)
 #   MAX_RESTARTS    how often workers may be started again (default 3)
 #   LOCAL_ADDR      this machine's address as the others reach it, where its host name does not resolve
+#   DIST_OPTIM_RANK_TIMEOUT_S   seconds until a silent rank or machine is given up (default 120; 0: never)
 #   SCRIPT          what to run in place of train.py; it must know --resume_from_checkpoint
 #
 # Plain torchrun trains DDP. The fields of configs/accelerate/ stand in the environment for another strategy:
@@ -41,4 +42,4 @@ if [[ -n "${LOCAL_ADDR:-}" ]]; then
     options+=(--local-addr "$LOCAL_ADDR")
 fi
 
-exec python -m torch.distributed.run "${options[@]}" "${SCRIPT:-$here/train.py}" --resume_from_checkpoint last "$@"
+exec python "$here/agent.py" "${options[@]}" "${SCRIPT:-$here/train.py}" --resume_from_checkpoint last "$@"

@@ -65,8 +65,8 @@ class TestMultinode:
     def test_torchrun_is_given_what_the_environment_says(self, tmp_path: Path) -> None:
         asked = {"NNODES": "2:4", "NPROC_PER_NODE": "8", "RDZV_ENDPOINT": "node0:29400", "RDZV_ID": "mine"}
         (call,) = started_by(LAUNCH / "multinode.sh", tmp_path, {**asked, "MAX_RESTARTS": "5"}, "python")
-        assert call[:2] == ["-m", "torch.distributed.run"]
-        arguments = get_args_parser().parse_args(call[2:])
+        assert Path(call[0]).resolve() == LAUNCH / "agent.py"  # torchrun, and a guard
+        arguments = get_args_parser().parse_args(call[1:])
         config, _, _ = config_from_args(arguments)
         assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (2, 4, 8, 5)
         assert (config.rdzv_backend, config.rdzv_endpoint, config.run_id) == ("c10d", "node0:29400", "mine")

@@ -16,6 +16,7 @@ from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.inside_backward.handle import install
 from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.ranks.agreement import host_group, num_ranks, own_rank, reachable_devices
+from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import together
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
@@ -38,6 +39,7 @@ def build_optimizer(
     fused_backward: bool | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     check_ranks_every: int = 0,
+    rank_timeout_s: float | None = None,
     print_audit: bool = True,
     **hyperparameters: Any,
 ) -> DistributedOptimizer:
@@ -64,6 +66,8 @@ def build_optimizer(
             gradients that wait for each other.
         check_ranks_every: Every so many steps ranks compare fingerprints of all that they should hold alike (rates,
             counters, replicated parameters, state of replicas), and raise with the first difference; 0 for never.
+        rank_timeout_s: Seconds after which a rank that is stopped or cut off is given up, and the others end with its
+            name (``ranks.liveness``); None for DIST_OPTIM_RANK_TIMEOUT_S of the environment, or 120; 0 for no watch.
         print_audit: Whether rank 0 prints the route audit.
         **hyperparameters: ``lr``, ``weight_decay``, and everything else under upstream's own names.
 
@@ -103,6 +107,7 @@ def build_optimizer(
         remedy="Check the arguments of build_optimizer; the error that this one comes from says where it happened.",
     )
     built.agree_on_plan()
+    watch_ranks(process_group, rank_timeout_s)
     if is_fused:
         together(lambda: install(built, model, bucket_bytes=bucket_bytes), process_group)
     if print_audit and own_rank(process_group) == 0:

@@ -1,1 +1,1 @@
-"""What ranks do together: agree, compare, fail together."""
+"""What ranks do together: agree, compare, fail together, and notice who is gone."""

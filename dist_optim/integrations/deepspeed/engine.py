@@ -37,6 +37,7 @@ from dist_optim.layouts.detect import PlacedParameter, named_parameters
 from dist_optim.layouts.detect_zero import logical_shape
 from dist_optim.layouts.layout import Replicated
 from dist_optim.ranks.agreement import own_rank
+from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import raise_together, together
 from dist_optim.specs.registry import Trait, get_spec, names
 from dist_optim.stepping.optimizer import DistributedOptimizer
@@ -180,6 +181,7 @@ def build_optimizer_for_engine(
     target_modules: str | Sequence[str] | None = None,
     no_decay: Iterable[str] = (),
     print_audit: bool = True,
+    rank_timeout_s: float | None = None,
     fused_backward: bool | None = None,
     **hyperparameters: Any,
 ) -> ZeroOptimizer:
@@ -189,7 +191,8 @@ def build_optimizer_for_engine(
         model: The user's module, possibly made under ``zero.Init``.
         optimizer: A registered name or an optimizer class.
         params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
-        target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``, hyperparameters.
+        target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``,
+            ``rank_timeout_s``, hyperparameters.
         fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
 
     Raises:
@@ -212,7 +215,7 @@ def build_optimizer_for_engine(
     groups, arguments = arrange(
         model, spec, placed, hyperparameters, params=chosen, no_decay=no_decay, target_modules=target_modules
     )
-    return ZeroOptimizer(spec, groups, arguments, print_audit=print_audit)
+    return ZeroOptimizer(spec, groups, arguments, print_audit=print_audit, rank_timeout_s=rank_timeout_s)
 
 
 def _build(model: nn.Module, name: str, parameters: Any, options: Mapping[str, Any]) -> ZeroOptimizer:
@@ -229,6 +232,7 @@ def _attach(engine: Any, optimizer: ZeroOptimizer) -> None:
         return
     together(lambda: refuse_unserved(engine))
     optimizer.attach(engine)
+    watch_ranks(timeout_s=optimizer.rank_timeout_s)
     if own_rank() == 0 and optimizer.print_audit:
         clip = engine.gradient_clipping()
         said = f"to a norm of {clip:g}" if clip > 0 else "not at all"

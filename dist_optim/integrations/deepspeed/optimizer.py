@@ -59,6 +59,7 @@ class ZeroOptimizer(Optimizer):
         groups: Param groups of the unwrapped model; ``params`` lists ``PlacedParameter``, frozen ones included.
         arguments: Constructor keywords for upstream.
         print_audit: Whether rank 0 prints the route audit when the engine is known.
+        rank_timeout_s: See ``ranks.liveness.watch_ranks``.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class ZeroOptimizer(Optimizer):
         arguments: Mapping[str, Any],
         *,
         print_audit: bool = True,
+        rank_timeout_s: float | None = None,
     ) -> None:
         self.spec = spec
         self.print_audit = print_audit
+        self.rank_timeout_s = rank_timeout_s
         self._groups = list(groups)
         self._arguments = dict(arguments)
         self._calls: list[Call] = []
