@@ -1,4 +1,4 @@
-"""Text for `launch/train.py`: from files, the hub or the running Python's own library to blocks of tokens.
+"""What `launch/train.py` trains: a model, its tokenizer, and text (files, the hub, or Python's own library).
 
 Everything here is the same on every rank, given the same files, and knows nothing of ranks.
 """
@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from train_arguments import DataArguments, UsageError
-
-__all__ = ["Blocks", "embedded_documents", "load_blocks", "read_documents"]
+from train_arguments import DataArguments, ModelArguments, UsageError
 
 EMBEDDED_TRAIN_BYTES = 4_000_000
 EMBEDDED_VALIDATION_BYTES = 64_000
 DOCUMENTS_PER_BATCH = 256
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -44,11 +46,26 @@ class Blocks(Dataset[dict[str, Tensor]]):
         """The same samples, at most ``num_blocks`` of them."""
         return self if num_blocks is None else Blocks(self.rows[:num_blocks].flatten(), self.rows.shape[1])
 
+    def digest(self) -> str:
+        """Of all tokens, to compare ranks by."""
+        return hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
+
     def split(self, validation_percentage: float) -> tuple[Blocks, Blocks]:
         """Hold out the last blocks: (train, validation), at least one block of validation."""
         num_validation = max(1, round(len(self) * validation_percentage / 100))
         train, validation = self.rows[:-num_validation], self.rows[-num_validation:]
         return Blocks(train.flatten(), self.rows.shape[1]), Blocks(validation.flatten(), self.rows.shape[1])
+
+
+def block_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss a token of each block; blocks are equally long, so that their mean is the mean over tokens.
+
+    Args:
+        logits: ``[blocks, block_size, vocabulary]``.
+        labels: ``[blocks, block_size]``, not shifted.
+    """
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses.mean(dim=1)
 
 
 def load_blocks(arguments: DataArguments, tokenizer: Any) -> tuple[Blocks, Blocks]:
@@ -205,3 +222,75 @@ def _refuse_short(blocks: Blocks, block_size: int, num_needed: int, source: str)
             f"{source} gives {len(blocks)} blocks of {block_size} tokens, and {num_needed} are needed. "
             "Give more text, or a smaller --block_size."
         )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (ids 0-255), then end-of-text and padding: any text, in any language, without a vocabulary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT, PADDING])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(arguments: ModelArguments) -> Any:
+    """The named tokenizer, the checkpoint's own, or one token a byte.
+
+    Raises:
+        UsageError: It cannot be loaded.
+    """
+    source = arguments.tokenizer_name or arguments.model_name_or_path
+    if source is None:
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"No tokenizer can be loaded from {source!r}: {error}") from error
+
+
+def load_model(arguments: ModelArguments, tokenizer: Any, block_size: int) -> nn.Module:
+    """The checkpoint, or a fresh model from its config; the caller has set the seed.
+
+    Raises:
+        UsageError: It cannot be loaded, its vocabulary is too small for the tokenizer, or its context for the blocks.
+    """
+    if arguments.model_name_or_path:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--model_name_or_path {arguments.model_name_or_path!r} cannot be loaded: {error}"
+            ) from error
+    else:
+        model = _model_from_config(str(arguments.model_config))
+    model.config.use_cache = False
+    vocab_size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise UsageError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {vocab_size}. Set vocab_size in "
+            "the model's config to at least that many, or give the model's own --tokenizer_name."
+        )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and block_size > context:
+        raise UsageError(f"--block_size {block_size} is longer than the model's context of {context} tokens. Lower it.")
+    return model
+
+
+def _model_from_config(path: str) -> Any:
+    """A fresh model of the shape that a config.json describes."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(entries.pop("model_type"), **entries))
+    except Exception as error:  # an odd entry can fail anywhere in the config's or the model's constructor
+        raise UsageError(
+            f"--model_config {path!r} describes no causal language model: {type(error).__name__}: {error}. It must "
+            "be a config.json with a model_type that transformers knows."
+        ) from error

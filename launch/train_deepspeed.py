@@ -1,131 +1,105 @@
-"""DeepSpeed under `launch/train.py`: its configuration and the flags as one, and refused where they contradict.
+"""DeepSpeed's configuration and the flags of `launch/train.py` as one, and refused where they contradict.
 
-The configuration comes from `--deepspeed FILE` (with `deepspeed launch/train.py` or `torchrun`), or from the launcher
-(`accelerate launch` with a DeepSpeed configuration). What it leaves out or calls "auto" comes from the flags; what only
-it says becomes the flag's value; where a flag that was given says otherwise, the job is refused.
+The configuration comes from `--deepspeed FILE`, or from the launcher (`accelerate launch` with a DeepSpeed file). What
+it leaves out or calls "auto" comes from the flags; what only it says becomes the flag's value.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
+from train_arguments import UsageError
 
-from dist_optim.integrations.cpu_rehearsal import deepspeed_arguments
-from train_arguments import TrainArguments, UsageError
-
-__all__ = ["accelerator_arguments", "is_asked_for", "leave_out", "settle"]
-
-LAUNCHER_FILE, LAUNCHER_ASKS = "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_DEEPSPEED"
-
-# Flag, and where the configuration has the same.
+LAUNCHER_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 SAME = {
     "per_device_train_batch_size": ("train_micro_batch_size_per_gpu",),
     "gradient_accumulation_steps": ("gradient_accumulation_steps",),
     "max_grad_norm": ("gradient_clipping",),
     "bf16": ("bf16", "enabled"),
+    "fp16": ("fp16", "enabled"),
 }
 OPTIMIZER = {"learning_rate": ("optimizer", "params", "lr"), "weight_decay": ("optimizer", "params", "weight_decay")}
 
 
-def is_asked_for(arguments: TrainArguments | None) -> bool:
-    """Whether this job is DeepSpeed's."""
-    asked = os.environ.get(LAUNCHER_ASKS, "false").lower() in ("1", "true", "yes")
-    return asked or (arguments is not None and arguments.deepspeed is not None)
-
-
-def accelerator_arguments(arguments: TrainArguments) -> dict[str, Any]:
-    """Keywords for `Accelerator`: the configuration as a plugin and, on a machine without a GPU, the CPU rehearsal.
-
-    The flags in ``arguments`` take the values that only the configuration gives.
+def settle_deepspeed(asked: Namespace) -> None:
+    """Give ``asked.deepspeed`` the whole configuration, and both the same values; nothing where none is asked for.
 
     Raises:
         UsageError: The configuration cannot be read, or contradicts a flag.
-        UnsupportedError: The CPU is asked for on a machine with an accelerator that is not hidden.
     """
-    on_cpu = arguments.use_cpu or not torch.accelerator.is_available()
-    found = deepspeed_arguments() if on_cpu else {}
-    from accelerate.utils import DeepSpeedPlugin
-
-    path = arguments.deepspeed or os.environ.get(LAUNCHER_FILE)
-    if arguments.deepspeed and os.environ.get(LAUNCHER_FILE, arguments.deepspeed) != arguments.deepspeed:
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"  # the model in the output folder needs it
+    path, launched = asked.deepspeed, os.environ.get(LAUNCHER_FILE)
+    if path and launched and launched != path:
         raise UsageError(
-            f"--deepspeed {arguments.deepspeed!r} is not the file of the accelerate configuration, "
-            f"{os.environ[LAUNCHER_FILE]!r}. Leave the flag out, or start with torchrun."
+            f"--deepspeed {path!r} is not the file of the accelerate configuration, {launched!r}. Leave the flag out, "
+            "or start with torchrun."
         )
-    if path is None:  # the fields of the accelerate configuration itself
-        plugin = DeepSpeedPlugin()
-        settle(plugin.deepspeed_config, arguments, "the accelerate configuration")
-        plugin.gradient_accumulation_steps = arguments.gradient_accumulation_steps
-    else:
+    path = path or launched
+    if path:
         config = _read(path)
-        settle(config, arguments, path)
-        plugin = DeepSpeedPlugin(hf_ds_config=config)
-    half = next((kind for kind in ("bf16", "fp16") if plugin.deepspeed_config.get(kind, {}).get("enabled")), "no")
-    return {**found, "deepspeed_plugin": plugin, "mixed_precision": half}
+        settle(config, asked, path)
+        asked.deepspeed = config
 
 
-def leave_out() -> None:
-    """Forget that the launcher asked for DeepSpeed: the job will only end."""
-    os.environ.pop(LAUNCHER_ASKS, None)
-
-
-def settle(config: dict[str, Any], arguments: TrainArguments, source: str) -> None:
+def settle(config: dict[str, Any], asked: Namespace, source: str) -> None:
     """Make the configuration and the flags say the same, in place.
 
     Raises:
-        UsageError: A flag that was given contradicts the configuration, or the configuration asks for what this
-            script does not do.
+        UsageError: A flag that was given contradicts the configuration, or that has a schedule.
     """
+    given = set(asked.given)
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-        arguments.bf16, arguments.given = True, arguments.given | {"bf16"}
+        asked.bf16, given = True, given | {"bf16"}
     section = config.get("optimizer")
     for flag, place in {**SAME, **(OPTIMIZER if section is not None else {})}.items():
-        _settle_one(config, arguments, source, flag, place)
+        _settle_one(config, asked, source, flag, place, flag in given)
     if section is not None:
-        _settle_name(section, arguments, source)
+        _settle_optimizer(section, asked, source, "optim" in given)
     if "scheduler" in config:
         raise UsageError(f'{source} has a "scheduler" section. Remove it, and use --lr_scheduler_type.')
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    batch = asked.per_device_train_batch_size * asked.gradient_accumulation_steps
     total = batch * int(os.environ.get("WORLD_SIZE", "1"))
-    if config.setdefault("train_batch_size", total) not in (total, "auto"):
+    # DeepSpeed finds the product itself; where a model is made under zero.Init, it would compare it with one rank's.
+    named = config.pop("train_batch_size", "auto")
+    if named not in (total, "auto"):
         raise UsageError(
-            f'{source} sets "train_batch_size": {config["train_batch_size"]}, and the other numbers give {total}. '
-            'Remove it, or write "auto".'
+            f'{source} sets "train_batch_size": {named}, and the other numbers give {total}. Remove it, or write '
+            '"auto".'
         )
-    config["train_batch_size"] = total
     zero = config.setdefault("zero_optimization", {"stage": 0})
     if zero.get("stage") == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True  # the model in the output folder needs them
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def _settle_one(
-    config: dict[str, Any], arguments: TrainArguments, source: str, flag: str, place: tuple[str, ...]
+    config: dict[str, Any], asked: Namespace, source: str, flag: str, place: tuple[str, ...], is_given: bool
 ) -> None:
     *parents, key = place
     for parent in parents:
         config = config.setdefault(parent, {})
-    value, wanted = config.get(key, "auto"), getattr(arguments, flag)
-    is_given = flag in arguments.given
+    value, wanted = config.get(key, "auto"), getattr(asked, flag)
     if value == "auto":
         config[key] = wanted
     elif is_given and value != wanted:
-        name = ".".join((*parents, key))
+        name = ".".join(place)
         raise UsageError(f"--{flag} {wanted} contradicts {source}, where {name} is {value}. Give one of them.")
     else:
-        setattr(arguments, flag, value)
+        setattr(asked, flag, value)
 
 
-def _settle_name(section: dict[str, Any], arguments: TrainArguments, source: str) -> None:
-    named = str(section.get("type", "")).removeprefix("dist_optim.")
-    if "optim" in arguments.given and arguments.optim != named:
-        raise UsageError(
-            f"--optim {arguments.optim} contradicts {source}, whose optimizer is {named}. Give one of them."
-        )
-    arguments.optim = named
+def _settle_optimizer(section: dict[str, Any], asked: Namespace, source: str, is_given: bool) -> None:
+    named, params = str(section.get("type", "")).removeprefix("dist_optim."), section["params"]
+    if is_given and asked.optim != named:
+        raise UsageError(f"--optim {asked.optim} contradicts {source}, whose optimizer is {named}. Give one of them.")
+    asked.optim = named
+    if isinstance(params.get("betas"), list):
+        asked.adam_beta1, asked.adam_beta2 = params["betas"][:2]
+    if isinstance(params.get("eps"), float):
+        asked.adam_epsilon = params["eps"]
 
 
 def _read(path: str) -> dict[str, Any]:

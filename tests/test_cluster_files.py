@@ -18,7 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from test_train_script import REPOSITORY
 from torch.distributed.run import config_from_args, get_args_parser
 
-from train_arguments import parse_arguments
+from train_arguments import read_arguments
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = [LAUNCH / "multinode.sh", LAUNCH / "slurm.sbatch"]
@@ -57,8 +57,7 @@ def started_by(script: Path, tmp_path: Path, environment: dict[str, str], *comma
 
 def assert_trains_and_resumes(script: str, arguments: list[str]) -> None:
     assert Path(script).resolve() == LAUNCH / "train.py" or script == "launch/train.py"
-    *_, training = parse_arguments(arguments)
-    assert training.resume_from_checkpoint == "last"
+    assert read_arguments(arguments).resume_from_checkpoint == "last"
 
 
 class TestMultinode:
@@ -140,7 +139,7 @@ class TestKubeflow:
         assert container["workingDir"] in (REPOSITORY / "docker" / "Dockerfile.cuda").read_text()
         script, *flags = container["args"]
         assert_trains_and_resumes(script, flags)
-        *_, training = parse_arguments(flags)
+        training = read_arguments(flags)
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         assert any(training.output_dir.startswith(f"{mount}/") for mount in mounts), "checkpoints must outlive the pod"
 

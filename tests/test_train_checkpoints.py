@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import load_file
 from test_train_script import REPOSITORY, TWO_RANKS, FinishedRun, finished_run
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.utils.data import DataLoader
 
-import train_checkpoints
-import train_report
 from dist_optim.testing import assert_equal
 from train_arguments import UsageError
-from train_checkpoints import endless_batches
+from train_report import RunDirectory, checkpoints_in, find_checkpoint
 
 SCHEDULE = ("--lr_scheduler_type", "greedy", "--lr_scheduler_kwargs", "patience=0, min_lr=1e-6, factor=0.5, warmup=0")
 FLAGS: tuple[str, ...] = (
@@ -69,61 +60,45 @@ def test_the_resumed_run_has_the_same_weights_metrics_and_decisions(
 
 def test_the_limit_keeps_the_latest_checkpoints(whole_run: FinishedRun, resumed_run: FinishedRun) -> None:
     def names(run: FinishedRun) -> list[str]:
-        return [path.name for path in train_checkpoints.checkpoints_in(run.output_dir)]
+        return [path.name for path in checkpoints_in(run.output_dir)]
 
     assert names(whole_run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert names(resumed_run) == ["checkpoint-6"]
 
 
-def test_a_checkpoint_opens_under_another_strategy_and_with_torch_alone(whole_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_checkpoint_opens_under_another_strategy_and_with_safetensors_alone(
+    whole_run: FinishedRun, tmp_path: Path
+) -> None:
     checkpoint = whole_run.output_dir / "checkpoint-4"
     launcher = [*TWO_RANKS[:-1], str(REPOSITORY / "configs/accelerate/fsdp2_cpu_2.yaml")]
     flags = (*FLAGS, "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint))  # it ends where it begins
     other = finished_run(launcher, tmp_path / "run", *flags)
     assert (other.summary["strategy"], other.summary["steps"]) == ("fsdp2", 4)
-    dcp_to_torch_save(checkpoint / "model", tmp_path / "model.pt")
-    assert_equal(weights(other), torch.load(tmp_path / "model.pt"))
-
-
-@pytest.fixture
-def accelerator() -> Any:
-    yield Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=1))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def draws(batches: Any, number: int) -> list[tuple[list[int], float]]:
-    """Batches as they come, and a number that each step draws, as dropout would."""
-    return [(batch.tolist(), torch.rand(()).item()) for batch in itertools.islice(batches, number)]
-
-
-@pytest.mark.parametrize("num_consumed", [0, 1, 3, 4, 5, 8, 9])
-def test_batches_and_random_numbers_continue_where_they_stood(accelerator: Accelerator, num_consumed: int) -> None:
-    loader = accelerator.prepare(DataLoader(list(range(8)), batch_size=2, shuffle=True))  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    batches = endless_batches(accelerator, loader, 0, None)
-    draws(batches, num_consumed)
-    state = train_checkpoints._random_state(torch.device("cpu"))
-    expected = draws(batches, 6)
-    torch.manual_seed(7)
-    assert draws(endless_batches(accelerator, loader, num_consumed, state), 6) == expected
+    assert_equal(weights(other), load_file(checkpoint / "model.safetensors"))
+    rows = [json.loads(line) for line in (other.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 4, "no step was taken"
 
 
 def test_a_folder_with_checkpoints_is_not_written_over_unasked(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(UsageError, match="--resume_from_checkpoint last"):
-        train_report.RunDirectory(str(tmp_path), overwrite=False)
-    assert train_report.RunDirectory(str(tmp_path), overwrite=False, resumes=True).open() is None
+        RunDirectory(str(tmp_path)).claim(overwrite=False, resume=None)
+    assert RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
     assert (tmp_path / "checkpoint-3").is_dir()
-    train_report.RunDirectory(str(tmp_path), overwrite=True).drop_stale_checkpoints()
+    replacing = RunDirectory(str(tmp_path))
+    assert replacing.claim(overwrite=True, resume=None)
+    assert (tmp_path / "checkpoint-3").is_dir(), "kept until the new run has saved"
+    replacing.drop_stale_checkpoints()
     assert not (tmp_path / "checkpoint-3").exists()
 
 
 def test_which_checkpoint_is_found(tmp_path: Path) -> None:
-    assert train_checkpoints.find(None, str(tmp_path)) is None
-    assert train_checkpoints.find("last", str(tmp_path)) is None
+    assert find_checkpoint(None, str(tmp_path)) is None
+    assert find_checkpoint("last", str(tmp_path)) is None
     for name in ("checkpoint-5", "checkpoint-10", ".checkpoint-20.partial", "checkpoint-best"):
         (tmp_path / name).mkdir()
-    assert train_checkpoints.find("last", str(tmp_path)) == tmp_path / "checkpoint-10"
+    assert find_checkpoint("last", str(tmp_path)) == tmp_path / "checkpoint-10"
     with pytest.raises(UsageError, match="checkpoint-10"):
-        train_checkpoints.find(str(tmp_path / "checkpoint-7"), str(tmp_path))
+        find_checkpoint(str(tmp_path / "checkpoint-7"), str(tmp_path))
+    with pytest.raises(UsageError, match="was not saved by launch/train.py"):
+        find_checkpoint(str(tmp_path / "checkpoint-5"), str(tmp_path))

@@ -16,20 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from trainers import fresh_accelerate
 
+import train
 import train_arguments
 import train_data
-import train_job
-import train_loop
-import train_model
+import train_deepspeed
 import train_report
-from train_arguments import TrainArguments, UsageError, parse_arguments
+from dist_optim.errors import DistOptimError
+from dist_optim.integrations.transformers import Trainer
+from dist_optim.testing import RankPool
+from train_arguments import UsageError, make_arguments, read_arguments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TWO_RANKS = [
@@ -154,6 +158,7 @@ class TestFinishedRun:
         assert "5/5" in two_rank_run.output
         assert two_rank_run.output.count("optimizer state, by rank") == 1
         assert two_rank_run.output.count("step 0/5: validation loss") == 1
+        assert two_rank_run.output.count("dist_optim: galore_adamw on 2 ranks") == 1
         assert (two_rank_run.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert sorted(path.name for path in two_rank_run.output_dir.iterdir()) == sorted(train_report.FINISHED_NAMES)
 
@@ -195,16 +200,17 @@ class TestRefusals:
         assert done.returncode == 2
 
     def test_a_folder_that_holds_a_run_is_kept(self, one_rank_run: FinishedRun) -> None:
+        directory = train_report.RunDirectory(str(one_rank_run.output_dir))
         with pytest.raises(UsageError, match="already holds a run.*--overwrite_output_dir"):
-            train_report.RunDirectory(str(one_rank_run.output_dir), overwrite=False)
-        assert train_report.RunDirectory(str(one_rank_run.output_dir), overwrite=True).open() is None
+            directory.claim(overwrite=False, resume=None)
+        assert directory.claim(overwrite=True, resume=None)
+        directory.give_up()
         assert one_rank_run.summary["steps"] == 1  # replaced only when the new run has finished
 
     def test_an_output_dir_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        error = train_report.RunDirectory(str(tmp_path / "file" / "run"), overwrite=False).open()
-        assert isinstance(error, UsageError)
-        assert "cannot be written" in str(error)
+        with pytest.raises(UsageError, match="cannot be written"):
+            train_report.RunDirectory(str(tmp_path / "file" / "run")).claim(overwrite=False, resume=None)
 
     @pytest.mark.parametrize(
         ("name", "content", "words"),
@@ -227,7 +233,7 @@ class TestRefusals:
         (tmp_path / "short.txt").write_text("short")
         data = train_arguments.DataArguments(train_file=[str(tmp_path / "short.txt")], block_size=64)
         with pytest.raises(UsageError, match="gives 0 blocks of 64 tokens"):
-            train_data.load_blocks(data, train_model.byte_tokenizer())
+            train_data.load_blocks(data, train_data.byte_tokenizer())
 
     @pytest.mark.parametrize(
         ("flags", "words"),
@@ -235,6 +241,14 @@ class TestRefusals:
             ("--learning_rate fast", "invalid float value"),
             ("--learning_rate -1", "--learning_rate -1.0 is out of range"),
             ("--learning_rate nan", "--learning_rate nan is out of range"),
+            ("--learning_rate inf", "--learning_rate inf is out of range: it must be finite"),
+            ("--num_train_epochs inf", "--num_train_epochs inf is out of range: it must be finite"),
+            ("--seed -1", "--seed -1 is out of range: it must be at least 0"),
+            (f"--seed {2**70}", "must be below 4294967296"),
+            ("--output_dir=", "--output_dir is missing, or empty"),
+            ("--optim galore_adam", "galore_adamw"),
+            ("--optim_args lr=0.1", "lr, which has a flag of its own. Use --learning_rate"),
+            ("--optim_args weight_decay=0.1", "weight_decay, which has a flag of its own. Use --weight_decay"),
             ("--max_steps 0", "--max_steps 0 is out of range"),
             ("--gradient_accumulation_steps 0", "must be at least 1"),
             ("--lr_scheduler_type greddy", "Did you mean greedy"),
@@ -246,24 +260,19 @@ class TestRefusals:
         ],
     )
     def test_unusable_arguments(self, flags: str, words: str) -> None:
-        with pytest.raises(UsageError, match=words):
-            parse_arguments(["--output_dir", "out", *flags.split()])
-
-    @pytest.mark.parametrize("key", ["lr", "weight_decay"])
-    def test_a_hyperparameter_with_a_flag_of_its_own_is_not_set_twice(self, key: str) -> None:
-        with pytest.raises(UsageError, match="has a flag of its own. Use --"):
-            train_job._hyperparameters(TrainArguments(output_dir="out", optim_args=f"{key}=0.1"))
+        with pytest.raises(DistOptimError, match=words):
+            make_arguments(read_arguments(["--output_dir", "out", *flags.split()]))
 
     def test_output_dir_is_required(self) -> None:
         with pytest.raises(UsageError, match="--output_dir"):
-            parse_arguments([])
+            make_arguments(read_arguments([]))
 
     def test_a_tokenizer_larger_than_the_vocabulary(self, tmp_path: Path) -> None:
         config = json.loads((REPOSITORY / "configs/models/llama_tiny.json").read_text())
         (tmp_path / "small.json").write_text(json.dumps({**config, "vocab_size": 100, "pad_token_id": None}))
         arguments = train_arguments.ModelArguments(model_config=str(tmp_path / "small.json"))
         with pytest.raises(UsageError, match="258 tokens and the model a vocabulary of 100"):
-            train_model.load_model(arguments, train_model.byte_tokenizer(), block_size=64)
+            train_data.load_model(arguments, train_data.byte_tokenizer(), block_size=64)
 
 
 class TestInterruption:
@@ -307,7 +316,7 @@ class TestInterruption:
         process.send_signal(sent)
         _, errors = process.communicate(timeout=START_AND_RUN_S)
         assert errors.count("interrupted at step ") == 1, errors
-        assert "launch/train_loop.py" not in errors
+        assert 'launch/train.py", line' not in errors
         assert exit_code is None or process.returncode == exit_code
         assert list((tmp_path / "run").iterdir()) == []
         wait_until(lambda: not processes_naming(str(tmp_path)), 60)
@@ -333,14 +342,35 @@ class TestParts:
     def test_arguments_from_a_file_equal_those_from_flags(self, tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_text(
             "output_dir: out\nlearning_rate: 1e-3\nbf16: true\noptim_target_modules: [a, b]\n"
+            "fsdp_config: {version: 2}\n"
         )
-        flags = "--output_dir out --learning_rate 1e-3 --bf16 --optim_target_modules a b"
-        assert parse_arguments([str(tmp_path / "run.yaml")]) == parse_arguments(flags.split())
+        flags = "--output_dir out --learning_rate 1e-3 --bf16 --optim_target_modules a b --fsdp_config"
+        given = [*flags.split(), '{"version": 2}']
+        assert read_arguments([str(tmp_path / "run.yaml")]) == read_arguments(given)
+
+    def test_flags_beside_a_file_override_it_on_either_side(self, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_text("output_dir: out\nmax_steps: 100\noptim_target_modules: [a, b]\n")
+        flags = ["--local_rank=1", str(file), "--max_steps", "5", "--optim_target_modules", "c"]
+        asked = read_arguments(flags)
+        assert (asked.output_dir, asked.max_steps, asked.optim_target_modules) == ("out", 5, ["c"])
+        assert asked.given == ["local_rank", "max_steps", "optim_target_modules", "output_dir"]
 
     def test_an_unknown_key_in_a_file_is_answered_with_the_near_ones(self, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text('{"output_dir": "out", "learning_rte": 1}')
         with pytest.raises(UsageError, match="--learning_rate"):
-            parse_arguments([str(tmp_path / "run.json")])
+            read_arguments([str(tmp_path / "run.json")])
+
+    @pytest.mark.parametrize(
+        "file", sorted((REPOSITORY / "configs" / "runs").glob("*.yaml")), ids=lambda path: path.stem
+    )
+    def test_every_run_of_the_repository_is_one_that_could_start(self, file: Path) -> None:
+        with fresh_accelerate(), mock.patch.dict(os.environ, {"WORLD_SIZE": "1"}):
+            asked = read_arguments([str(file)])
+            train_deepspeed.settle_deepspeed(asked)
+            _, _, made = make_arguments(asked)
+        assert made.output_dir == f"runs/{file.stem}"
+        assert file.read_text().startswith("# torchrun") and f"configs/runs/{file.name}" in file.read_text()
 
     def test_embedded_text_is_split_by_file_and_always_the_same(self, tmp_path: Path) -> None:
         for number in range(64):
@@ -357,7 +387,7 @@ class TestParts:
         (tmp_path / "a.txt").write_text("abcdefgh" * 10)
         (tmp_path / "b.jsonl").write_text('{"text": "ijkl"}\n\n{"text": "mnop"}\n')
         files = [str(tmp_path / "*.txt"), str(tmp_path / "b.jsonl")]
-        tokenizer = train_model.byte_tokenizer()
+        tokenizer = train_data.byte_tokenizer()
         data = train_arguments.DataArguments(train_file=files, block_size=10, validation_split_percentage=25)
         train, validation = train_data.load_blocks(data, tokenizer)
         end = tokenizer.eos_token
@@ -367,16 +397,10 @@ class TestParts:
 
     def test_norms_and_biases_do_not_decay(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Embedding(3, 2), nn.MultiheadAttention(2, 1))
-        assert train_model.no_decay_names(model) == [
-            *("0.bias", "1.weight", "1.bias", "3.in_proj_bias", "3.out_proj.bias"),
+        decaying = Trainer.get_decay_parameter_names(None, model)
+        assert sorted({name for name, _ in model.named_parameters()} - set(decaying)) == [
+            *("0.bias", "1.bias", "1.weight", "3.in_proj_bias", "3.out_proj.bias"),
         ]
-
-    @pytest.mark.parametrize(
-        ("flags", "num_steps"),
-        [({"max_steps": 7}, 7), ({"num_train_epochs": 2.0}, 20), ({"gradient_accumulation_steps": 4}, 3)],
-    )
-    def test_number_of_steps_for_ten_batches(self, flags: dict[str, Any], num_steps: int) -> None:
-        assert train_loop.num_training_steps(TrainArguments(output_dir="out", **flags), 10) == num_steps
 
     @pytest.mark.parametrize(
         ("kind", "fsdp_version", "num_replicas", "name"),
@@ -393,7 +417,96 @@ class TestParts:
     ) -> None:
         accelerator: Any = SimpleNamespace(
             distributed_type=kind,
-            state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version)),
-            parallelism_config=num_replicas and SimpleNamespace(dp_replicate_size=num_replicas),
+            state=SimpleNamespace(
+                fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version),
+                parallelism_config=num_replicas and SimpleNamespace(dp_replicate_size=num_replicas),
+            ),
         )
-        assert train_loop.strategy_name(accelerator) == name
+        assert train_report.strategy_name(accelerator) == name
+
+
+def whole_results(directory: train_report.RunDirectory, mark: str) -> None:
+    """As `finish` leaves them before it moves anything."""
+    for name in ("metrics.jsonl", "loss.png", "lr.png"):
+        (directory.unfinished / name).write_text(mark)
+    (directory.unfinished / "model").mkdir()
+    (directory.unfinished / "model" / "weights").write_text(mark)
+    (directory.unfinished / "summary.json").write_text(json.dumps({"steps": mark}))
+
+
+class Killed(BaseException):
+    pass
+
+
+def dies_after(number: int, name: str, calls: list[int]) -> Any:
+    """The method of `Path`, until all patched methods together were called ``number`` times."""
+    original = getattr(Path, name)
+
+    def call(*positional: Any, **named: Any) -> Any:
+        if len(calls) == number:
+            raise Killed
+        calls.append(1)
+        return original(*positional, **named)
+
+    return mock.patch.object(Path, name, call)
+
+
+class TestRestart:
+    @pytest.mark.parametrize("number", range(10))
+    def test_a_kill_while_results_move_into_place_is_made_up_for(self, tmp_path: Path, number: int) -> None:
+        run = train_report.RunDirectory(str(tmp_path))
+        for mark in ("old", "new"):
+            run.claim(overwrite=True, resume=None)
+            if mark == "old":
+                (run.unfinished / "lr_decisions.jsonl").write_text("old")
+            whole_results(run, mark)
+            if mark == "old":
+                run._move_into_place()
+        calls: list[int] = []
+        with (
+            dies_after(number, "replace", calls),
+            dies_after(number, "rename", calls),
+            dies_after(number, "unlink", calls),
+        ):
+            try:
+                run._move_into_place()
+            except Killed:
+                run.discard()  # as a signal would
+        assert len(calls) == min(number, 8), "the kill points are counted"
+        assert not train_report.RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(train_report.FINISHED_NAMES)
+        assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": "new"}
+        for name in ("metrics.jsonl", "loss.png", "lr.png", "model/weights"):
+            assert (tmp_path / name).read_text() == "new"
+
+    def test_results_without_a_summary_are_gone_on_from_or_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "model").mkdir()
+        with pytest.raises(UsageError, match="already holds a run"):
+            train_report.RunDirectory(str(tmp_path)).claim(overwrite=False, resume=None)
+        assert train_report.RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
+
+    def test_a_finished_run_started_again_has_nothing_to_do(self, one_rank_run: FinishedRun) -> None:
+        before = one_rank_run.summary
+        done = run_script(
+            ONE_RANK,
+            *GALORE,
+            "--max_steps",
+            "1",
+            "--resume_from_checkpoint",
+            "last",
+            "--output_dir",
+            one_rank_run.output_dir,
+        )
+        assert done.returncode == 0 and "finished: there is nothing to do" in done.stdout, done.stderr
+        assert one_rank_run.summary == before
+
+
+def refusal_of_other_arguments(argv: list[str]) -> str:
+    with fresh_accelerate(), pytest.raises(DistOptimError) as caught:
+        train._meet([*argv, *(["--seed", "7"] if torch.distributed.get_rank() else [])])
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_ranks_with_other_arguments_all_refuse_and_name_the_argument(two_ranks: RankPool) -> None:
+    for said in two_ranks.run(refusal_of_other_arguments, ["--output_dir", "out", "--use_cpu"]):
+        assert said.startswith("RanksDisagreeError") and "--seed is 42 on rank 0 and 7 on rank 1" in said

@@ -64,6 +64,26 @@ def test_resumed_training_is_the_uninterrupted_one(
     two_ranks.run(resume_equals_uninterrupted, name, strategies, str(tmp_path))
 
 
+def resumes_at_its_end_elsewhere(saving: str, strategies: list[str], directory: str) -> None:
+    """Every strategy opens the checkpoint at the step where it was saved, the last one, and only exports."""
+    job, problems = Job("galore_adamw", {**SCHEDULED, "max_steps": 3}), []
+    train(job, saving, Path(directory) / "saved")
+    checkpoint = Path(directory) / "saved" / "checkpoint-3"
+    saved = load_file(checkpoint / "model.safetensors")
+    for opening in strategies:
+        opened = train(replace(job, resume=str(checkpoint)), opening, Path(directory) / opening)
+        if any(not torch.equal(saved[name], opened.weights[name]) for name in saved):
+            problems.append(f"{saving} opened under {opening}: other weights")
+    assert_no_problems_on_any_rank(problems)
+
+
+@pytest.mark.parametrize("saving", ["ddp", "fsdp1", "fsdp2"])
+def test_a_checkpoint_opens_under_any_strategy_and_its_last_step_is_not_repeated(
+    saving: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(resumes_at_its_end_elsewhere, saving, ["ddp", "fsdp1", "fsdp2"], str(tmp_path))
+
+
 def resume_without_state(directory: str) -> float:
     job, folder = Job("galore_adamw", SCHEDULED), Path(directory)
     whole = train(job, "fsdp2", folder / "first")

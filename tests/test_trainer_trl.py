@@ -28,7 +28,7 @@ class Config(trl.SFTConfig, TrainingArguments):
 def tune(directory: Path, resume: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
     from datasets import Dataset
 
-    from train_model import byte_tokenizer
+    from train_data import byte_tokenizer
 
     with fresh_accelerate():
         arguments = Config(

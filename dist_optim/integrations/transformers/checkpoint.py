@@ -23,13 +23,14 @@ from torch import nn
 
 from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimizer
 from dist_optim.errors import CheckpointError
+from dist_optim.integrations.transformers.whole_weights import install_whole_weights, whole_weights_in
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["CheckpointingMixin", "distributed_optimizer_of"]
 
 OPTIMIZER_FOLDER = "optimizer"
-UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished_checkpoint"
 STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
 
 
@@ -51,9 +52,17 @@ class CheckpointingMixin:
     optimizer: Any
     lr_scheduler: Any
     state: Any
+    control: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     _is_saving = False
+
+    def _run_epoch(self, *positional: Any, **named: Any) -> None:
+        """As in transformers, which takes one step too many where a run resumes at its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*positional, **named)  # type: ignore[misc]
 
     # Whole or not at all -----------------------------------------------------------------------------------------
 
@@ -125,6 +134,21 @@ class CheckpointingMixin:
             self.optimizer.eval()
         return super()._finalize_training(*positional, **named)  # type: ignore[misc]
 
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in transformers; FSDP also takes the whole tensors that any strategy has saved."""
+        files = whole_weights_in(checkpoint)
+        if self.is_fsdp_enabled and files:
+            install_whole_weights(files, self.model if model is None else model)
+            return
+        super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled and whole_weights_in(best):
+            self._load_from_checkpoint(best)
+            return
+        super()._load_best_model()  # type: ignore[misc]
+
     # Optimizer and schedule ---------------------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -140,11 +164,13 @@ class CheckpointingMixin:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
 
     def _save_fsdp_weights(self, output_dir: str) -> None:
-        """In accelerate's format, which the Trainer resumes FSDP from."""
+        """In accelerate's format, where `save_model` has not written whole tensors: those load under any strategy."""
         from accelerate.utils import save_fsdp_model
         from transformers.trainer import get_fsdp_ckpt_kwargs
 
         plugin = self.accelerator.state.fsdp_plugin
+        if "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            return
         save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

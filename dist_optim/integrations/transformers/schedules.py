@@ -33,9 +33,9 @@ LOG_NAME = "lr_decisions.jsonl"
 def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) -> LRScheduler | MetricScheduler:
     """What ``Trainer.create_scheduler`` creates. Collective.
 
-    ``lr_scheduler_kwargs`` may also hold ``metric_from_rank`` and ``on_nonfinite`` of ``build_scheduler``. A metric
-    schedule follows ``metric_for_best_model`` in the direction of ``greater_is_better``, and writes its decisions to
-    ``output_dir/lr_decisions.jsonl``.
+    ``lr_scheduler_kwargs`` may also hold ``metric_from_rank``, ``on_nonfinite`` and ``log_path`` of
+    ``build_scheduler``. A metric schedule follows ``metric_for_best_model`` in the direction of ``greater_is_better``,
+    and writes its decisions to ``output_dir/lr_decisions.jsonl`` where no other ``log_path`` is set.
 
     Args:
         args: The ``TrainingArguments``.
@@ -56,8 +56,7 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
         name,
         num_training_steps=num_training_steps,
         num_warmup_steps=0 if _is_optimizers_own_warmup(recipe, optimizer) else args.warmup_steps,
-        **decision,
-        **options,
+        **{**decision, **options},
     )
 
 
