@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_optim.errors import CheckpointError
 from dist_optim.layouts.detect import clean_name, detect, reshard
 from dist_optim.ranks.agreement import own_rank
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.together import together
 
 __all__ = ["install_whole_weights", "whole_weights_in"]
 
@@ -32,14 +32,12 @@ def install_whole_weights(files: list[Path], model: nn.Module) -> None:
         CheckpointError: On all ranks: a file is damaged, or of another model.
     """
     reshard(model)
-    error: CheckpointError | None = None
-    try:
-        _install(files, model)
-    except Exception as caught:  # safetensors has errors of its own
-        error = CheckpointError(
-            f"{str(files[0].parent)!r} does not hold the weights of this model: {caught}. Resume from another."
-        )
-    raise_together(error)
+    together(
+        lambda: _install(files, model),
+        doing=f"Reading the weights in {str(files[0].parent)!r}",
+        remedy="They are damaged, or of another model: resume from another checkpoint.",
+        otherwise=CheckpointError,
+    )
 
 
 def _install(files: list[Path], model: nn.Module) -> None:
