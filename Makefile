@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity docs clean
+.PHONY: help demo test lint parity compat docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -46,12 +46,16 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 	@echo "+ python tests/measure_resume.py"
 	@python tests/measure_resume.py
 
+compat: $(STAMP) ## run a part of the tests with the oldest and newest Pythons and packages; writes docs/compat.md
+	@echo "+ python tests/measure_compat.py"
+	@python tests/measure_compat.py
+
 docs: $(STAMP) ## write the tables of docs/optimizers from the registry
 	@echo "+ python tests/optimizer_pages.py"
 	@PYTHONPATH=. python tests/optimizer_pages.py
 
 clean: ## remove the environment, the caches and the runs
-	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
+	rm -rf .venv .compat runs .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt .ci/environment

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.errors import UnsupportedError, WrongModeError
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.overrides import check
 from dist_optim.ranks.agreement import num_ranks
 
 __all__ = ["BucketReduction", "retire_reducer", "why_not_this_ddp"]
@@ -189,6 +190,7 @@ class _RetiredLogger:
 
 def why_not_this_ddp(ddp: DistributedDataParallel, process_group: dist.ProcessGroup | None) -> str:
     """Why this wrapper's reduction cannot be replaced, and what to do; empty where it can."""
+    check("DDP")
     own = dist.get_process_group_ranks(ddp.process_group)
     if own != dist.get_process_group_ranks(process_group or dist.group.WORLD):
         return f"DistributedDataParallel reduces over the ranks {own}. Pass its process_group to build_optimizer."

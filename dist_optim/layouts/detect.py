@@ -15,6 +15,7 @@ from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.detect_fsdp1 import places_by_parameter
 from dist_optim.layouts.detect_fsdp1 import reshard as reshard_fsdp1
 from dist_optim.layouts.layout import DimShard, Layout, Replicated
+from dist_optim.overrides import check
 
 __all__ = ["PlacedParameter", "clean_name", "detect", "local_of", "reshard"]
 
@@ -136,6 +137,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 def _layout_of_dtensor(name: str, parameter: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
     """The layout over the one axis that shards; along all others the parameter is repeated (HSDP's replicas)."""
+    check("FSDP2")
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [axis for axis, placement in enumerate(placements) if type(placement) is not Replicate]
     if not sharded:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
+from dist_optim.overrides import check
 from dist_optim.ranks.agreement import num_ranks, own_rank
 
 __all__ = ["FlatPlace", "places_by_parameter", "reshard"]
@@ -42,6 +43,7 @@ def places_by_parameter(model: nn.Module) -> dict[int, FlatPlace]:
     """
     places: dict[int, FlatPlace] = {}
     for unit in _units(model):
+        check("FSDP1")
         if unit._handle is None:  # a unit without parameters of its own
             continue
         if not unit._use_orig_params:

@@ -126,7 +126,7 @@ def resolve_schedule(schedule: str | type) -> Recipe:
     except (ImportError, AttributeError) as error:
         raise MissingPackageError(
             f"The schedule {name!r} is {module}.{attribute}, which cannot be imported ({error}). Install it with: "
-            "pip install 'transformers>=5.3'"
+            "pip install 'transformers>=5.10'"
         ) from error
     return Recipe(name, make, inspect.isclass(make) and takes_metric(make))
 

@@ -22,6 +22,7 @@ from dist_optim.integrations.accelerate.schedules import (
     schedule_of_engine,
 )
 from dist_optim.integrations.accelerate.state import serve_state
+from dist_optim.overrides import check
 from dist_optim.ranks.together import raise_together
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def _place(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 def _why_refused(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> DistOptimError | None:
     """The first thing that this rank cannot serve; turns the CPU rehearsal on where it is due."""
     try:
+        check("accelerate")
         resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
         if cpu_rehearsal.is_ignored(accelerator):
             cpu_rehearsal.turn_fsdp_on(accelerator)

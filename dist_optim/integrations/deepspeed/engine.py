@@ -14,7 +14,6 @@ that DeepSpeed has itself (``adagrad``, ``muon``) stay its own; ``dist_optim.ada
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from dist_optim.integrations.deepspeed.schedules import register_schedules
 from dist_optim.layouts.detect import PlacedParameter, named_parameters
 from dist_optim.layouts.detect_zero import logical_shape
 from dist_optim.layouts.layout import Replicated
+from dist_optim.overrides import check
 from dist_optim.ranks.agreement import own_rank
 from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import raise_together, together
@@ -51,11 +51,6 @@ __all__ = [
 ]
 
 PREFIX = "dist_optim."
-_PATCHED = {
-    "_is_supported_optimizer": ("self", "optimizer_name"),
-    "_configure_basic_optimizer": ("self", "model_parameters"),
-    "_configure_optimizer": ("self", "client_optimizer", "model_parameters"),
-}
 
 
 class UnknownDeepSpeedOptimizerError(UnknownOptimizerError, AssertionError):
@@ -74,13 +69,7 @@ def register() -> None:
     engine_class, supported = _deepspeed_parts()
     if ZeroOptimizer in supported:
         return
-    for method, parameters in _PATCHED.items():
-        found = tuple(inspect.signature(getattr(engine_class, method, lambda: None)).parameters)
-        if found != parameters:
-            raise UnsupportedError(
-                f"DeepSpeedEngine.{method} takes {found or 'nothing'} where {parameters} was expected: this version of "
-                "deepspeed is not known. Install deepspeed==0.19.8."
-            )
+    check("deepspeed")
     for method, extend in (
         ("_is_supported_optimizer", _extend_support),
         ("_configure_basic_optimizer", _extend_construction),

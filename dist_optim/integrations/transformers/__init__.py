@@ -15,10 +15,13 @@ arguments allow. For a script that shall stay as it is, there is ``dist_optim.ru
 from __future__ import annotations
 
 from dist_optim.errors import MissingPackageError
+from dist_optim.overrides import check
 
 try:
     import transformers
 
+    check("transformers")
+    check("accelerate")
     from dist_optim.integrations.transformers.arguments import TrainingArguments
     from dist_optim.integrations.transformers.mixin import DistOptimTrainerMixin
 except ImportError as error:

@@ -1,0 +1,289 @@
+"""What dist_optim overrides, replaces, or reads in other packages, although nobody promised that it stays: one table.
+
+A renamed method would simply not be called any more: exact clipping gone, say, and no error. So ``check`` compares the
+table with what is installed, where an integration is imported or first used, and names everything that differs.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from dist_optim.errors import UnsupportedError
+
+__all__ = ["TABLE", "VERSIONS", "Override", "check", "differences"]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One name that has to be there."""
+
+    package: str
+    """The distribution, as pip names it."""
+    owner: str
+    """``module:Class``, or a module."""
+    attribute: str
+    """A method, a function, or an attribute of instances that the class assigns or annotates."""
+    parameters: tuple[str, ...] | None = None
+    """Names in order, without ``self``, where ours takes or passes them; None where being there is enough."""
+
+
+VERSIONS = {
+    "accelerate": ("1.10.0", "1.15.0"),
+    "deepspeed": ("0.19.4", "0.19.8"),
+    "torch": ("2.9.0", "2.13.0"),
+    "transformers": ("5.3.0", "5.23.0"),
+}
+"""The first and the last version that the tests have passed with (docs/compat.md)."""
+
+
+def _rows(package: str, owner: str, *names: str, **methods: tuple[str, ...]) -> tuple[Override, ...]:
+    """``names`` have to be there; ``methods`` have to take these parameters."""
+    return tuple(Override(package, owner, name, methods.get(name)) for name in (*names, *methods))
+
+
+_TRAINER, _ACCELERATOR = "transformers.trainer:Trainer", "accelerate.accelerator:Accelerator"
+_ENGINE, _ZERO = "deepspeed.runtime.engine:DeepSpeedEngine", "deepspeed.runtime.zero"
+_FSDP1 = "torch.distributed.fsdp:FullyShardedDataParallel"
+_FLAT = "torch.distributed.fsdp._flat_param"
+_DDP, _C10D = "torch.nn.parallel:DistributedDataParallel", "torch.distributed"
+
+TABLE: dict[str, tuple[Override, ...]] = {
+    "transformers": (
+        *_rows(
+            "transformers",
+            _TRAINER,
+            "__init__",
+            "_build_accelerator_args",
+            "_evaluate",
+            "_finalize_training",
+            "_prepare_for_training",
+            "evaluation_loop",
+            "model_wrapped",
+            "save_model",
+            _clip_grad_norm=("model",),
+            _determine_best_metric=("metrics", "trial"),
+            _get_grad_norm=("model", "grad_norm"),
+            _get_output_dir=("trial",),
+            _load_optimizer_and_scheduler=("checkpoint",),
+            _save_checkpoint=("model", "trial"),
+            _save_optimizer_and_scheduler=("output_dir",),
+            create_accelerator_and_postprocess=(),
+            create_optimizer=("model",),
+            create_scheduler=("num_training_steps", "optimizer"),
+            get_decay_parameter_names=("model",),
+            get_optimizer_cls_and_kwargs=("args", "model"),
+        ),
+        *_rows("transformers", "transformers.trainer", "get_fsdp_ckpt_kwargs"),
+        *_rows(
+            "transformers",
+            "transformers.trainer_utils",
+            rotate_checkpoints=(
+                "output_dir",
+                "save_total_limit",
+                "best_model_checkpoint",
+                "use_mtime",
+                "checkpoint_prefix",
+            ),
+        ),
+    ),
+    "accelerate": (
+        *_rows(
+            "accelerate",
+            _ACCELERATOR,
+            "_dataloaders",
+            "_is_accelerate_prepared",
+            "_models",
+            "_optimizers",
+            "_schedulers",
+            "load_state",
+            "prepare",
+            "prepare_model",
+            "prepare_optimizer",
+            "save_state",
+            "unscale_gradients",
+            backward=("loss", "kwargs"),
+            clip_grad_norm_=("parameters", "max_norm", "norm_type"),
+            register_load_state_pre_hook=("hook",),
+        ),
+        *_rows("accelerate", "accelerate.state:PartialState", "_shared_state", "device", "distributed_type"),
+        *_rows("accelerate", "accelerate.state:AcceleratorState", "fsdp_plugin"),
+        *_rows("accelerate", "accelerate.utils", "save_fsdp_model"),
+    ),
+    "deepspeed": (
+        *_rows(
+            "deepspeed",
+            _ENGINE,
+            "_config",
+            "basic_optimizer",
+            "load_checkpoint",
+            "managed_gradient_accumulation",
+            "optimizer",
+            "save_checkpoint",
+            _configure_basic_optimizer=("model_parameters",),
+            _configure_optimizer=("client_optimizer", "model_parameters"),
+            _is_supported_optimizer=("optimizer_name",),
+        ),
+        *_rows("deepspeed", f"{_ZERO}.utils", "ZERO_SUPPORTED_OPTIMIZERS"),
+        *_rows(
+            "deepspeed",
+            f"{_ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer",
+            "bit16_groups_flat",
+            "real_dp_process_group",
+            "single_partition_of_fp32_groups",
+            "update_lp_params",
+        ),
+        *_rows(
+            "deepspeed",
+            f"{_ZERO}.stage3:DeepSpeedZeroOptimizer_Stage3",
+            "_partition_all_parameters",
+            "_reassign_or_swap_out_partitioned_parameters",
+            "fp32_partitioned_groups_flat",
+            "grad_position",
+            "persistent_parameters",
+            get_param_id=("param",),
+        ),
+        *_rows(
+            "deepspeed",
+            "deepspeed.runtime.bf16_optimizer:BF16_Optimizer",
+            "bf16_groups_flat",
+            "fp32_groups_flat_partition",
+            "real_dp_process_group",
+            "update_lp_params",
+        ),
+        *_rows(
+            "deepspeed",
+            "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer",
+            "fp16_groups",
+            "fp32_groups",
+        ),
+    ),
+    "FSDP1": (
+        *_rows("torch", _FSDP1, "_handle", "_state_dict_config", "_use_orig_params"),
+        *_rows(
+            "torch",
+            f"{_FLAT}:FlatParamHandle",
+            "_prefetched",
+            "flat_param",
+            "needs_unshard",
+            "post_reshard",
+            "process_group",
+            "uses_sharded_strategy",
+            reshard=("free_unsharded_flat_param",),
+        ),
+        *_rows(
+            "torch",
+            f"{_FLAT}:FlatParameter",
+            "_fqns",
+            "_full_param_padded",
+            "_is_padding_mask",
+            "_numels_with_padding",
+            "_params",
+            "_shapes",
+            "_shard_param_infos",
+            "_sharded_size",
+        ),
+        *_rows("torch", f"{_FLAT}:_ShardParamInfo", "in_shard", "intra_param_end_idx", "intra_param_start_idx"),
+    ),
+    "FSDP2": (
+        *_rows("torch", "torch.distributed.fsdp:FSDPModule", reshard=()),
+        *_rows("torch", "torch.distributed.tensor:DTensor", "device_mesh", "placements", "to_local"),
+    ),
+    "DDP": (
+        *_rows(
+            "torch",
+            _DDP,
+            "_comm_hooks",
+            "find_unused_parameters",
+            "logger",
+            "mixed_precision",
+            "process_group",
+            "reducer",
+            "static_graph",
+            no_sync=(),
+        ),
+        *_rows("torch", f"{_C10D}:Reducer", "_rebuild_buckets", "prepare_for_backward", "prepare_for_forward"),
+        *_rows("torch", f"{_C10D}:Logger", "set_error_and_log", "set_runtime_stats_and_log"),
+    ),
+}
+"""By the name that ``check`` takes."""
+
+
+@functools.cache
+def check(integration: str) -> None:
+    """Compare one part of the table with the installed package; once in a process. Every rank for itself.
+
+    Args:
+        integration: A key of ``TABLE``. The package has to be installed.
+
+    Raises:
+        UnsupportedError: The installed version lacks a name, or takes it differently.
+    """
+    rows = TABLE[integration]
+    if found := differences(rows):
+        package = rows[0].package
+        first, last = VERSIONS[package]
+        raise UnsupportedError(
+            f"{package} {importlib.metadata.version(package)} is installed, and dist_optim changes or reads parts of "
+            f"{integration} that are different there: {'; '.join(found)}. {package} {first} to {last} are known to "
+            f"have them. Install one: pip install '{package}>={first},<={last}'."
+        )
+
+
+def differences(rows: tuple[Override, ...]) -> list[str]:
+    """What the installed packages lack, or take differently; a line each."""
+    return list(dict.fromkeys(line for row in rows if (line := _difference(row))))
+
+
+def _difference(row: Override) -> str:
+    name = f"{row.owner.replace(':', '.')}.{row.attribute}"
+    try:
+        owner = pkgutil.resolve_name(row.owner)
+    except (AttributeError, ImportError) as error:
+        return f"{row.owner.replace(':', '.')} is missing ({error})"
+    if not _has(owner, row.attribute):
+        return f"{name} is missing"
+    if row.parameters is None:
+        return ""
+    found = tuple(one for one in inspect.signature(getattr(owner, row.attribute)).parameters if one != "self")
+    return "" if found == row.parameters else f"{name} takes {_listed(found)}, not {_listed(row.parameters)}"
+
+
+def _listed(parameters: tuple[str, ...]) -> str:
+    return f"({', '.join(parameters)})"
+
+
+def _has(owner: Any, attribute: str) -> bool:
+    """Whether the module or class has it, or the class gives it to its instances."""
+    if hasattr(owner, attribute):
+        return True
+    kinds = [kind for kind in getattr(owner, "__mro__", ()) if kind is not object]
+    return any(attribute in kind.__dict__.get("__annotations__", {}) or attribute in _assigned(kind) for kind in kinds)
+
+
+@functools.cache
+def _assigned(kind: type) -> frozenset[str]:
+    """Names of attributes that the methods of a class assign, on ``self`` or on what they are given."""
+    codes = [code for member in vars(kind).values() for code in _codes_of(member)]
+    return frozenset(
+        instruction.argval
+        for code in codes
+        for instruction in dis.get_instructions(code)
+        if instruction.opname == "STORE_ATTR"
+    )
+
+
+def _codes_of(member: Any) -> Iterator[CodeType]:
+    function = inspect.unwrap(getattr(member, "__func__", None) or getattr(member, "fget", None) or member)
+    waiting = [code] if isinstance(code := getattr(function, "__code__", None), CodeType) else []
+    while waiting:
+        code = waiting.pop()
+        yield code
+        waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]

@@ -1,0 +1,102 @@
+"""The environments and the tests of `make compat`: the ends of the ranges that pyproject.toml declares."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHOSEN = {
+    "imports": ("test_overrides.py",),
+    "optimizers": tuple(
+        f"test_parity.py::test_second_life_equals_the_uninterrupted_run[{case} float32]"
+        for case in (
+            *("adafactor", "adamw_bnb_8bit", "adamw_torch", "apollo_adamw random", "flash_adamw"),
+            *("galore_adamw std", "grokadamw", "lomo", "schedule_free_adamw", "stable_adamw"),
+        )
+    ),
+    "Trainer": (
+        "test_trainer_resume.py::test_resumed_training_is_the_uninterrupted_one[galore_adamw-strategies1]",
+        "test_trainer_resume.py::test_resumed_training_is_the_uninterrupted_one[schedule_free_adamw-strategies5]",
+        "test_trainer_optimizer.py::test_the_mixin_serves_other_trainers",
+        "test_trainer_trl.py::test_trls_trainer_takes_every_name_and_resumes",
+    ),
+    "accelerate": (
+        "test_accelerate.py::test_what_is_asked_for_is_what_trains",
+        "test_accelerate_state.py::test_a_resumed_run_equals_the_uninterrupted_one[galore_adamw-ddp]",
+        "test_accelerate_state.py::test_a_resumed_run_equals_the_uninterrupted_one[galore_adamw-fsdp2]",
+    ),
+    "DeepSpeed": (
+        *(f"test_zero.py::test_equals_one_process[galore_adamw-{stage}]" for stage in range(4)),
+        *(f"test_zero.py::test_resumes_through_the_engine[schedule_free_adamw-{stage}]" for stage in range(4)),
+    ),
+    "checkpoints": (
+        "test_checkpoint.py::test_averaged_weights_are_exported_and_training_goes_on",
+        "test_checkpoint.py::test_buffers_schedule_and_own_values_come_back",
+    ),
+    "command line": ("test_cli.py",),
+}
+"""What runs in every environment, below `tests/`: one pytest a part."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One environment: a Python, and the packages that are held at their lower bounds."""
+
+    name: str
+    python: str
+    lowest: tuple[str, ...] = ()
+    """Names of packages; "all" for every bound of pyproject.toml."""
+    pinned: bool = True
+    """Whether everything else is as in constraints.txt; otherwise pip takes the newest that fits."""
+
+    def constraints(self) -> str:
+        """The text of a constraints file."""
+        bounds = lower_bounds()
+        held = bounds if self.lowest == ("all",) else {name: bounds[name] for name in self.lowest}
+        others = (ROOT / "constraints.txt").read_text().splitlines() if self.pinned else []
+        kept = [line for line in others if not line.startswith("#") and line.split("==")[0] not in held]
+        return "\n".join([*(f"{name}=={version}" for name, version in held.items()), *kept]) + "\n"
+
+
+ROWS = (
+    Row("all lower bounds", "3.10", ("all",), pinned=False),
+    # torchao does not say which torch it needs: 0.18 cannot be imported beside torch 2.9, and so nor can transformers.
+    Row(
+        "lowest torch, transformers, accelerate",
+        "3.11",
+        ("torch", "torchao", "transformers", "accelerate"),
+        pinned=False,
+    ),
+    Row("lowest deepspeed", "3.11", ("deepspeed",)),
+    Row("constraints.txt, Python 3.10", "3.10"),
+    Row("constraints.txt, Python 3.12", "3.12"),
+    Row("constraints.txt, Python 3.13", "3.13"),
+)
+"""Python 3.11 with constraints.txt is where all tests run."""
+
+
+def project() -> dict[str, Any]:
+    """The `project` table of pyproject.toml."""
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return found
+
+
+def lower_bounds() -> dict[str, str]:
+    """Every package that pyproject.toml asks for, with the lowest version that it allows."""
+    extras = project()["optional-dependencies"]
+    asked = [*project()["dependencies"], *(one for extra in extras if extra != "all" for one in extras[extra])]
+    bounds: dict[str, str] = {}
+    for text in asked:
+        name, version = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<\d+)?", text).groups()  # type: ignore[union-attr]
+        assert bounds.setdefault(name, version) == version, f"{name} has two lower bounds"
+    return bounds
