@@ -7,10 +7,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from accelerated import Training
-from resuming import gap_after_resume
+import torch.distributed as dist
+from accelerated import Training, started_by_accelerate
+from placements import full_parameters
+from resuming import gap_after_resume, prepared_for, train_steps
 
-from dist_optim.testing import RankFailure, RankPool
+from dist_optim.errors import CheckpointError
+from dist_optim.testing import RankFailure, RankPool, assert_equal
 
 GALORE = {"lr": 1e-2, "target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3, "scale": 0.25}
 RUNS: dict[str, dict[str, Any]] = {
@@ -43,3 +46,33 @@ def resume_by_accelerate_alone(name: str, strategy: str, directory: Path) -> Non
 def test_control_accelerates_own_way_loses_the_state(strategy: str, two_ranks: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankFailure):
         two_ranks.run(resume_by_accelerate_alone, "galore_adamw", strategy, tmp_path / "state")
+
+
+class Killed(BaseException):
+    pass
+
+
+def no_mixture_of_two_states(directory: Path) -> None:
+    training = Training("galore_adamw", GALORE)
+    with started_by_accelerate("ddp", training) as accelerator:
+        model, optimizer, scheduler = prepared_for(accelerator, training)
+        train_steps(accelerator, model, optimizer, scheduler, range(1))
+        accelerator.save_state(str(directory))
+        train_steps(accelerator, model, optimizer, scheduler, range(1, 3))
+        ours = "dist_optim.integrations.accelerate.state.save_optimizer"
+        with mock.patch(ours, side_effect=Killed), pytest.raises(Killed):
+            accelerator.save_state(str(directory))
+        train_steps(accelerator, model, optimizer, scheduler, range(3, 4))
+        before = {name: full.clone() for name, full in full_parameters(model).items()}
+        with pytest.raises(CheckpointError, match=r"has no optimizer\.json"):
+            accelerator.load_state(str(directory))
+        assert_equal(full_parameters(model), before)
+        writes = "accelerate.accelerator.save_accelerator_state"
+        for rank in (0, 1):
+            error = OSError("read-only file system") if dist.get_rank() == rank else None
+            with mock.patch(writes, side_effect=error), pytest.raises(CheckpointError, match="read-only file system"):
+                accelerator.save_state(str(directory))
+
+
+def test_a_job_killed_or_failing_in_save_state_leaves_no_mixture(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(no_mixture_of_two_states, tmp_path / "state")

@@ -120,7 +120,7 @@ def saving_does_not_change_the_run(placement: str, directory: Path) -> None:
     assert any(not torch.equal(exported[name], training[name]) for name in exported)
     averaged = place(make_model(SCHEDULE_FREE), placement)
     fresh = build_subject(SCHEDULE_FREE, averaged)
-    with mock.patch("dist_optim.checkpoint.run_state.load_optimizer"):
+    with mock.patch("dist_optim.checkpoint.run_state.install"):
         dist_optim.load_checkpoint(directory, averaged, fresh)
     assert_equal(full_parameters(averaged), exported)  # what a checkpoint holds as the model is the average
 

@@ -17,7 +17,7 @@ import dist_optim
 from dist_optim.errors import HyperparameterError, UnknownOptimizerError
 from dist_optim.integrations.transformers import TrainingArguments
 from dist_optim.integrations.transformers.arguments import registered_name, values_for
-from dist_optim.integrations.transformers.deferred import Draft
+from dist_optim.integrations.transformers.deferred import DeferredOptimizer
 
 
 @pytest.fixture(autouse=True)
@@ -122,5 +122,6 @@ def test_what_cannot_be_obeyed_is_refused(optim: str, settings: dict[str, Any], 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.25, 3), (2.0, 2), (0.0, 0)])
 def test_a_share_of_warm_up_becomes_steps(warmup: float, steps: int) -> None:
-    draft = Draft([torch.nn.Parameter(torch.zeros(1))], "schedule_free_adamw", lr=0.1, warmup_steps=warmup)
-    assert draft.settled(num_training_steps=10)["warmup_steps"] == steps
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    deferred = DeferredOptimizer(parameters, "schedule_free_adamw", lr=0.1, warmup_steps=warmup)
+    assert deferred.settled(num_training_steps=10)["warmup_steps"] == steps

@@ -205,12 +205,12 @@ def test_what_cannot_be_served_is_refused_on_all_ranks(two_ranks: RankPool, tmp_
         assert "drops a prebuilt SGD under DeepSpeed" in found["prebuilt"]
 
 
-def test_a_draft_does_not_step(tmp_path: Path) -> None:
+def test_a_deferred_optimizer_does_not_step(tmp_path: Path) -> None:
     with fresh_accelerate():
         trainer = Trainer(make_llama(), arguments_of(Job("sgd"), "alone", tmp_path), train_dataset=Blocks())
-        draft = trainer.create_optimizer()
+        deferred = trainer.create_optimizer()
         with pytest.raises(WrongModeError, match="train\\(\\) builds it"):
-            draft.step()
+            deferred.step()
         trainer.train()
         assert isinstance(trainer.optimizer.optimizer, dist_optim.DistributedOptimizer)
         built = trainer.optimizer

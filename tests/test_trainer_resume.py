@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from end_to_end import make_llama
 from placements import full_parameters
@@ -160,7 +162,7 @@ def killed_while_saving(directory: str) -> None:
     assert get_last_checkpoint(str(folder / "killed")) == str(folder / "killed" / "checkpoint-2")
     resumed = train(replace(job, resume=True), "ddp", folder / "killed")
     assert gap_between(whole, resumed) == 0
-    assert not (folder / "killed" / ".unfinished").exists()
+    assert not list((folder / "killed").glob(".*"))
 
 
 def dies_in_call(number: int) -> Callable[..., None]:
@@ -176,6 +178,47 @@ def dies_in_call(number: int) -> Callable[..., None]:
 
 def test_a_job_killed_while_saving_resumes_from_the_checkpoint_before(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(killed_while_saving, str(tmp_path))
+
+
+PIECES = {
+    "the model": ("transformers.Trainer._save", 0),
+    "the optimizer": ("torch.distributed.checkpoint.filesystem._write_item", 1),
+    "the schedule": ("torch.optim.lr_scheduler.LambdaLR.state_dict", 0),
+    "the generators": ("transformers.Trainer._save_rng_state", 1),
+    "the scaler": ("transformers.Trainer._save_scaler", 0),
+    "the state": ("transformers.TrainerState.save_to_json", 0),
+    "the limit": ("transformers.trainer_utils.rotate_checkpoints", 0),
+}
+"""What a checkpoint is made of, and the rank that fails at it."""
+
+
+def save_that_fails_on_one_rank(piece: str, directory: str) -> None:
+    (name, rank), folder, problems = PIECES[piece], Path(directory), ["no error"]
+    job = Job("galore_adamw", {**SCHEDULED, "max_steps": 1, "save_steps": 1})
+    try:
+        with mock.patch(name, fails_on(rank, pkgutil.resolve_name(name))):
+            train(job, "ddp", folder)
+    except CheckpointError as error:
+        problems = [] if "read-only" in str(error) else [str(error)]
+    dist.barrier()
+    left = [path.name for path in folder.iterdir()] if folder.exists() else []
+    problems += [f"left {left}"] if left != (["checkpoint-1"] if piece == "the limit" else []) else []
+    assert_no_problems_on_any_rank(problems)
+
+
+def fails_on(rank: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def act(*positional: Any, **named: Any) -> Any:
+        if dist.get_rank() == rank:
+            raise OSError("read-only file system")
+        return original(*positional, **named)
+
+    return act
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_save_that_fails_on_one_rank_ends_all_of_them(piece: str, two_ranks: RankPool, tmp_path: Path) -> None:
+    """None of the ranks waits for another, and no half of a checkpoint is left."""
+    two_ranks.run(save_that_fails_on_one_rank, piece, str(tmp_path))
 
 
 def test_a_checkpoint_of_transformers_own_trainer_is_refused(tmp_path: Path) -> None:

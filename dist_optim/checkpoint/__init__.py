@@ -1,8 +1,9 @@
 """Checkpoints on logical names: what they hold does not know the sharding.
 
-Reading order: ``directory`` (a folder appears whole or not at all), ``pieces`` (blocks of logical tensors, written and
-read by ``torch.distributed.checkpoint``), ``optimizer_state``, ``exported`` (the weights to export), ``whole_run``
-(model, optimizer and schedule together).
+Reading order: ``directory`` (a folder appears whole or not at all), ``index`` (what tensors a folder holds, and whether
+they are whole), ``blocks`` (blocks of logical tensors, written and read by ``torch.distributed.checkpoint``),
+``group_values``, ``optimizer_state``, ``exported`` (the weights to export), ``run_state`` (model, optimizer and
+schedule together).
 """
 
 from dist_optim.checkpoint.exported import exported_weights

@@ -7,7 +7,8 @@ reading rank asks for its own blocks; what overlaps is read. So the files do not
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,16 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     StorageMeta,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from dist_optim.checkpoint.index import IndexReader
 from dist_optim.errors import CheckpointError
 from dist_optim.layouts.layout import Layout, boxes_on
+from dist_optim.ranks.together import together
 
-__all__ = ["Pieces", "StoredTensor", "read_pieces", "stored_tensors", "write_pieces"]
-
-_FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, EOFError, KeyError)
+__all__ = ["Pieces", "read_pieces", "write_pieces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,14 @@ class Pieces:
     """The blocks of one logical tensor that this rank holds; the tensors are views of its storage."""
 
     shape: torch.Size
+    dtype: torch.dtype
     blocks: Mapping[torch.Size, Tensor]
     """By where the block starts in the full tensor."""
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Pieces:
         """All of a tensor, on every rank that holds it alike."""
-        return cls(tensor.shape, {torch.Size([0] * tensor.ndim): tensor.detach()})
+        return cls(tensor.shape, tensor.dtype, {torch.Size([0] * tensor.ndim): tensor.detach()})
 
     @classmethod
     def part(cls, local: Tensor, layout: Layout, shape: torch.Size, rank: int) -> Pieces:
@@ -58,15 +59,8 @@ class Pieces:
         flat = local.detach().reshape(-1) if len(boxes) > 1 else local.detach()
         sizes = [torch.Size(box.sizes).numel() for box in boxes]
         parts = flat.split(sizes) if len(boxes) > 1 else [flat] * len(boxes)
-        return cls(shape, {torch.Size(b.offsets): p.view(b.sizes) for b, p in zip(boxes, parts, strict=True)})
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Shape and dtype of a tensor in the files."""
-
-    shape: torch.Size
-    dtype: torch.dtype
+        blocks = {torch.Size(box.offsets): part.view(box.sizes) for box, part in zip(boxes, parts, strict=True)}
+        return cls(shape, local.dtype, blocks)
 
 
 def write_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: dist.ProcessGroup | None) -> None:
@@ -76,35 +70,14 @@ def write_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: d
         CheckpointError: On all ranks: a disk is full, or ranks hold blocks that do not make up a tensor.
     """
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            dcp.save(dict(pieces), storage_writer=writer, planner=_WritePlanner(), process_group=process_group)
-    except _FAILURES as error:
-        raise CheckpointError(
-            f"Writing {str(directory)!r} failed: {_first_line(error)}. Check that the folder is on a disk that all "
-            "ranks share and that it is not full; what was saved there before is untouched."
-        ) from error
-
-
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Names, shapes and dtypes of the tensors in a folder. Not a collective.
-
-    Raises:
-        CheckpointError: It holds no complete set of tensors.
-    """
-    try:
-        metadata = dcp.FileSystemReader(directory).read_metadata()
-    except Exception as error:  # a truncated pickle raises almost anything
-        raise CheckpointError(
-            f"{str(directory)!r} holds no complete checkpoint: {_first_line(error)}. Give a folder that was saved to "
-            "its end."
-        ) from error
-    return {
-        name: StoredTensor(entry.size, entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    with _checksums_written():
+        _in_files(
+            lambda: dcp.save(dict(pieces), storage_writer=writer, planner=_WritePlanner(), process_group=process_group),
+            f"Writing {str(directory)!r}",
+            "Check that the folder is on a disk that all ranks share and that it is not full; what was saved there "
+            "before is untouched.",
+            process_group,
+        )
 
 
 def read_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: dist.ProcessGroup | None) -> None:
@@ -113,20 +86,42 @@ def read_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: di
     Raises:
         CheckpointError: On all ranks: files are missing or damaged.
     """
+    _in_files(
+        lambda: dcp.load(
+            dict(pieces),
+            storage_reader=IndexReader(directory),
+            planner=_ReadPlanner(),
+            process_group=process_group,
+        ),
+        f"Reading {str(directory)!r}",
+        "A file is missing or damaged: resume from another checkpoint.",
+        process_group,
+    )
+
+
+def _in_files(action: Callable[[], object], doing: str, remedy: str, process_group: dist.ProcessGroup | None) -> None:
+    """One operation of ``torch.distributed.checkpoint``, which waits for all ranks also where one has failed."""
+
+    def act() -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+                action()
+        except CheckpointException as error:
+            raise CheckpointError(f"{doing} failed: {_first_failure(error)}. {remedy}") from error
+
+    together(act, process_group, doing=doing, remedy=remedy, otherwise=CheckpointError)
+
+
+@contextmanager
+def _checksums_written() -> Iterator[None]:
+    """``check_files`` compares them; a program may have turned them off."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            dcp.load(
-                dict(pieces),
-                storage_reader=dcp.FileSystemReader(directory),
-                planner=_ReadPlanner(),
-                process_group=process_group,
-            )
-    except _FAILURES as error:
-        raise CheckpointError(
-            f"Reading {str(directory)!r} failed: {_first_line(error)}. A file is missing or damaged: resume from "
-            "another checkpoint."
-        ) from error
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _WritePlanner(dcp.DefaultSavePlanner):
@@ -183,9 +178,9 @@ def _block(pieces: Mapping[str, Pieces], index: MetadataIndex) -> Tensor:
     return pieces[index.fqn].blocks[index.offset]
 
 
-def _first_line(error: BaseException) -> str:
+def _first_failure(error: CheckpointException) -> str:
     """What went wrong, without the trace of every rank that torch puts around it."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (inner, _) = next(iter(error.failures.items()))
-        return f"{type(inner).__name__} on rank {rank}: {str(inner).splitlines()[0] if str(inner) else ''}"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not error.failures:
+        return "on some rank"
+    rank, (inner, _) = next(iter(error.failures.items()))
+    return f"{type(inner).__name__} on rank {rank}: {str(inner).splitlines()[0] if str(inner) else ''}"

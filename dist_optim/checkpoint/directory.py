@@ -1,6 +1,10 @@
 """Folders that appear whole: written aside, then renamed.
 
-A job killed at any moment leaves the folder that was there before, or the new one; never half of one.
+A job killed at any moment leaves the folder that was there before, or the new one; never half of one. Beside ``NAME``
+there are, for a while::
+
+    .NAME.partial/NAME    what is being written
+    .NAME.replaced        what was there before, between two renames: ``opened`` and the next save find it
 """
 
 from __future__ import annotations
@@ -8,33 +12,69 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from dist_optim.errors import CheckpointError, DistOptimError
-from dist_optim.ranks.agreement import own_rank
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.agreement import gather_objects, own_rank
+from dist_optim.ranks.together import together
 
-__all__ = ["attempt", "opened", "read_json", "write_json", "written_aside"]
+__all__ = ["attempt", "opened", "read_json", "recover", "write_json", "written_aside"]
+
+Result = TypeVar("Result")
+
+SHARED_DISK = "Choose a folder that can be written and has room, on a disk that all ranks share."
 
 
 @contextmanager
 def written_aside(directory: Path, process_group: dist.ProcessGroup | None) -> Iterator[Path]:
     """A folder to write into, which takes the place of ``directory`` when the block ends. Collective.
 
-    What the block raises, it raises on all ranks together; then ``directory`` stays as it was.
+    The folder given is called as ``directory`` is, in a folder of its own. What the block raises on any rank, all ranks
+    raise at its end; ``directory`` then stays as it was, and nothing is left beside it. A rank that leaves the block
+    early must not be awaited inside it: what fails there on one rank alone is to come after the last collective, or
+    goes through ``attempt``.
 
     Raises:
-        CheckpointError: On all ranks: the folder cannot be made or renamed.
+        CheckpointError: On all ranks: the folder cannot be made, written or renamed, or not all ranks see it.
     """
-    aside, is_first = _beside(directory, "partial"), own_rank(process_group) == 0
-    attempt(lambda: _start(directory, aside) if is_first else None, directory, process_group)
-    yield aside
-    attempt(lambda: _replace(directory, aside) if is_first else None, directory, process_group)
+    aside, is_first = _beside(directory, "partial") / directory.name, own_rank(process_group) == 0
+    try:
+        own = attempt(lambda: _start(directory, aside) if is_first else "", directory, process_group)
+        word = gather_objects(own, process_group)[0]
+        attempt(lambda: _assert_seen(aside, word), directory, process_group)
+        failure: Exception | None = None
+        try:
+            yield aside
+        except Exception as caught:
+            failure = caught
+        attempt(lambda: _raise(failure), directory, process_group)
+        attempt(lambda: _replace(directory, aside) if is_first else None, directory, process_group)
+    except DistOptimError:
+        if is_first:  # all ranks have stopped writing
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        raise
+
+
+def attempt(
+    action: Callable[[], Result], directory: Path, process_group: dist.ProcessGroup | None, *, is_reading: bool = False
+) -> Result:
+    """Run it on this rank, and raise on every rank when it failed on any: a ``CheckpointError``, unless it is ours.
+
+    Collective.
+    """
+    return together(
+        action,
+        process_group,
+        doing=f"{'Reading' if is_reading else 'Writing'} the checkpoint {str(directory)!r}",
+        remedy="Resume from another checkpoint." if is_reading else SHARED_DISK,
+        otherwise=CheckpointError,
+    )
 
 
 def opened(directory: Path) -> Path:
@@ -43,21 +83,19 @@ def opened(directory: Path) -> Path:
     return replaced if not directory.exists() and replaced.exists() else directory
 
 
-def attempt(action: Callable[[], Any], directory: Path, process_group: dist.ProcessGroup | None) -> Any:
-    """Run it on this rank, and raise on every rank when it failed on any. Collective."""
-    error: DistOptimError | None = None
-    result = None
-    try:
-        result = action()
-    except DistOptimError as caught:
-        error = caught
-    except OSError as caught:
-        error = CheckpointError(
-            f"The checkpoint {str(directory)!r}: {type(caught).__name__}: {caught}. Choose a folder that can be "
-            "written and has room, on a disk that all ranks share."
-        )
-    raise_together(error, process_group)
-    return result
+def recover(parent: Path, names: str) -> None:
+    """End what a killed job has begun in ``parent`` with folders of such names (a glob). One process calls it.
+
+    What was put aside gets its name back, and what was written in part goes.
+    """
+    for replaced in parent.glob(f".{names}.replaced"):
+        directory = parent / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if directory.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(directory)
+    for partial in parent.glob(f".{names}.partial"):
+        shutil.rmtree(partial)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -81,13 +119,14 @@ def read_json(path: Path) -> Any:
             f"{str(path.parent)!r} is not a checkpoint of dist_optim: it has no {path.name}. Give a folder that "
             "dist_optim saved."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{str(path)!r} cannot be read: {type(error).__name__}: {error}. Resume from another checkpoint."
         ) from error
 
 
-def _start(directory: Path, aside: Path) -> None:
+def _start(directory: Path, aside: Path) -> str:
+    """Make the folder aside; returns the word that lies beside it."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"The checkpoint {str(directory)!r} is a file. Give the name of a folder.")
     replaced = _beside(directory, "replaced")
@@ -96,17 +135,47 @@ def _start(directory: Path, aside: Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(directory)
-    if aside.exists():
-        shutil.rmtree(aside)  # left by a job that was killed
+    if aside.parent.exists():
+        shutil.rmtree(aside.parent)  # left by a job that was killed
     aside.mkdir(parents=True)
+    word = uuid.uuid4().hex
+    _word_beside(aside).write_text(word, encoding="utf-8")
+    return word
+
+
+def _assert_seen(aside: Path, word: str) -> None:
+    """Ranks on nodes with disks of their own would each write a part, and nobody a checkpoint."""
+    path = _word_beside(aside)
+    if not path.exists() or path.read_text(encoding="utf-8") != word:
+        raise CheckpointError(
+            f"{str(aside)!r} on this rank is not the folder that the first rank has made: the ranks do not share this "
+            "disk. Choose a folder on one that they share."
+        )
+
+
+def _word_beside(aside: Path) -> Path:
+    return aside.with_name(f"{aside.name}.word")
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _replace(directory: Path, aside: Path) -> None:
+    for path in [*aside.rglob("*"), aside]:
+        _sync(path)
     replaced = _beside(directory, "replaced")
     if directory.exists():
         directory.rename(replaced)
-    aside.rename(directory)
+    try:
+        aside.rename(directory)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(directory)
+        raise
     _sync(directory.parent)
+    shutil.rmtree(aside.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -115,8 +184,9 @@ def _beside(directory: Path, word: str) -> Path:
     return directory.with_name(f".{directory.name}.{word}")
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until the disk has the file, or the folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -28,13 +28,14 @@ def exported_weights(optimizer: Any) -> Iterator[None]:
     if Trait.WEIGHT_SWAPPING not in inner.spec.traits or inner.mode == "eval":
         yield
         return
-    kept = [placed.local().clone() for placed in inner.holdings.placed]
+    swapped = [inner.holdings.placed[index] for index in inner.holdings.trained]
+    kept = [placed.local().to("cpu", copy=True) for placed in swapped]  # no second copy beside the model
     inner.eval()
     try:
         yield
     finally:
         inner.train()
         with torch.no_grad():
-            for placed, local in zip(inner.holdings.placed, kept, strict=True):
+            for placed, local in zip(swapped, kept, strict=True):
                 placed.local().copy_(local)
         inner.free_gathered_copies()

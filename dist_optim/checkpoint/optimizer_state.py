@@ -11,26 +11,63 @@ Nothing in it tells how parameters were sharded or who owned what.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_optim.checkpoint.blocks import Pieces, StoredTensor, read_pieces, stored_tensors, write_pieces
+from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
 from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
+from dist_optim.checkpoint.group_values import decoded, encoded
+from dist_optim.checkpoint.index import StoredTensor, check_files, stored_tensors
 from dist_optim.errors import CheckpointError, StateDictError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
-from dist_optim.ranks.agreement import gather_objects, own_rank
+from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 from dist_optim.specs.registry import Trait
+from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping import rank_state
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["load_optimizer", "optimizer_of", "save_optimizer"]
+__all__ = [
+    "Incoming",
+    "install",
+    "load_optimizer",
+    "look_into",
+    "optimizer_of",
+    "read_state",
+    "save_optimizer",
+    "write_optimizer",
+]
 
 RECORD = "optimizer.json"
 FORMAT = 1
+_RECORDED = {
+    "optimizer": str,
+    "num_steps": int,
+    "mode": str,
+    "counters": list,
+    "param_groups": list,
+    "shapes": dict,
+    "scalars": dict,
+    "memory_orders": dict,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What a folder holds for this rank, found to fit the optimizer; nothing of it is installed yet."""
+
+    tensors: Path
+    record: dict[str, Any]
+    state: dict[str, dict[str, Any]]
+    """By parameter; its tensors are room on the host, which ``read_state`` fills."""
+    room: dict[str, Pieces]
+    """The same room, and that of tensors in the groups, as blocks to be read."""
+    weights: dict[str, Pieces]
+    """The model's own storage, for training weights that the folder holds; ``install`` reads into it."""
 
 
 def save_optimizer(directory: str | Path, optimizer: Any) -> None:
@@ -62,27 +99,54 @@ def load_optimizer(directory: str | Path, optimizer: Any) -> None:
         StateDictError: On all ranks: it belongs to another optimizer, model or arrangement of groups.
     """
     inner, directory = optimizer_of(optimizer), opened(Path(directory))
-    record, stored = attempt(lambda: _checked(directory, inner), directory, inner.holdings.all_ranks)
-    state, pieces = _allocate(inner, record, stored)
-    read_pieces(directory / "tensors", pieces, inner.holdings.all_ranks)
-    rank_state.install(
-        inner.holdings,
-        inner.progress,
-        state=state,
-        groups=_decoded(record["param_groups"], pieces),
-        counters=record["counters"],
-        num_steps=record["num_steps"],
-        mode=record["mode"],
+    ranks = inner.holdings.all_ranks
+    incoming = attempt(lambda: look_into(directory, inner), directory, ranks, is_reading=True)
+    read_state(inner, incoming)
+    install(inner, incoming)
+
+
+def look_into(directory: Path, optimizer: DistributedOptimizer) -> Incoming:
+    """Check that what is in the folder fits the optimizer and is whole. Not a collective; writes nothing.
+
+    Raises:
+        CheckpointError, StateDictError: As ``load_optimizer``; perhaps on this rank alone.
+    """
+    ranks = optimizer.holdings.all_ranks
+    record, stored = _checked(directory, optimizer)
+    check_files(directory / "tensors", own_rank(ranks), num_ranks(ranks))
+    return _allocate(directory / "tensors", optimizer, record, stored)
+
+
+def read_state(optimizer: DistributedOptimizer, incoming: Incoming) -> None:
+    """Fill the room on the host. Collective; the optimizer stays as it is."""
+    read_pieces(incoming.tensors, incoming.room, optimizer.holdings.all_ranks)
+
+
+def install(optimizer: DistributedOptimizer, incoming: Incoming) -> None:
+    """Put state that has been read, and training weights, into place. Collective."""
+    record = incoming.record
+    read_pieces(incoming.tensors, incoming.weights, optimizer.holdings.all_ranks)
+    attempt(
+        lambda: rank_state.install(
+            optimizer.holdings,
+            optimizer.progress,
+            state=incoming.state,
+            groups=decoded(record["param_groups"], incoming.room),
+            counters=record["counters"],
+            num_steps=record["num_steps"],
+            mode=record["mode"],
+        ),
+        incoming.tensors.parent,
+        optimizer.holdings.all_ranks,
+        is_reading=True,
     )
-    inner.free_gathered_copies()
+    optimizer.free_gathered_copies()
 
 
 def optimizer_of(optimizer: Any) -> DistributedOptimizer:
     """The ``DistributedOptimizer`` itself, out of accelerate's wrapper."""
-    inner = optimizer
-    while not isinstance(inner, DistributedOptimizer) and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, DistributedOptimizer):
+    inner = find_optimizer(optimizer, DistributedOptimizer)
+    if inner is None:
         raise CheckpointError(
             f"{type(optimizer).__name__} was not built by dist_optim. Pass what build_optimizer or prepare returned; "
             "under DeepSpeed save and load through the engine."
@@ -92,13 +156,11 @@ def optimizer_of(optimizer: Any) -> DistributedOptimizer:
 
 def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
     """Write record and tensors into an empty folder. Collective."""
-    pieces, scalars = _held(optimizer)
-    groups = [
-        _encoded(group, f"groups/{at}", pieces) for at, group in enumerate(rank_state.plain_groups(optimizer.holdings))
-    ]
-    write_pieces(directory / "tensors", pieces, optimizer.holdings.all_ranks)
+    ranks, is_first = optimizer.holdings.all_ranks, own_rank(optimizer.holdings.all_ranks) == 0
+    pieces, scalars, groups = attempt(lambda: _held(optimizer), directory, ranks)
+    write_pieces(directory / "tensors", pieces, ranks)
     memory_orders = {name: order for name, piece in pieces.items() if (order := _memory_order(piece))}
-    gathered = gather_objects((scalars, memory_orders), optimizer.holdings.all_ranks)
+    gathered = gather_objects((scalars, memory_orders), ranks)
     record = {
         "format": FORMAT,
         "optimizer": optimizer.spec.name,
@@ -110,14 +172,11 @@ def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
         "scalars": {fqn: values for one, _ in gathered for fqn, values in one.items()},
         "memory_orders": {name: order for _, one in gathered for name, order in one.items()},
     }
-    is_first = own_rank(optimizer.holdings.all_ranks) == 0
-    attempt(
-        lambda: write_json(directory / RECORD, record) if is_first else None, directory, optimizer.holdings.all_ranks
-    )
+    attempt(lambda: write_json(directory / RECORD, record) if is_first else None, directory, ranks)
 
 
-def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]]]:
-    """This rank's tensors, by logical name, and its scalars, by parameter."""
+def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]], list[Any]]:
+    """This rank's tensors, by logical name, its scalars, by parameter, and the param groups."""
     pieces: dict[str, Pieces] = {}
     scalars: dict[str, dict[str, Any]] = {}
     everything = optimizer.holdings.placed
@@ -131,7 +190,9 @@ def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str,
                 pieces[f"state/{placed.fqn}/{key}"] = _part(value, placed)
             else:
                 pieces[f"state/{placed.fqn}/{key}"] = Pieces.whole(value)
-    return {**pieces, **_training_weights(optimizer)}, scalars
+    pieces |= _training_weights(optimizer)
+    groups = rank_state.plain_groups(optimizer.holdings)
+    return pieces, scalars, [encoded(group, f"groups/{at}", pieces) for at, group in enumerate(groups)]
 
 
 def _memory_order(pieces: Pieces) -> list[int]:
@@ -167,6 +228,11 @@ def _checked(directory: Path, optimizer: DistributedOptimizer) -> tuple[dict[str
             f"{str(directory / RECORD)!r} has a format that this version of dist_optim does not know. Load it with the "
             "version that wrote it."
         )
+    for key, kind in _RECORDED.items():
+        if not isinstance(record.get(key), kind):
+            raise CheckpointError(
+                f"{str(directory / RECORD)!r} is damaged: {key} is {record.get(key)!r}. Resume from another checkpoint."
+            )
     if record["optimizer"] != optimizer.spec.name:
         raise StateDictError(
             f"The checkpoint {str(directory)!r} is of {record['optimizer']!r}, but this optimizer is "
@@ -180,13 +246,20 @@ def _checked(directory: Path, optimizer: DistributedOptimizer) -> tuple[dict[str
                 f"{tuple(placed.shape)}. Load it into the model that it was saved from."
             )
     rank_state.check_groups(optimizer.holdings, record["param_groups"])
-    return record, stored_tensors(directory / "tensors")
+    stored = stored_tensors(directory / "tensors")
+    for name, weight in _weights(optimizer.holdings.placed).items():
+        if name in stored and stored[name].dtype != weight.dtype:
+            raise StateDictError(
+                f"The checkpoint {str(directory)!r} has {name!r} in {stored[name].dtype}, and the model in "
+                f"{weight.dtype}. Build the model in the dtype that it was saved in."
+            )
+    return record, stored
 
 
 def _allocate(
-    optimizer: DistributedOptimizer, record: Mapping[str, Any], stored: Mapping[str, StoredTensor]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Pieces]]:
-    """Room for the state that this rank steps, by parameter, and the same as blocks to be read."""
+    tensors: Path, optimizer: DistributedOptimizer, record: dict[str, Any], stored: Mapping[str, StoredTensor]
+) -> Incoming:
+    """Room on the host for the state that this rank steps."""
     keys_of: dict[str, list[str]] = {}
     for name in stored:
         kind, _, rest = name.partition("/")
@@ -208,35 +281,8 @@ def _allocate(
             pieces[name] = _part(values[key], placed) if is_cut else Pieces.whole(values[key])
         if values:
             state[placed.fqn] = values
-    pieces |= {name: room for name, room in _weights(everything).items() if name in stored}
     for name in stored:
         if name.startswith("groups/"):
             pieces[name] = Pieces.whole(torch.empty(stored[name].shape, dtype=stored[name].dtype))
-    return state, pieces
-
-
-def _encoded(value: Any, name: str, pieces: dict[str, Pieces]) -> Any:
-    """A param group's value as JSON has it: tuples are marked, tensors go among the pieces, other objects stay out."""
-    if isinstance(value, dict):
-        kept = {key: _encoded(item, f"{name}/{key}", pieces) for key, item in value.items()}
-        return {key: item for key, item in kept.items() if item is not NotImplemented}
-    if isinstance(value, (list, tuple)):
-        items = [_encoded(item, f"{name}/{at}", pieces) for at, item in enumerate(value)]
-        return {"tuple": items} if isinstance(value, tuple) else items
-    if isinstance(value, Tensor):
-        pieces[name] = Pieces.whole(value)
-        return {"tensor": name}
-    return value if value is None or isinstance(value, (bool, int, float, str)) else NotImplemented
-
-
-def _decoded(value: Any, pieces: Mapping[str, Pieces]) -> Any:
-    if isinstance(value, list):
-        return [_decoded(item, pieces) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"tuple"}:
-        return tuple(_decoded(item, pieces) for item in value["tuple"])
-    if value.keys() == {"tensor"}:
-        (tensor,) = pieces[value["tensor"]].blocks.values()
-        return tensor
-    return {key: _decoded(item, pieces) for key, item in value.items()}
+    weights = {name: weight for name, weight in _weights(everything).items() if name in stored}
+    return Incoming(tensors, record, state, pieces, weights)

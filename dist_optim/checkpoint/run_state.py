@@ -9,13 +9,15 @@
     <directory>/scheduler.pt            the schedule's state_dict()
     <directory>/ranks/<rank>.pt         what each rank gave as `own`
 
-All of it is read without running code from the files, but for torch.distributed.checkpoint's own index.
+All of it is read without running code from the files.
 """
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_optim.checkpoint.blocks import Pieces, read_pieces, stored_tensors, write_pieces
+from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
 from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
 from dist_optim.checkpoint.exported import exported_weights
-from dist_optim.checkpoint.optimizer_state import load_optimizer, optimizer_of, write_optimizer
-from dist_optim.errors import CheckpointError
+from dist_optim.checkpoint.index import check_files, stored_tensors
+from dist_optim.checkpoint.optimizer_state import (
+    Incoming,
+    install,
+    look_into,
+    optimizer_of,
+    read_state,
+    write_optimizer,
+)
+from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.layouts.detect import clean_name, detect
 from dist_optim.ranks.agreement import num_ranks, own_rank
 
@@ -56,7 +66,8 @@ def save_checkpoint(
     ranks, rank = inner.holdings.all_ranks, own_rank(inner.holdings.all_ranks)
     with written_aside(directory, ranks) as aside:
         with exported_weights(inner):
-            write_pieces(aside / "model", _pieces_of_model(model, ranks), ranks)
+            pieces = attempt(lambda: _pieces_of_model(model, ranks), directory, ranks)
+            write_pieces(aside / "model", pieces, ranks)
         attempt(lambda: (aside / "optimizer").mkdir() if rank == 0 else None, directory, ranks)
         write_optimizer(aside / "optimizer", inner)
         attempt(lambda: _write_plain(aside, rank, scheduler, own), directory, ranks)
@@ -72,6 +83,8 @@ def save_checkpoint(
 def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, scheduler: Any = None) -> Any:
     """Install what ``save_checkpoint`` wrote, under any sharding and world size. Collective on all ranks.
 
+    Everything is checked, on all ranks, before anything is changed: what refuses, changes nothing.
+
     Returns:
         What this rank gave as ``own``; under another world size, what rank 0 gave.
 
@@ -81,15 +94,33 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
     """
     inner, directory = optimizer_of(optimizer), opened(Path(directory))
     ranks = inner.holdings.all_ranks
-    pieces = _pieces_of_model(model, ranks)
-    about = attempt(lambda: _checked(directory, pieces), directory, ranks)
-    read_pieces(directory / "model", pieces, ranks)
-    load_optimizer(directory / "optimizer", inner)
-    rank = own_rank(ranks) if about["world_size"] == num_ranks(ranks) else 0
-    schedule, own = attempt(lambda: _read_plain(directory, rank, scheduler), directory, ranks)
+
+    def look() -> tuple[dict[str, Pieces], Incoming, Any, Any]:
+        pieces = _pieces_of_model(model, ranks)
+        about = _checked(directory, pieces)
+        check_files(directory / "model", own_rank(ranks), num_ranks(ranks))
+        incoming = look_into(directory / "optimizer", inner)
+        rank = own_rank(ranks) if about["world_size"] == num_ranks(ranks) else 0
+        return pieces, incoming, *_read_plain(directory, rank, scheduler)
+
+    pieces, incoming, schedule, own = attempt(look, directory, ranks, is_reading=True)
+    read_state(inner, incoming)
     if scheduler is not None:
-        scheduler.load_state_dict(schedule)
+        _install_schedule(directory, scheduler, schedule, ranks)
+    read_pieces(directory / "model", pieces, ranks)
+    install(inner, incoming)
     return own
+
+
+def _install_schedule(directory: Path, scheduler: Any, saved: Any, ranks: dist.ProcessGroup | None) -> None:
+    """Where one rank's schedule refuses, every rank's is as it was. Collective."""
+    before = attempt(lambda: copy.deepcopy(scheduler.state_dict()), directory, ranks, is_reading=True)
+    try:
+        attempt(lambda: scheduler.load_state_dict(saved), directory, ranks, is_reading=True)
+    except DistOptimError:
+        with suppress(Exception):  # the one that refuses may refuse its own state too
+            scheduler.load_state_dict(before)
+        raise
 
 
 def _pieces_of_model(model: nn.Module, ranks: dist.ProcessGroup | None) -> dict[str, Pieces]:
@@ -116,35 +147,44 @@ def _checked(directory: Path, pieces: dict[str, Pieces]) -> dict[str, Any]:
             f"{str(directory / RECORD)!r} has a format that this version of dist_optim does not know. Load it with the "
             "version that wrote it."
         )
-    stored = {name: tuple(tensor.shape) for name, tensor in stored_tensors(directory / "model").items()}
-    wanted = {name: tuple(piece.shape) for name, piece in pieces.items()}
+    stored = {name: (tuple(one.shape), one.dtype) for name, one in stored_tensors(directory / "model").items()}
+    wanted = {name: (tuple(piece.shape), piece.dtype) for name, piece in pieces.items()}
     different = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if different:
         name = different[0]
         raise CheckpointError(
-            f"The checkpoint {str(directory)!r} is of another model: {name!r} has shape {stored.get(name, 'none')} in "
-            f"it and {wanted.get(name, 'none')} in the model ({len(different)} names differ). Build the model that was "
-            "saved."
+            f"The checkpoint {str(directory)!r} is of another model: {name!r} is {_described(stored.get(name))} in it "
+            f"and {_described(wanted.get(name))} in the model ({len(different)} names differ). Build the model that "
+            "was saved, in the dtype that it was saved in."
         )
     return about
+
+
+def _described(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "none" if found is None else f"{found[1]} of shape {found[0]}"
 
 
 def _write_plain(aside: Path, rank: int, scheduler: Any, own: Any) -> None:
     (aside / "ranks").mkdir(exist_ok=True)
     _write_values(aside / "ranks" / f"{rank}.pt", own)
     if rank == 0 and scheduler is not None:
+        if not callable(getattr(scheduler, "state_dict", None)):
+            raise CheckpointError(
+                f"The schedule {type(scheduler).__name__} has no state_dict(). Pass a schedule that has one, or "
+                "scheduler=None and what it needs in `own`."
+            )
         _write_values(aside / "scheduler.pt", scheduler.state_dict())
 
 
 def _write_values(path: Path, values: Any) -> None:
     """Save them, and prove that they load as plain values."""
-    torch.save(values, path)
     try:
+        torch.save(values, path)
         torch.load(path, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.PickleError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{path.name} would hold more than numbers, strings, lists, dicts and tensors, and could not be loaded "
-            "safely. Give plain values, and a schedule whose state_dict() returns such."
+            f"safely ({type(error).__name__}). Give plain values, and a schedule whose state_dict() returns such."
         ) from error
 
 
@@ -153,7 +193,7 @@ def _read_plain(directory: Path, rank: int, scheduler: Any) -> tuple[Any, Any]:
         own = torch.load(directory / "ranks" / f"{rank}.pt", weights_only=True, map_location="cpu")
         path = directory / "scheduler.pt"
         schedule = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes raise almost anything
         raise CheckpointError(
             f"{str(directory)!r} cannot be read: {type(error).__name__}: {error}. Resume from another checkpoint."
         ) from error

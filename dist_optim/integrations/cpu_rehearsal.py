@@ -40,6 +40,7 @@ from torch.distributed.fsdp import (
 )
 
 from dist_optim.errors import UnsupportedError
+from dist_optim.integrations.environment import is_switched_on
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,14 +62,14 @@ SET_ASIDE = "rehearsed"
 
 def fsdp_arguments() -> dict[str, Any]:
     """Keywords for ``Accelerator`` in a rehearsal of FSDP on CPU ranks, with or without a mesh (HSDP)."""
-    if os.environ.get(MESH_ASKED, "false").lower() == "true":
+    if is_switched_on(MESH_ASKED):
         os.environ[MESH_ASKED] = SET_ASIDE
     return {"cpu": True}
 
 
 def is_ignored(accelerator: Accelerator) -> bool:
     """Whether FSDP was asked for and accelerate would train something else, because the device is a CPU."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    asked = is_switched_on("ACCELERATE_USE_FSDP")
     return asked and accelerator.device.type == "cpu" and accelerator.distributed_type.value != "FSDP"
 
 

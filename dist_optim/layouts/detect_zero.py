@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_optim.errors import UnsupportedLayoutError
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
 from dist_optim.ranks.agreement import gather_objects, host_group, own_rank, reachable_devices
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.together import together
 
 __all__ = [
     "Call",
@@ -156,19 +156,21 @@ def check_slices(calls: Sequence[Call], process_group: dist.ProcessGroup | None)
     """
     slices = [part for call in calls for part in call.slices.values()]
     tilings = gather_objects([_range_of(part, own_rank(part.process_group)) for part in slices], process_group)
+    together(lambda: _check_slices(slices, tilings), process_group)
+
+
+def _check_slices(slices: Sequence[ParamSlice], tilings: Sequence[Sequence[tuple[int, int]]]) -> None:
     problem = ""
     for at, part in enumerate(slices):
         if not part.layout.is_replicated and not _tile([ranges[at] for ranges in tilings], part.shape.numel()):
             problem = f"the ranks' ranges of {part.name!r} {[ranges[at] for ranges in tilings]} do not tile it"
         elif not _same(part.weight().to(part.model_values().dtype), part.model_values()):
             problem = f"the slice of {part.name!r} does not hold the model's own values"
-    error = None
     if problem:
-        error = UnsupportedLayoutError(
+        raise UnsupportedLayoutError(
             f"DeepSpeed lays out its partitions in another way than is known here: {problem}. Use deepspeed 0.19.8, "
             "and report the ZeRO options of this run."
         )
-    raise_together(error, process_group)
 
 
 def _whole_tensors(groups: Sequence[NamedParameters], live_groups: Sequence[Sequence[Tensor]]) -> Call:

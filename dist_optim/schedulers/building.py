@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_optim.errors import DistOptimError, ScheduleError
+from dist_optim.errors import ScheduleError
 from dist_optim.ranks.agreement import num_ranks, own_rank
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.together import together
 from dist_optim.schedulers.limits import complete_options, refuse_immovable, refuse_other_mode
 from dist_optim.schedulers.names import Recipe, resolve_schedule, takes_metric
 from dist_optim.schedulers.shared import MetricScheduler
 from dist_optim.specs.registry import Trait
+from dist_optim.specs.unwrapping import find_optimizer
 
 __all__ = ["build_scheduler", "inner_optimizer", "metric_scheduler_in"]
 
@@ -75,16 +76,19 @@ def build_scheduler(
         "stepped_by_engine": stepped_by_engine,
     }
     lengths = {"num_training_steps": num_training_steps, "num_warmup_steps": num_warmup_steps}
-    error: DistOptimError | None = None
-    built: Any = None
-    try:
+
+    def build() -> Any:
         if isinstance(schedule, (str, type)):
-            built = _build(inner, resolve_schedule(schedule), lengths, decision_options, options, group)
-        else:
-            built = _adopt(inner, schedule, lengths, decision_options, options, group)
-    except DistOptimError as caught:
-        error = caught
-    raise_together(error, group)
+            return _build(inner, resolve_schedule(schedule), lengths, decision_options, options, group)
+        return _adopt(inner, schedule, lengths, decision_options, options, group)
+
+    built = together(
+        build,
+        group,
+        doing="Building the learning-rate schedule",
+        remedy="Check the arguments of build_scheduler.",
+        otherwise=ScheduleError,
+    )
     if schedule != "constant":
         _point_out_schedule_free(inner, group)
     return built
@@ -96,14 +100,12 @@ def inner_optimizer(optimizer: Any) -> Optimizer:
     Raises:
         ScheduleError: There is none.
     """
-    inner = optimizer
-    while not isinstance(inner, Optimizer) or type(inner).__module__.startswith("accelerate."):
-        if not hasattr(inner, "optimizer"):
-            raise ScheduleError(
-                f"{type(optimizer).__name__} is not an optimizer, nor a wrapper of one. Pass the optimizer that "
-                "build_optimizer, prepare or deepspeed.initialize returned."
-            )
-        inner = inner.optimizer
+    inner = find_optimizer(optimizer, Optimizer)
+    if inner is None:
+        raise ScheduleError(
+            f"{type(optimizer).__name__} is not an optimizer, nor a wrapper of one. Pass the optimizer that "
+            "build_optimizer, prepare or deepspeed.initialize returned."
+        )
     return inner
 
 

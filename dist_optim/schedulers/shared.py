@@ -17,9 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_optim.errors import DistOptimError, RanksDisagreeError, ScheduleError, StateDictError
+from dist_optim.errors import MetricError, RanksDisagreeError, ScheduleError, StateDictError
 from dist_optim.ranks.agreement import assert_ranks_equal, gather_objects, own_rank
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.together import together
 from dist_optim.schedulers.decisions import DecisionLog, Row, describe_decision, make_row
 from dist_optim.schedulers.limits import learning_rates, set_learning_rates
 from dist_optim.schedulers.metric import Contribution, Reduced, read_metric, reduce_metric
@@ -37,7 +37,6 @@ class _Report:
     number: int
     rates: list[float]
     contribution: Contribution | None
-    error: tuple[type[DistOptimError], str] | None
 
 
 class MetricScheduler:
@@ -113,21 +112,26 @@ class MetricScheduler:
         else:
             decision = self._decide(reduced.metric)
         row = make_row(number, self._at(at_step), reduced, decision, old, learning_rates(self.optimizer))
-        error: DistOptimError | None = None
-        try:
-            self._log.add(row)
-        except ScheduleError as caught:
-            error = caught
-        raise_together(error, self.process_group)
+        together(
+            lambda: self._log.add(row),
+            self.process_group,
+            doing=f"Logging a decision of {self.name}",
+            remedy="Choose another log_path, or none.",
+            otherwise=ScheduleError,
+        )
         self._assert_rates_equal()
         return copy.deepcopy(row)
 
     def _agree_on_metric(self, metrics: Any, absence: str) -> Reduced:
-        reports = gather_objects(self._report(metrics), self.process_group)
+        own = together(
+            lambda: self._report(metrics),
+            self.process_group,
+            doing=f"Reading the metric of {self.name}",
+            remedy="Pass a number.",
+            otherwise=MetricError,
+        )
+        reports = gather_objects(own, self.process_group)
         for rank, report in enumerate(reports):
-            if report.error is not None:
-                error_type, text = report.error
-                raise error_type(text if len(reports) == 1 else f"[from rank {rank}] {text}")
             if (report.number, report.rates) != (reports[0].number, reports[0].rates):
                 raise RanksDisagreeError(
                     f"Before decision {reports[0].number} of {self.name}, rank 0 has the learning rates "
@@ -142,41 +146,38 @@ class MetricScheduler:
         )
 
     def _report(self, metrics: Any) -> _Report:
-        """Whatever is wrong here is told to the other ranks, which wait for this report."""
-        contribution, error = None, None
-        try:
-            if metrics is _NOT_GIVEN:
-                raise ScheduleError(
-                    f"{self.name} follows a metric, and step() was called without one. Call step(metric) after each "
-                    "evaluation, on all ranks (None on a rank that has none), and not after each batch, or "
-                    "build it with stepped_by_engine=True where an engine does that."
-                )
-            contribution = read_metric(metrics)
-        except DistOptimError as caught:
-            error = (type(caught), str(caught))
-        return _Report(len(self._log.rows) + 1, learning_rates(self.optimizer), contribution, error)
+        if metrics is _NOT_GIVEN:
+            raise ScheduleError(
+                f"{self.name} follows a metric, and step() was called without one. Call step(metric) after each "
+                "evaluation, on all ranks (None on a rank that has none), and not after each batch, or "
+                "build it with stepped_by_engine=True where an engine does that."
+            )
+        return _Report(len(self._log.rows) + 1, learning_rates(self.optimizer), read_metric(metrics))
 
     def _decide(self, metric: float) -> str:
         """Let upstream step on the first rank, and take over its state and rates on the others."""
-        old = learning_rates(self.optimizer)
-        told: tuple[dict[str, Any], list[float], str] | str | None = None
-        if self._decides:
-            had_best = math.isfinite(getattr(self.scheduler, "best", math.inf))
-            try:
-                self.scheduler.step(metric)
-                was_reset = had_best and not math.isfinite(getattr(self.scheduler, "best", math.inf))
-                new = learning_rates(self.optimizer)
-                told = (self._upstream_state(), new, describe_decision(old, new, was_reset))
-            except Exception as error:  # the other ranks wait to hear what was decided
-                told = f"{type(error).__name__}: {error}"
+        told = together(
+            lambda: self._step_upstream(metric) if self._decides else None,
+            self.process_group,
+            doing=f"The step of {self.name} on the metric {metric!r}",
+            remedy="The error that this one comes from is the schedule's own.",
+            otherwise=ScheduleError,
+        )
         heard = gather_objects(told, self.process_group)[0]
-        if isinstance(heard, str):
-            raise ScheduleError(f"{self.name} failed on the metric {metric!r}: {heard}")
+        assert heard is not None
         state, rates, decision = heard
         if not self._decides:
             self.scheduler.load_state_dict(state)
             set_learning_rates(self.optimizer, rates)
         return decision
+
+    def _step_upstream(self, metric: float) -> tuple[dict[str, Any], list[float], str]:
+        old = learning_rates(self.optimizer)
+        had_best = math.isfinite(getattr(self.scheduler, "best", math.inf))
+        self.scheduler.step(metric)
+        was_reset = had_best and not math.isfinite(getattr(self.scheduler, "best", math.inf))
+        new = learning_rates(self.optimizer)
+        return self._upstream_state(), new, describe_decision(old, new, was_reset)
 
     def _assert_rates_equal(self) -> None:
         rates = learning_rates(self.optimizer)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
+from dist_optim.errors import HyperparameterError, UnsupportedError
 from dist_optim.integrations.deepspeed.engine import PREFIX, build_optimizer_for_engine, is_ours, register
 from dist_optim.ranks.agreement import num_ranks
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.together import together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,18 +56,15 @@ def prepare_engine(
     from accelerate.utils import DummyOptim, DummyScheduler
 
     config = accelerator.state.deepspeed_plugin.deepspeed_config
-    error: DistOptimError | None = None
-    built: ZeroOptimizer | None = None
-    try:
+
+    def build() -> ZeroOptimizer:
         register()
         _refuse_two_schedules(config, has_schedule)
         _fill_in_batch_size(accelerator, config)
         own = settle(config.get("optimizer"), optimizer, options)
-        built = build_optimizer_for_engine(model, optimizer, **own)
-    except DistOptimError as caught:
-        error = caught
-    raise_together(error)
-    assert built is not None
+        return build_optimizer_for_engine(model, optimizer, **own)
+
+    built = together(build, doing="Building the optimizer", remedy="Check the arguments of prepare.")
     config.pop("optimizer", None)
     config["zero_force_ds_cpu_optimizer"] = False
     given: list[Any] = [model, built]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from dist_optim.building.build import build_optimizer
 from dist_optim.building.choice import resolve
-from dist_optim.errors import DistOptimError, MissingPackageError, UnsupportedError
+from dist_optim.errors import MissingPackageError, UnsupportedError
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.accelerate.deepspeed import prepare_engine, refuse_missed_ranks
 from dist_optim.integrations.accelerate.schedules import (
@@ -22,14 +21,15 @@ from dist_optim.integrations.accelerate.schedules import (
     schedule_of_engine,
 )
 from dist_optim.integrations.accelerate.state import serve_state
+from dist_optim.integrations.environment import is_switched_on
 from dist_optim.overrides import check
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.together import together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-__all__ = ["prepare", "refuse_unserved"]
+__all__ = ["place_by_fsdp2", "prepare", "refuse_unserved_strategy"]
 
 SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP", "DEEPSPEED")
 
@@ -79,7 +79,11 @@ def prepare(
             "pip install 'dist-optim[train]'"
         ) from error
 
-    raise_together(_why_refused(accelerator, optimizer) or refuse_stray_options(scheduler, scheduler_options))
+    def check() -> None:
+        _refuse(accelerator, optimizer)
+        refuse_stray_options(scheduler, scheduler_options)
+
+    together(check, doing="Preparing the model", remedy="Check the arguments of prepare.")
     built: Optimizer
     if accelerator.distributed_type.value == "DEEPSPEED":
         placed, prepared, engine_schedule, built = prepare_engine(
@@ -104,27 +108,31 @@ def _place(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     if not accelerator.is_fsdp2 or getattr(model, "_is_accelerate_prepared", False):
         placed = accelerator.prepare_model(model)
     else:
-        # FSDP2 is only prepared together with an optimizer, whose parameters accelerate then exchanges. It gets one
-        # that nobody will step.
-        placeholder = torch.optim.SGD([next(model.parameters())], lr=0.0)
-        placed, wrapped_placeholder = accelerator.prepare(model, placeholder)
-        accelerator._optimizers.remove(wrapped_placeholder)
+        placed = place_by_fsdp2(accelerator, model)
     if accelerator.distributed_type.value == "FSDP":
         cpu_rehearsal.assert_fsdp(placed)
     return placed
 
 
-def _why_refused(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> DistOptimError | None:
-    """The first thing that this rank cannot serve; turns the CPU rehearsal on where it is due."""
-    try:
-        check("accelerate")
-        resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
-        if cpu_rehearsal.is_ignored(accelerator):
-            cpu_rehearsal.turn_fsdp_on(accelerator)
-        refuse_unserved(accelerator)
-    except DistOptimError as error:
-        return error
-    return None
+def place_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Shard a model before there is an optimizer. Collective.
+
+    accelerate places one by FSDP2 only together with an optimizer, whose parameters it exchanges. It gets one that
+    nobody will step.
+    """
+    placeholder = torch.optim.SGD([next(model.parameters())], lr=0.0)
+    placed, wrapped_placeholder = accelerator.prepare(model, placeholder)
+    accelerator._optimizers.remove(wrapped_placeholder)
+    return placed
+
+
+def _refuse(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> None:
+    """What this rank cannot serve; turns the CPU rehearsal on where it is due."""
+    check("accelerate")
+    resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
+    if cpu_rehearsal.is_ignored(accelerator):
+        cpu_rehearsal.turn_fsdp_on(accelerator)
+    refuse_unserved_strategy(accelerator)
 
 
 def _refuse_stored_gradients(accelerator: Accelerator, name: str) -> None:
@@ -141,7 +149,12 @@ def _refuse_stored_gradients(accelerator: Accelerator, name: str) -> None:
         )
 
 
-def refuse_unserved(accelerator: Accelerator) -> None:
+def refuse_unserved_strategy(accelerator: Accelerator) -> None:
+    """Refuse a strategy, or a setting of it, that is not served; on this rank alone.
+
+    Raises:
+        UnsupportedError: With what to use instead.
+    """
     strategy = accelerator.distributed_type.value
     if strategy not in SERVED:
         raise UnsupportedError(
@@ -150,7 +163,7 @@ def refuse_unserved(accelerator: Accelerator) -> None:
         )
     if strategy == "DEEPSPEED":
         refuse_missed_ranks(accelerator)
-    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
+    elif is_switched_on("ACCELERATE_USE_DEEPSPEED"):
         # Told to use the CPU, accelerate silently trains DDP, or one process, in its place.
         raise UnsupportedError(
             f"DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED is set), but accelerate runs {strategy} here. Rehearse "

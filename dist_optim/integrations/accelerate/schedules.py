@@ -23,14 +23,13 @@ __all__ = ["ScheduleChoice", "attach_schedule", "refuse_stray_options", "schedul
 ScheduleChoice = str | type | Callable[[Optimizer], Any]
 
 
-def refuse_stray_options(scheduler: ScheduleChoice | None, options: Mapping[str, Any] | None) -> ScheduleError | None:
-    """The error for options that no schedule would get."""
-    if not options or isinstance(scheduler, (str, type)):
-        return None
-    return ScheduleError(
-        f"scheduler_options={dict(options)} would reach no schedule: pass scheduler= as a name or a class with them; a "
-        "function makes its schedule by itself."
-    )
+def refuse_stray_options(scheduler: ScheduleChoice | None, options: Mapping[str, Any] | None) -> None:
+    """Refuse options that no schedule would get."""
+    if options and not isinstance(scheduler, (str, type)):
+        raise ScheduleError(
+            f"scheduler_options={dict(options)} would reach no schedule: pass scheduler= as a name or a class with "
+            "them; a function makes its schedule by itself."
+        )
 
 
 def attach_schedule(

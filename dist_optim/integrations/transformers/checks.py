@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import DistOptimError, ParameterError, UnsupportedError
-from dist_optim.integrations.accelerate.placing import refuse_unserved as refuse_settings
+from dist_optim.errors import ParameterError, UnsupportedError
+from dist_optim.integrations.accelerate.placing import refuse_unserved_strategy
 from dist_optim.integrations.transformers.arguments import name_of
 from dist_optim.layouts.detect import detect
 from dist_optim.ranks.agreement import num_ranks
-from dist_optim.ranks.together import raise_together
+from dist_optim.ranks.together import together
 from dist_optim.specs.registry import Trait, names, spec_of_class
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["check_given_optimizer", "check_made_by_hand", "refuse_unregistered", "refuse_unserved"]
+__all__ = ["check_given_optimizer", "check_made_by_hand", "check_strategy", "refuse_unregistered"]
 
 INSTEAD = (
     "Name the optimizer instead, so that it is built when the model is in place: TrainingArguments(optim=..., "
@@ -25,18 +25,17 @@ INSTEAD = (
 )
 
 
-def refuse_unserved(accelerator: Any) -> None:
+def check_strategy(accelerator: Any) -> None:
     """Refuse a strategy, or a setting of it, that is not served. Collective.
 
     Raises:
         UnsupportedError: On all ranks together.
     """
-    error: DistOptimError | None = None
-    try:
-        refuse_settings(accelerator)
-    except DistOptimError as caught:
-        error = caught
-    raise_together(error)
+    _check_together(lambda: refuse_unserved_strategy(accelerator))
+
+
+def _check_together(check: Callable[[], None]) -> None:
+    together(check, doing="Checking the Trainer's arguments", remedy=INSTEAD)
 
 
 def refuse_unregistered(trainer: Any) -> None:
@@ -59,8 +58,12 @@ def check_given_optimizer(trainer: Any, given: Any, schedule: Any) -> None:
         ParameterError: The optimizer holds parameters that are not the model's, or state on another device than its
             parameter; the schedule drives another optimizer; or DeepSpeed would drop the optimizer.
     """
-    error = next(_faults_of_given(trainer, given, schedule), None)
-    raise_together(None if error is None else ParameterError(error))
+
+    def check() -> None:
+        for fault in _faults_of_given(trainer, given, schedule):
+            raise ParameterError(fault)
+
+    _check_together(check)
 
 
 def _faults_of_given(trainer: Any, given: Any, schedule: Any) -> Iterator[str]:
@@ -107,16 +110,21 @@ def check_made_by_hand(optimizer: Optimizer, model: nn.Module) -> None:
         ParameterError: Its parameters are not the model's.
         UnsupportedError: The model is sharded, and it needs more of a tensor than a shard.
     """
-    error: DistOptimError | None = None
-    fault = next(_stale(optimizer, model, "create_optimizer"), None)
-    if fault is not None:
-        error = ParameterError(fault)
-    elif not isinstance(optimizer, DistributedOptimizer) and num_ranks() > 1:
-        spec = spec_of_class(type(optimizer))
-        is_sharded = any(not placed.layout.is_replicated for placed in detect(model).values())
-        if spec.refusal or Trait.FUSED_BACKWARD in spec.traits or (is_sharded and spec.traits != {Trait.ELEMENTWISE}):
-            error = UnsupportedError(
-                f"create_optimizer made a {type(optimizer).__name__} itself, which does not train alike on more than "
-                f"one rank. {INSTEAD} Or call super().create_optimizer() and change its param groups."
-            )
-    raise_together(error)
+
+    def check() -> None:
+        for fault in _stale(optimizer, model, "create_optimizer"):
+            raise ParameterError(fault)
+        if not isinstance(optimizer, DistributedOptimizer) and num_ranks() > 1:
+            _refuse_other_trajectory(optimizer, model)
+
+    _check_together(check)
+
+
+def _refuse_other_trajectory(optimizer: Optimizer, model: nn.Module) -> None:
+    spec = spec_of_class(type(optimizer))
+    is_sharded = any(not placed.layout.is_replicated for placed in detect(model).values())
+    if spec.refusal or Trait.FUSED_BACKWARD in spec.traits or (is_sharded and spec.traits != {Trait.ELEMENTWISE}):
+        raise UnsupportedError(
+            f"create_optimizer made a {type(optimizer).__name__} itself, which does not train alike on more than "
+            f"one rank. {INSTEAD} Or call super().create_optimizer() and change its param groups."
+        )

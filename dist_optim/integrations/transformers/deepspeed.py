@@ -1,7 +1,7 @@
-"""The Trainer's optimizer under DeepSpeed: a draft becomes the client optimizer of the engine.
+"""The Trainer's optimizer under DeepSpeed: what was deferred becomes the client optimizer of the engine.
 
 DeepSpeed needs the optimizer while it places the model. So it is built on the plain model, and finds its slices when
-the engine is there (``zero_optimizer``).
+the engine is there (``integrations.deepspeed.optimizer``).
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
+from dist_optim.errors import HyperparameterError, UnsupportedError
 from dist_optim.integrations.deepspeed.engine import PREFIX, build_optimizer_for_engine, is_ours, register
 from dist_optim.integrations.transformers.arguments import name_of, registered_name
-from dist_optim.integrations.transformers.deferred import Draft
-from dist_optim.ranks.together import raise_together
+from dist_optim.integrations.transformers.deferred import DeferredOptimizer
+from dist_optim.ranks.together import together
 
-__all__ = ["ready", "take_over"]
+__all__ = ["build_deferred", "settings_from_json"]
 
 
-def take_over(trainer: Any) -> tuple[str, dict[str, Any]] | None:
+def settings_from_json(trainer: Any) -> tuple[str, dict[str, Any]] | None:
     """Before the Trainer reads DeepSpeed's configuration: set in it what the arguments say, and take out what is ours.
 
     Returns:
@@ -55,21 +55,23 @@ def take_over(trainer: Any) -> tuple[str, dict[str, Any]] | None:
     return named.removeprefix(PREFIX), dict(section.get("params") or {})
 
 
-def ready(objects: Sequence[Any], num_training_steps: int) -> tuple[Any, ...]:
-    """What ``accelerator.prepare`` is to be given: every draft built on the plain model beside it. Collective.
+def build_deferred(objects: Sequence[Any], num_training_steps: int) -> tuple[Any, ...]:
+    """What ``accelerator.prepare`` is to be given: deferred optimizers built on the plain model beside them.
+
+    Collective.
 
     Raises:
         DistOptimError: On all ranks together.
     """
-    error: DistOptimError | None = None
-    built: list[Any] = list(objects)
-    try:
-        for at, part in enumerate(objects):
-            if isinstance(part, Draft):
-                built[at] = build_optimizer_for_engine(
-                    objects[0], part.choice, params=part.groups(), **part.settled(num_training_steps)
-                )
-    except DistOptimError as caught:
-        error = caught
-    raise_together(error)
-    return tuple(built)
+
+    def built(part: Any) -> Any:
+        if not isinstance(part, DeferredOptimizer):
+            return part
+        settled = part.settled(num_training_steps)
+        return build_optimizer_for_engine(objects[0], part.choice, params=part.groups(), **settled)
+
+    return together(
+        lambda: tuple(built(part) for part in objects),
+        doing="Building the optimizer",
+        remedy="Check optim, optim_args and DeepSpeed's configuration.",
+    )

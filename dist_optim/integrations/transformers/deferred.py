@@ -1,8 +1,8 @@
-"""``Draft``: what the Trainer's ``create_optimizer`` returns before the model is in place.
+"""``DeferredOptimizer``: what the Trainer's ``create_optimizer`` returns before the model is in place.
 
 FSDP2 and DeepSpeed replace a model's parameters while they place it, and FSDP1 what they hold. So ``create_optimizer``
 settles *what* to build, on which param groups; a subclass may change them, and add some; and the optimizer itself is
-built once, when accelerate has placed the model and put the placed parameters into the draft's groups.
+built once, when accelerate has placed the model and put the placed parameters into its groups.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dist_optim.errors import WrongModeError
 from dist_optim.specs.registry import get_spec
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["Draft", "draft_class"]
+__all__ = ["DeferredOptimizer", "deferred_class"]
 
 
-class Draft(Optimizer):
+class DeferredOptimizer(Optimizer):
     """An optimizer that is chosen and not built yet: param groups, and what ``build_optimizer`` will be given.
 
     Args:
@@ -78,10 +78,10 @@ def _group_defaults(choice: str | type[Optimizer], hyperparameters: dict[str, An
     return defaults
 
 
-def draft_class(choice: str | type[Optimizer]) -> type[Draft]:
-    """A class that takes ``(param_groups, **hyperparameters)`` like any optimizer, and makes a draft of ``choice``."""
+def deferred_class(choice: str | type[Optimizer]) -> type[DeferredOptimizer]:
+    """A class that takes ``(param_groups, **hyperparameters)`` like any optimizer, and defers ``choice``."""
 
-    class Chosen(Draft):
+    class Chosen(DeferredOptimizer):
         def __init__(self, params: Iterable[Any], **hyperparameters: Any) -> None:
             super().__init__(params, choice, **hyperparameters)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_optim.errors import HyperparameterError, UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
-from dist_optim.integrations.transformers.deferred import Draft
+from dist_optim.integrations.transformers.deferred import DeferredOptimizer
 from dist_optim.layouts.detect import detect
 from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec, spec_of_class
 from dist_optim.stepping.optimizer import DistributedOptimizer
@@ -22,11 +22,11 @@ from dist_optim.stepping.optimizer import DistributedOptimizer
 __all__ = ["backward_of", "settings_inside_backward"]
 
 
-def settings_inside_backward(draft: Draft, model: nn.Module, arguments: Any) -> dict[str, Any]:
+def settings_inside_backward(deferred: DeferredOptimizer, model: nn.Module, arguments: Any) -> dict[str, Any]:
     """More keywords for ``build_optimizer``, so that clipping and accumulation are obeyed.
 
     Args:
-        draft: What will be built.
+        deferred: What will be built.
         model: The placed model.
         arguments: The ``TrainingArguments``.
 
@@ -34,18 +34,18 @@ def settings_inside_backward(draft: Draft, model: nn.Module, arguments: Any) -> 
         UnsupportedError: A layerwise name, with clipping or accumulation.
         HyperparameterError: ``clip_grad_norm`` and ``max_grad_norm`` differ.
     """
-    spec = get_spec(draft.choice) if isinstance(draft.choice, str) else spec_of_class(draft.choice)
+    spec = get_spec(deferred.choice) if isinstance(deferred.choice, str) else spec_of_class(deferred.choice)
     if Trait.FUSED_BACKWARD not in spec.traits:
         return {}
     if spec.instead:
         _refuse_what_needs_gradients(spec, arguments)
         return {}
     keeps_gradients = arguments.gradient_accumulation_steps > 1 or arguments.fp16
-    if keeps_gradients or draft.hyperparameters.get("fused_backward") is False:
+    if keeps_gradients or deferred.hyperparameters.get("fused_backward") is False:
         return {"fused_backward": False}
     if why_not_fused(model, spec, detect(model), None):
         return {"fused_backward": False}
-    return _clipping(spec, draft.hyperparameters.get("clip_grad_norm"), float(arguments.max_grad_norm))
+    return _clipping(spec, deferred.hyperparameters.get("clip_grad_norm"), float(arguments.max_grad_norm))
 
 
 def _refuse_what_needs_gradients(spec: OptimizerSpec, arguments: Any) -> None:

@@ -4,8 +4,8 @@ Put it before a Trainer class::
 
     class MyTrainer(DistOptimTrainerMixin, SFTTrainer): ...
 
-``create_optimizer`` makes a draft (``trainer_draft``). The Trainer then lets accelerate place the model by its
-strategy, with the draft for an optimizer; what comes back holds the placed parameters, and there it is built.
+``create_optimizer`` defers (``deferred``). The Trainer then lets accelerate place the model by its strategy, with the
+deferred optimizer; what comes back holds the placed parameters, and there it is built.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.transformers import deepspeed as trainer_deepspeed
 from dist_optim.integrations.transformers import rehearsal as trainer_rehearsal
 from dist_optim.integrations.transformers.arguments import registered_name, values_for
-from dist_optim.integrations.transformers.checkpoint import CheckpointingMixin, distributed_optimizer_of
+from dist_optim.integrations.transformers.checkpoint import CheckpointingMixin
 from dist_optim.integrations.transformers.checks import (
     check_given_optimizer,
     check_made_by_hand,
+    check_strategy,
     refuse_unregistered,
-    refuse_unserved,
 )
-from dist_optim.integrations.transformers.deferred import Draft, draft_class
+from dist_optim.integrations.transformers.deferred import DeferredOptimizer, deferred_class
 from dist_optim.integrations.transformers.inside_backward import backward_of, settings_inside_backward
-from dist_optim.integrations.transformers.rehearsal import is_sharded
+from dist_optim.integrations.transformers.placing import is_sharded, place_alone
 from dist_optim.integrations.transformers.schedules import (
     decide_after_evaluation,
     scheduler_for_trainer,
@@ -41,6 +41,7 @@ from dist_optim.integrations.transformers.schedules import (
 from dist_optim.layouts.detect import reshard
 from dist_optim.ranks.agreement import gather_objects, num_ranks
 from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec, spec_of_class
+from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["DistOptimTrainerMixin"]
@@ -88,7 +89,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     # Optimizer ----------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The draft of the optimizer that the arguments ask for; ``train()`` builds it when the model is in place.
+        """The optimizer that the arguments ask for, deferred; ``train()`` builds it when the model is in place.
 
         Raises:
             DistOptimError: The arguments contradict each other, or the strategy cannot serve the name.
@@ -99,7 +100,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         if self._named_in_json is not None:
             name, settings = self._named_in_json
             trained = [parameter for parameter in placed.parameters() if parameter.requires_grad]
-            self.optimizer = draft_class(name)(trained, **settings)
+            self.optimizer = deferred_class(name)(trained, **settings)
             return self.optimizer
         choice = self._choice()
         if choice is None:
@@ -115,7 +116,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
             groups = self._groups(placed, 0.0 if decay is None and Trait.LOW_RANK not in spec.traits else decay)
         elif decay is not None:
             values["weight_decay"] = decay
-        self.optimizer = draft_class(choice)(groups, **values)
+        self.optimizer = deferred_class(choice)(groups, **values)
         return self.optimizer
 
     def _choice(self) -> str | type[Optimizer] | None:
@@ -145,20 +146,20 @@ class DistOptimTrainerMixin(CheckpointingMixin):
 
             found: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
             return found
-        return draft_class(name), _keywords(get_spec(name), args, None)
+        return deferred_class(name), _keywords(get_spec(name), args, None)
 
     # Building -----------------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, max_steps: int, *others: Any, **named: Any) -> Any:
         """As in transformers, with the optimizer built on the placed model."""
         self._num_training_steps = max_steps
-        refuse_unserved(self.accelerator)
+        check_strategy(self.accelerator)
         check_given_optimizer(self, *self._given)
         self._undo_preparation_for_evaluation()
         if self._is_fsdp_rehearsed and not is_sharded(self.model):
             trainer_rehearsal.equal_start(self.model)
         if self.is_deepspeed_enabled:
-            self._named_in_json = trainer_deepspeed.take_over(self)
+            self._named_in_json = trainer_deepspeed.settings_from_json(self)
         with self._optimizers_built_after_placement():
             return super()._prepare_for_training(max_steps, *others, **named)  # type: ignore[misc]
 
@@ -173,19 +174,19 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     def evaluation_loop(self, *positional: Any, **named: Any) -> Any:
         """As in transformers; also before any training under FSDP2, which accelerate places with an optimizer only."""
         if self.accelerator.is_fsdp2 and not is_sharded(self.model):
-            trainer_rehearsal.place_alone(self)
+            place_alone(self)
         return super().evaluation_loop(*positional, **named)  # type: ignore[misc]
 
     @contextmanager
     def _optimizers_built_after_placement(self) -> Iterator[None]:
-        """While the Trainer prepares, ``accelerator.prepare`` gives an optimizer back for each draft."""
+        """While the Trainer prepares, ``accelerator.prepare`` builds what was deferred."""
         prepare, create = self.accelerator.prepare, self.create_optimizer
         modules: list[nn.Module] = [self.model_wrapped]
 
         def prepare_and_build(*objects: Any, **options: Any) -> Any:
             if self.is_deepspeed_enabled:
                 self._let_backward_serve(None)
-                objects = trainer_deepspeed.ready(objects, self._num_training_steps)
+                objects = trainer_deepspeed.build_deferred(objects, self._num_training_steps)
             is_placed = self.accelerator.is_fsdp2 and any(is_sharded(part) for part in objects)
             result = objects if is_placed else prepare(*objects, **options)
             is_single = len(objects) == 1  # then accelerate returns no sequence
@@ -210,9 +211,9 @@ class DistOptimTrainerMixin(CheckpointingMixin):
             del self.accelerator.prepare, self.create_optimizer
 
     def _built(self, part: Any, model: nn.Module) -> Any:
-        """The prepared optimizer in place of a prepared draft; anything else as it is, once it has been checked."""
-        inner = part if isinstance(part, Draft) else getattr(part, "optimizer", None)
-        if isinstance(inner, Draft):
+        """The prepared optimizer in place of a deferred one; anything else as it is, once it has been checked."""
+        inner = part if isinstance(part, DeferredOptimizer) else getattr(part, "optimizer", None)
+        if isinstance(inner, DeferredOptimizer):
             self.accelerator._optimizers = [one for one in self.accelerator._optimizers if one is not part]
             inside_backward = settings_inside_backward(inner, model, self.args)
             optimizer = inner.build(model, self._num_training_steps, **inside_backward)
@@ -270,12 +271,12 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def _steps_inside_backward(self) -> bool:
-        optimizer = distributed_optimizer_of(self.optimizer)
+        optimizer = find_optimizer(self.optimizer, DistributedOptimizer)
         return optimizer is not None and optimizer.inside_backward is not None
 
     def _clip_exactly(self, max_norm: float) -> Tensor | None:
         """The global norm before clipping; None where transformers' own way is exact: one process, DeepSpeed."""
-        optimizer = distributed_optimizer_of(self.optimizer)
+        optimizer = find_optimizer(self.optimizer, DistributedOptimizer)
         if optimizer is None or num_ranks(optimizer.holdings.process_group) == 1:
             return None
         self.accelerator.unscale_gradients()

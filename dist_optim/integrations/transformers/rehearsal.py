@@ -1,24 +1,21 @@
-"""What accelerate alone would do otherwise than the Trainer asks: on the CPU, and before there is an optimizer."""
+"""What accelerate alone would do otherwise than the Trainer asks, on the CPU."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from dist_optim.integrations import cpu_rehearsal
+from dist_optim.integrations.environment import is_switched_on
 from dist_optim.ranks.agreement import num_ranks
 
 __all__ = [
     "asks_for_fsdp",
     "equal_start",
     "fsdp_plugin",
-    "is_sharded",
-    "place_alone",
     "prepare_deepspeed",
     "settle_fsdp_settings",
 ]
@@ -30,7 +27,7 @@ def prepare_deepspeed(arguments: Any) -> None:
     Raises:
         UnsupportedError: There is an accelerator, and DeepSpeed would use it.
     """
-    asked = arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
+    asked = arguments.deepspeed or is_switched_on("ACCELERATE_USE_DEEPSPEED")
     if asked and (arguments.use_cpu or not torch.accelerator.is_available()):
         arguments.use_cpu = True  # or accelerate takes every rank for a job of its own
         cpu_rehearsal.deepspeed_arguments()
@@ -38,7 +35,7 @@ def prepare_deepspeed(arguments: Any) -> None:
 
 def asks_for_fsdp(plugin: Any, device: torch.device) -> bool:
     """Whether FSDP is asked for on the CPU, by the arguments or by the launcher."""
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    launched = is_switched_on("ACCELERATE_USE_FSDP")
     return device.type == "cpu" and (plugin is not None or launched)
 
 
@@ -65,17 +62,3 @@ def equal_start(model: nn.Module) -> None:
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.data, src=0)
-
-
-def is_sharded(part: Any) -> bool:
-    """Whether this is a model that FSDP holds already."""
-    kinds = (FSDPModule, FullyShardedDataParallel)
-    return isinstance(part, nn.Module) and any(isinstance(module, kinds) for module in part.modules())
-
-
-def place_alone(trainer: Any) -> None:
-    """Shard the Trainer's model by FSDP2 before there is an optimizer. Collective."""
-    placeholder = torch.optim.SGD([next(trainer.model.parameters())], lr=0.0)  # accelerate takes no model without one
-    placed, wrapped = trainer.accelerator.prepare(trainer.model, placeholder)
-    trainer.accelerator._optimizers.remove(wrapped)
-    trainer.model = trainer.model_wrapped = placed
