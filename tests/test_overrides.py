@@ -123,7 +123,7 @@ def refuse(integration: str) -> None:
 @pytest.mark.parametrize(
     ("module", "begin", "integration"),
     [
-        ("integrations.accelerate.placing", lambda module: module._why_refused(None, "adamw_torch"), "accelerate"),
+        ("integrations.accelerate.placing", lambda module: module._refuse(None, "adamw_torch"), "accelerate"),
         ("integrations.deepspeed.engine", lambda module: module.register(), "deepspeed"),
         ("layouts.detect_fsdp1", lambda module: module.places_by_parameter(None), "FSDP1"),
         ("layouts.detect", lambda module: module._layout_of_dtensor("weight", None), "FSDP2"),
