@@ -70,15 +70,6 @@ class Row:
 
 ROWS = (
     Row("all lower bounds", "3.10", ("all",), pinned=False),
-    # torchao does not say which torch it needs: 0.18 cannot be imported beside torch 2.9, and so nor can transformers.
-    Row(
-        "lowest torch, transformers, accelerate",
-        "3.11",
-        ("torch", "torchao", "transformers", "accelerate"),
-        pinned=False,
-    ),
-    Row("lowest deepspeed", "3.11", ("deepspeed",)),
-    Row("constraints.txt, Python 3.10", "3.10"),
     Row("constraints.txt, Python 3.12", "3.12"),
     Row("constraints.txt, Python 3.13", "3.13"),
 )

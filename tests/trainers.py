@@ -24,14 +24,16 @@ from dist_optim.integrations.transformers import Trainer, TrainingArguments
 STEPS = 6
 FSDP = {"fsdp": True}
 ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "steps_per_print": 10**9}
+# Weights whole, in model.safetensors: older versions of transformers and accelerate save shards unless told.
+WHOLE = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "alone": {},
     "ddp": {},
-    "fsdp1": {**FSDP, "fsdp_config": {"version": 1, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
-    "fsdp2": {**FSDP, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    "fsdp1": {**FSDP, "fsdp_config": {"version": 1, **WHOLE}},
+    "fsdp2": {**FSDP, "fsdp_config": {"version": 2, **WHOLE}},
     "hsdp": {
         **FSDP,
-        "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        "fsdp_config": {"version": 2, **WHOLE},
         "parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2),
     },
     **{
