@@ -36,7 +36,7 @@ lint: $(STAMP) ## ruff and mypy
 	@mypy tests
 	@MYPYPATH=tests_multigpu:tests mypy tests_multigpu
 
-parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{parity,zero,end_to_end,resume}.md, README's table
+parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{parity,zero,end_to_end,resume,situations}.md, README's table
 	@echo "+ python tests/measure_parity.py"
 	@python tests/measure_parity.py
 	@echo "+ python tests/measure_zero.py"
@@ -45,6 +45,8 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 	@python tests/measure_end_to_end.py
 	@echo "+ python tests/measure_resume.py"
 	@python tests/measure_resume.py
+	@echo "+ python tests/measure_situations.py"
+	@python tests/measure_situations.py
 
 compat: $(STAMP) ## run a part of the tests with the oldest and newest Pythons and packages; writes docs/compat.md
 	@echo "+ python tests/measure_compat.py"

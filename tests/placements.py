@@ -25,18 +25,23 @@ FSDP1 = {
 }
 
 
-def place(model: nn.Module, placement: str) -> nn.Module:
-    """Put a model under an engine; units are its linear layers, and what is left in the root."""
+def place(model: nn.Module, placement: str, **options: Any) -> nn.Module:
+    """Put a model under an engine; units are its linear layers, and what is left in the root.
+
+    Args:
+        model: The user's own.
+        placement: The engine, and how it is set.
+        **options: More for the engine itself.
+    """
     if placement == "none":
         return model
     if placement.startswith("ddp"):
-        bucket_view = "bucket view" in placement
-        return DistributedDataParallel(model, gradient_as_bucket_view=bucket_view, static_graph="static" in placement)
+        options = {"gradient_as_bucket_view": "bucket view" in placement, **options}
+        return DistributedDataParallel(model, static_graph="static" in placement, **options)
     if placement in FSDP1:
-        return _fsdp1(model, placement)
+        return _fsdp1(model, placement, **options)
     device_type = _device_of(model).type
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    options: dict[str, Any] = {}
     if placement == "hsdp":
         mesh = two_by_half(device_type)
     elif placement == "fsdp2 columns":  # FSDP2 shards a dim other than the first only where it divides evenly
@@ -45,7 +50,7 @@ def place(model: nn.Module, placement: str) -> nn.Module:
         options["reshard_after_forward"] = False
     elif placement == "fsdp2 units":
         for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, **options)
     elif placement != "fsdp2":
         raise ValueError(placement)
     fully_shard(model, mesh=mesh, **options)
@@ -67,7 +72,7 @@ def own_group() -> dist.ProcessGroup:
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
-def _fsdp1(model: nn.Module, placement: str) -> nn.Module:
+def _fsdp1(model: nn.Module, placement: str, **options: Any) -> nn.Module:
     mesh = None
     if placement == "fsdp1 hybrid":
         mesh = two_by_half(_device_of(model).type)
@@ -78,6 +83,7 @@ def _fsdp1(model: nn.Module, placement: str) -> nn.Module:
         use_orig_params=True,
         device_mesh=mesh,
         device_id=_device_of(model),  # FSDP1 looks for an accelerator otherwise
+        **options,
     )
 
 

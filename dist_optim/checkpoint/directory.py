@@ -117,7 +117,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{str(path.parent)!r} is not a checkpoint of dist_optim: it has no {path.name}. Give a folder that "
-            "dist_optim saved."
+            "dist_optim saved; DeepSpeed's own load through its engine alone."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

@@ -87,6 +87,12 @@ def odd_gradient(placed: Sequence[PlacedParameter]) -> UnsupportedError | None:
                 f"The gradient of {one.fqn!r} is sparse, and the optimizer's tensors are dense. Set sparse=False in "
                 "the embedding."
             )
+        if not one.layout.is_replicated and gradient.shape != (local := one.local()).shape:
+            return UnsupportedError(
+                f"The gradient of {one.fqn!r} has shape {tuple(gradient.shape)}, and this rank's part of the parameter "
+                f"{tuple(local.shape)}. FSDP1 keeps whole gradients, not reduced, inside no_sync(): end gradient "
+                "accumulation with a backward pass outside it."
+            )
         if gradient.dtype != one.dtype and not one.layout.is_replicated:
             return UnsupportedError(
                 f"The gradient of {one.fqn!r} is {gradient.dtype}, and the sharded parameter {one.dtype}. Keep "

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from dist_optim.errors import ParameterError, StateDictError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
+from dist_optim.integrations.deepspeed.checkpoint_files import fail_together
 from dist_optim.integrations.deepspeed.parts import group_of, place, where_it_is
 from dist_optim.integrations.deepspeed.push_weights import push_weights
 from dist_optim.integrations.deepspeed.schedules import feeds_wrong_metric
@@ -37,6 +38,7 @@ from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.audit import route_audit
+from dist_optim.stepping.gradients import GradientSamples
 from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.stepping.presence import PartOfAgreement, StepAgreement, hyperparameters_of
 from dist_optim.stepping.probe import prove_separable
@@ -80,6 +82,7 @@ class ZeroOptimizer(Optimizer):
         self._parts: list[DistributedOptimizer] = []
         self._engine: Any = None
         self._agreement = StepAgreement(None)
+        self._samples: GradientSamples | None = None  # where every rank holds every gradient: at stage 0
         self._touched_in: dict[str, int] = {}  # name -> the engine's step in which backward last gave it a gradient
         self._had_gradient: set[str] = set()
         self._present: set[str] = set()
@@ -145,8 +148,11 @@ class ZeroOptimizer(Optimizer):
         )
         for part in self._parts:
             part.agree_on_plan()
+        replicated = [one for part in self._parts for one in part.holdings.placed if one.layout.is_replicated]
+        self._samples = GradientSamples(replicated, group, group) if replicated else None
         self._counters = {"params", *self._parts[0].holdings.counter_keys()}
         self._pull_hyperparameters()
+        fail_together(engine)
         if Trait.WEIGHT_SWAPPING in self.spec.traits:
             hold_averaged_weights(engine, self)
 
@@ -224,6 +230,7 @@ class ZeroOptimizer(Optimizer):
             touched,
             [False] * len(names),
             hyperparameters_of(self._outer, held.pushed_keys),
+            self._sampled(),
             problem=self._parts[0].training_step.wrong_mode(),
         )
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
@@ -234,6 +241,15 @@ class ZeroOptimizer(Optimizer):
                 'in the norm that it clips by. Set "gradient_clipping": 0.0, use ZeRO-2, or freeze the parameter.'
             )
         self._had_gradient |= self._present
+
+    def _sampled(self) -> Sequence[int | None]:
+        """Digests of gradients that all ranks hold: they differ when the engine has not reduced them."""
+        if self._samples is None:
+            return ()
+        self._present = {placed.fqn for placed in self._trainable()}  # as the engine has them, zeros included
+        for call, part in zip(self._calls, self._parts, strict=True):
+            self._show_slices(call, part)
+        return self._samples.take(self.num_steps)
 
     def note_gradient(self, name: str) -> None:
         """Backward has given this parameter a gradient, in the engine's present step."""

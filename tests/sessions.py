@@ -1,0 +1,357 @@
+"""A small model under each engine, behind one face: train, evaluate, save, load, read the weights.
+
+All ranks pass the same batch, so that an engine's average is exact on two and on four ranks, and the weights must be
+those of one process to the bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import zero
+from placements import full_parameters, own_group, place
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+import dist_optim
+from dist_optim.checkpoint import load_optimizer, save_optimizer
+from dist_optim.layouts.detect import detect, reshard
+from dist_optim.stepping.upstream_instance import UpstreamInstance
+
+BATCH = 8
+ALWAYS = 0
+"""For ``idle_until``: the idle layer takes part from the first step on."""
+
+_GALORE = {"lr": 1e-2, "target_modules": ["first", "idle", "head"], "rank": 4, "update_proj_gap": 2, "scale": 0.5}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw_torch": {"lr": 1e-2, "weight_decay": 0.01},
+    "adafactor": {"lr": 1e-2},
+    "galore_adamw": _GALORE,
+    "muon": {"lr": 1e-2},
+    "schedule_free_adamw": {"lr": 1e-2},
+}
+
+
+class Net(nn.Module):
+    """Sizes that two does not divide; a parameter outside every unit; a layer that is idle at times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(17, 23)
+        self.idle = nn.Linear(23, 23)
+        self.head = nn.Linear(23, 9, bias=False)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 23))
+
+    def forward(self, inputs: Tensor, targets: Tensor, with_idle: bool) -> Tensor:
+        hidden = torch.tanh(self.first(inputs))
+        if with_idle:
+            hidden = hidden + torch.tanh(self.idle(hidden))
+        return nn.functional.mse_loss(self.head(hidden * self.scale).float(), targets.float())
+
+
+def batch(step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(BATCH, 17, generator=generator), torch.randn(BATCH, 9, generator=generator)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One column of the table."""
+
+    title: str
+    num_ranks: int
+    placement: str = ""
+    stage: int | None = None
+    """Of ZeRO; None for torch's own engines."""
+
+    @property
+    def is_zero(self) -> bool:
+        return self.stage is not None
+
+    def session(self, name: str | None, **options: Any) -> Session:
+        """The model under this engine, with an optimizer unless ``name`` is None. Collective."""
+        return ZeroSession(self, name, **options) if self.is_zero else TorchSession(self, name, **options)
+
+    def alone(self, name: str, *, mixed: bool = False, **options: Any) -> TorchSession:
+        """The same run in one process, as each rank computes it for itself."""
+        return TorchSession(ONE_PROCESS, name, group=own_group(), mixed=self._precision() if mixed else "", **options)
+
+    def _precision(self) -> str:
+        """How mixed precision computes here: by casting inside the forward pass, or from a half-precision copy."""
+        if self.is_zero:
+            return "rounded copy"
+        return "autocast" if self.placement in ("none", "ddp") else "copy"
+
+
+ONE_PROCESS = Engine("one process", 1, "none")
+ENGINES = (
+    ONE_PROCESS,
+    Engine("DDP", 2, "ddp"),
+    Engine("FSDP1", 2, "fsdp1"),
+    Engine("FSDP2", 2, "fsdp2 units"),
+    Engine("HSDP", 4, "hsdp"),
+    *(Engine(f"ZeRO-{stage}", 2, stage=stage) for stage in range(4)),
+)
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+@cache
+def leave_imports_to_live() -> None:
+    """ZeRO-3 collects garbage for each engine, and would go through a million objects of the imports each time."""
+    gc.collect()
+    gc.freeze()
+
+
+class Session:
+    """One life of a model and its optimizers. Every method is collective.
+
+    Args:
+        engine: The column.
+        name: Of the optimizer; "a + b" for a pair that divides the model's tensors.
+        idle_until: The first step in which the idle layer takes part.
+        differs: Whether each rank passes a batch of its own.
+    """
+
+    dtype = torch.float32
+    """Of the batches."""
+
+    def __init__(self, engine: Engine, *, idle_until: int = ALWAYS, differs: bool = False) -> None:
+        self.engine = engine
+        self.idle_until = idle_until
+        self.differs = differs
+
+    def loss(self, step: int) -> Tensor:
+        raise NotImplementedError
+
+    def backward(self, step: int) -> None:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def mode(self, is_training: bool) -> None:
+        """Of model and optimizers."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def load(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def instances(self) -> list[UpstreamInstance]:
+        """The upstream optimizers of this rank."""
+        raise NotImplementedError
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups that the user sees."""
+        raise NotImplementedError
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Inside, backward passes do not reduce gradients over the ranks."""
+        raise NotImplementedError
+
+    def train(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            self.backward(step)
+            self.step()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A forward pass without backward, and what the block does before training goes on."""
+        self.mode(False)
+        with torch.no_grad():
+            self.loss(0)
+        yield
+        self.mode(True)
+
+    def evaluate(self) -> None:
+        with self.evaluation():
+            pass
+
+    def arguments(self, step: int) -> tuple[Tensor, Tensor, bool]:
+        inputs, targets = (one.to(self.dtype) for one in batch(step, dist.get_rank() if self.differs else 0))
+        return inputs, targets, step >= self.idle_until
+
+
+class TorchSession(Session):
+    """Under torch's engines, or under none. ``mixed`` names the way of mixed precision; a string of its own or True."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str | None,
+        *,
+        group: dist.ProcessGroup | None = None,
+        mixed: bool | str = False,
+        unused: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(engine, **options)
+        self.mixed = engine._precision() if mixed is True else mixed or ""
+        self.group = group
+        plain = Net()
+        if self.mixed == "rounded copy":
+            plain.bfloat16().float()
+        self.model = place(plain, engine.placement, **self._placing(unused))
+        self.copy = Net().bfloat16() if self.mixed.endswith("copy") and engine.placement == "none" else None
+        self.dtype = torch.float32 if self.copy is None else torch.bfloat16
+        self.optimizers: list[dist_optim.DistributedOptimizer] = []
+        if name is not None:
+            self.build(name)
+
+    def _placing(self, unused: bool) -> dict[str, Any]:
+        if self.engine.placement == "ddp":
+            return {"find_unused_parameters": unused or self.idle_until > 0}
+        if not self.mixed or self.engine.placement == "none":
+            return {}
+        half, full = torch.bfloat16, torch.float32
+        if self.engine.placement == "fsdp1":
+            return {"mixed_precision": MixedPrecision(param_dtype=half, reduce_dtype=full)}
+        return {"mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full)}
+
+    def build(self, name: str) -> None:
+        names = name.split(" + ")
+        matrices = [one.parameter for fqn, one in detect(self.model).items() if fqn in ("first.weight", "idle.weight")]
+        rest = [p for p in self.model.parameters() if not any(p is matrix for matrix in matrices)]
+        for one, params in zip(names, [None] if len(names) == 1 else [matrices, rest], strict=True):
+            options = {**OPTIONS[one], "params": params, "process_group": self.group, "print_audit": False}
+            self.optimizers.append(dist_optim.build_optimizer(self.model, one, **options))
+
+    def loss(self, step: int) -> Tensor:
+        if self.copy is not None:
+            for half, master in zip(self.copy.parameters(), self.model.parameters(), strict=True):
+                half.data.copy_(master.data)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed == "autocast"):
+            result: Tensor = (self.copy or self.model)(*self.arguments(step))
+        return result
+
+    def backward(self, step: int) -> None:
+        self.loss(step).backward()
+        if self.copy is not None:
+            for half, master in zip(self.copy.parameters(), self.model.parameters(), strict=True):
+                master.grad, half.grad = None if half.grad is None else half.grad.float(), None
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def mode(self, is_training: bool) -> None:
+        self.model.train(is_training)
+        for optimizer in self.optimizers:
+            (optimizer.train if is_training else optimizer.eval)()
+
+    def save(self, folder: Path) -> None:
+        dist_optim.save_checkpoint(folder, self.model, self.optimizers[0])
+        for at, optimizer in enumerate(self.optimizers[1:]):
+            save_optimizer(folder.with_name(f"{folder.name}-{at}"), optimizer)
+
+    def load(self, folder: Path) -> None:
+        dist_optim.load_checkpoint(folder, self.model, self.optimizers[0])
+        for at, optimizer in enumerate(self.optimizers[1:]):
+            load_optimizer(folder.with_name(f"{folder.name}-{at}"), optimizer)
+
+    def weights(self) -> dict[str, Tensor]:
+        reshard(self.model)
+        return full_parameters(self.model)
+
+    def instances(self) -> list[UpstreamInstance]:
+        return [instance for optimizer in self.optimizers for instance in optimizer.holdings.instances]
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(False)
+            yield
+            self.model.set_requires_gradient_sync(True)
+            return
+        assert isinstance(self.model, (DistributedDataParallel, FullyShardedDataParallel))
+        with self.model.no_sync():
+            yield
+
+    @contextmanager
+    def without_all_reduce(self) -> Iterator[None]:
+        """HSDP: gradients are reduced inside the shard group, and not between its replicas."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_all_reduce(False)
+        yield
+        self.model.set_requires_all_reduce(True)
+
+
+class ZeroSession(Session):
+    """Under DeepSpeed's engine, which names the optimizer in its JSON."""
+
+    def __init__(self, engine: Engine, name: str | None, *, mixed: bool = False, **options: Any) -> None:
+        options.pop("unused", None)
+        super().__init__(engine, **options)
+        assert name is not None
+        chosen = f"dist_optim.{name}" if name == "muon" else name
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_clipping": 0.0,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": engine.stage},
+            "optimizer": {"type": chosen, "params": OPTIONS[name]},
+            **({"bf16": {"enabled": True}} if mixed else {}),
+        }
+        self.dtype = torch.bfloat16 if mixed else torch.float32
+        self.package = zero.deepspeed()
+        leave_imports_to_live()
+        self.held = self.package.initialize(model=Net(), config=config)[0]
+
+    def loss(self, step: int) -> Tensor:
+        result: Tensor = self.held(*self.arguments(step))
+        return result
+
+    def backward(self, step: int) -> None:
+        self.held.backward(self.loss(step))
+
+    def step(self) -> None:
+        self.held.step()
+
+    def mode(self, is_training: bool) -> None:
+        self.held.train(is_training)
+        change: Callable[[], None] = getattr(self.held.basic_optimizer, "train" if is_training else "eval")
+        change()
+
+    def save(self, folder: Path) -> None:
+        self.held.save_checkpoint(str(folder))
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.held.load_checkpoint(str(folder))
+        assert path is not None, "DeepSpeed found nothing to load"
+
+    def weights(self) -> dict[str, Tensor]:
+        parameters = dict(self.held.module.named_parameters())
+        with self.package.zero.GatheredParameters(list(parameters.values()), enabled=self.engine.stage == 3):
+            return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def instances(self) -> list[UpstreamInstance]:
+        return [instance for part in self.held.basic_optimizer.parts() for instance in part.holdings.instances]
+
+    def groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.held.optimizer.param_groups
+        return groups
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        unreduced: AbstractContextManager[None] = self.held.no_sync()
+        return unreduced

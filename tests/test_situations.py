@@ -1,0 +1,155 @@
+"""Every situation under every engine ends as docs/situations.json says: right, or refused on all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import pytest
+from failing_backward import HAS_WATCH, TITLE, outcomes
+from measure_situations import PAGE, RESULTS, Row, as_row, defects, measure, page, titles
+from sessions import ENGINES, HAS_DEEPSPEED, Engine
+from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, SITUATIONS, Outcome, cell
+
+from dist_optim.stepping import gradients, presence, step
+from dist_optim.stepping.upstream_instance import UpstreamInstance
+from dist_optim.testing import RankPool
+
+MEASURE = "run `make parity` and commit what it writes"
+BY_TITLE = {situation.title: situation for situation in SITUATIONS}
+BY_ENGINE = {engine.title: engine for engine in ENGINES}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Row]:
+    loaded: dict[str, Row] = json.loads(RESULTS.read_text())
+    return loaded
+
+
+@pytest.fixture
+def pool_of(one_rank: RankPool, two_ranks: RankPool, four_ranks: RankPool) -> dict[int, RankPool]:
+    return {1: one_rank, 2: two_ranks, 4: four_ranks}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.title)
+def test_every_situation_ends_as_recorded(
+    engine: Engine, pool_of: dict[int, RankPool], results: dict[str, Row]
+) -> None:
+    if engine.is_zero and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    pool = pool_of[engine.num_ranks]
+    found = {one.title: as_row({engine.title: measure(one, engine, pool)}) for one in SITUATIONS}
+    assert not defects(found)
+    assert found == {title: {engine.title: results[title][engine.title]} for title in found}, MEASURE
+
+
+@pytest.mark.skipif(not HAS_WATCH, reason="ranks do not watch each other yet")
+def test_a_rank_that_fails_in_backward_ends_the_others_and_is_named(results: dict[str, Row]) -> None:
+    engines = [BY_ENGINE[title] for title in ("DDP", "FSDP2", *(["ZeRO-2"] if HAS_DEEPSPEED else []))]
+    found = as_row(outcomes(engines))
+    assert found == {engine.title: results[TITLE][engine.title] for engine in engines}, MEASURE
+
+
+def test_page_is_what_the_results_give_and_has_every_cell(results: dict[str, Row]) -> None:
+    assert PAGE.read_text() == page(results), MEASURE
+    assert list(results) == titles(), MEASURE
+    assert all(list(row) == list(BY_ENGINE) for row in results.values()), MEASURE
+    assert not defects(results)
+    kinds = [outcome["kind"] for row in results.values() for outcome in row.values()]
+    assert kinds.count(RIGHT) > 90 and kinds.count(REFUSED) > 30 and kinds.count(NOT_APPLICABLE) < len(kinds) / 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(DEFECT, "it hung"), ("quietly wrong", ""), (REFUSED, "")], ids=["defect", "other", "no text"]
+)
+def test_a_third_outcome_is_noticed(kind: str, text: str, results: dict[str, Row]) -> None:
+    row = {**results["evaluated, then trained"], "FSDP2": {"kind": kind, "text": text}}
+    (problem,) = defects({**results, "evaluated, then trained": row})
+    assert problem.startswith("evaluated, then trained, FSDP2")
+
+
+# Negative controls: each row sees the defect that it is there for -----------------------------------------------------
+
+
+def write_without_clearing(self: UpstreamInstance, index: int, encoded: Any) -> None:
+    if encoded:
+        _write_encoded_state(self, index, encoded)
+
+
+_write_encoded_state = UpstreamInstance.write_encoded_state
+
+
+def agree_on_presence_alone(
+    self: presence.StepAgreement, names: Any, has: Any, lacks: Any, values: Any = (), *rest: Any
+) -> list[bool]:
+    return _before(self, names, has, lacks, (), *rest)
+
+
+def agree_on_own_gradients(self: presence.StepAgreement, names: Any, has: Any, *rest: Any) -> list[bool]:
+    return _before(self, names, has, [False] * len(has), *rest[1:])
+
+
+_before = presence.StepAgreement.before
+
+
+def forget(self: presence.StepAgreement, name: str, num_steps: int) -> None:
+    self._failure = None
+
+
+def no_samples(self: gradients.GradientSamples, num_steps: int) -> list[int | None]:
+    return [None] * (1 + self._num_parts)
+
+
+BREAKS: dict[str, tuple[object, str, object]] = {
+    # The package has a function of the module's name.
+    "detect does not reshard": (import_module("dist_optim.layouts.detect"), "reshard", lambda model: None),
+    "install does not clear": (UpstreamInstance, "write_encoded_state", write_without_clearing),
+    "install keeps the counters": (UpstreamInstance, "write_counters", lambda self, counters: None),
+    "failures are forgotten": (presence.StepAgreement, "after", forget),
+    "rates are not compared": (presence.StepAgreement, "before", agree_on_presence_alone),
+    "presence is not compared": (presence.StepAgreement, "before", agree_on_own_gradients),
+    "whole gradients on shards pass": (step, "odd_gradient", lambda placed: None),
+    "gradients are not sampled": (gradients.GradientSamples, "take", no_samples),
+}
+
+
+@contextmanager
+def broken(name: str) -> Iterator[None]:
+    owner, attribute, replacement = BREAKS[name]
+    with mock.patch.object(owner, attribute, replacement):
+        yield
+
+
+def cell_of_broken_code(name: str, title: str, engine: Engine) -> Outcome:
+    """The body: the same cell, with the code broken on every rank."""
+    with broken(name):
+        return cell(BY_TITLE[title], engine)
+
+
+CONTROLS = [
+    ("detect does not reshard", "mixed precision, evaluated, then saved", "FSDP2"),
+    ("detect does not reshard", "evaluated, then loaded", "FSDP2"),
+    ("detect does not reshard", "evaluated, then loaded", "HSDP"),
+    ("install does not clear", "loaded from before the first step", "DDP"),
+    ("install does not clear", "loaded from before a layer's first gradient", "FSDP2"),
+    ("install keeps the counters", "loaded onto a used optimizer", "FSDP1"),
+    ("failures are forgotten", "one rank fails in the step", "DDP"),
+    ("rates are not compared", "a learning rate differs on one rank", "HSDP"),
+    ("presence is not compared", "a gradient is missing on one rank", "FSDP2"),
+    ("gradients are not sampled", "gradients not reduced in a later step", "DDP"),
+    ("gradients are not sampled", "a rank changes its reduced gradients", "HSDP"),
+    ("whole gradients on shards pass", "gradients not reduced in a later step", "FSDP1"),
+    *([("gradients are not sampled", "gradients not reduced in a later step", "ZeRO-0")] if HAS_DEEPSPEED else []),
+    ("gradients are not sampled", "resumed on several ranks without the engine", "FSDP2"),
+]
+
+
+@pytest.mark.parametrize(("name", "title", "engine"), CONTROLS)
+def test_broken_code_is_seen(name: str, title: str, engine: str, pool_of: dict[int, RankPool]) -> None:
+    pool = pool_of[BY_ENGINE[engine].num_ranks]
+    found = pool.run(cell_of_broken_code, name, title, BY_ENGINE[engine])
+    assert {outcome.kind for outcome in found} == {DEFECT}, found
