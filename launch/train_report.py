@@ -39,7 +39,7 @@ ROW_KEYS = ("loss", "eval_loss", "learning_rate", "tokens_per_second", "grad_nor
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, the latest last."""
     found = [(path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return [path for number, path in sorted(found, key=lambda one: int(one[0])) if number.isdigit()]
+    return [path for _, path in sorted((int(number), path) for number, path in found if number.isdigit())]
 
 
 def find_checkpoint(asked: str | None, output_dir: str) -> Path | None:

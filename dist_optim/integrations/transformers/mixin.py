@@ -73,8 +73,9 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._build_accelerator_args(**options)  # type: ignore[misc]
         if trainer_rehearsal.asks_for_fsdp(arguments.get("fsdp_plugin"), self.args.device):
-            # accelerate refuses a mesh on the CPU: the rehearsal brings it.
+            # accelerate refuses a mesh on the CPU, the arguments' and the launcher's: the rehearsal brings it.
             self._rehearsed_mesh = arguments.pop("parallelism_config", None)
+            cpu_rehearsal.fsdp_arguments()
         return arguments
 
     def create_accelerator_and_postprocess(self) -> None:
