@@ -5,5 +5,6 @@ from dist_optim.integrations.deepspeed.engine import (
     build_optimizer_for_engine,
     register,
 )
+from dist_optim.integrations.deepspeed.inside_backward import build_fused_optimizer
 
-__all__ = ["UnknownDeepSpeedOptimizerError", "build_optimizer_for_engine", "register"]
+__all__ = ["UnknownDeepSpeedOptimizerError", "build_fused_optimizer", "build_optimizer_for_engine", "register"]
