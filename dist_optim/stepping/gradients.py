@@ -20,7 +20,7 @@ __all__ = ["GradientSamples", "assert_gradients_reduced", "odd_gradient"]
 NUM_SAMPLED = 4
 """Tensors a step. Gradients that were not reduced differ almost everywhere."""
 LAG = 2
-"""Steps until a sample on an accelerator is read: it has arrived by then, and reading waits for nothing."""
+"""Steps until a sample on a GPU is read: it has arrived by then, and reading waits for nothing."""
 
 
 class GradientSamples:
@@ -45,17 +45,18 @@ class GradientSamples:
         self._part = own_rank(process_group)
         self._whole = [one for one in trained if one.layout.is_replicated] if num_ranks(all_ranks) > 1 else []
         self._cut = [one for one in trained if not one.layout.is_replicated] if self._num_parts else []
-        self._on_the_way: deque[list[Tensor | None]] = deque()
+        self._on_the_way: deque[tuple[list[Tensor | None], torch.cuda.Event]] = deque()
 
     def take(self, num_steps: int) -> list[int | None]:
-        """The digests of this step, or on an accelerator of an earlier one; None where this rank has nothing to say."""
+        """The digests of this step, or on a GPU of an earlier one; None where this rank has nothing to say."""
         now = [_sample(_some(members, num_steps)) for members in (self._whole, self._cut)]
-        if any(sample is not None and sample.device.type != "cpu" for sample in now):
-            self._on_the_way.append([None if one is None else one.to("cpu", non_blocking=True) for one in now])
+        if any(sample is not None and sample.device.type == "cuda" for sample in now):
+            self._on_the_way.append(([None if one is None else one.to("cpu", non_blocking=True) for one in now], _mark()))
             if len(self._on_the_way) <= LAG:
                 return [None] * (1 + self._num_parts)
-            now = self._on_the_way.popleft()
-        whole, cut = [None if one is None else zlib.crc32(one.numpy().tobytes()) for one in now]
+            now, arrived = self._on_the_way.popleft()
+            arrived.synchronize()  # long since, unless the host is steps ahead of the GPU
+        whole, cut = [None if one is None else zlib.crc32(one.cpu().numpy().tobytes()) for one in now]
         return [whole, *(cut if part == self._part else None for part in range(self._num_parts))]
 
 
@@ -63,6 +64,13 @@ def _some(members: Sequence[PlacedParameter], num_steps: int) -> list[PlacedPara
     """Other ones in each step, the same on every rank."""
     first = num_steps * NUM_SAMPLED
     return [members[(first + at) % len(members)] for at in range(min(NUM_SAMPLED, len(members)))]
+
+
+def _mark() -> torch.cuda.Event:
+    """A point in the current stream: what was enqueued before it is done when it has been reached."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _sample(members: Sequence[PlacedParameter]) -> Tensor | None:
