@@ -51,7 +51,8 @@ class GradientSamples:
         """The digests of this step, or on a GPU of an earlier one; None where this rank has nothing to say."""
         now = [_sample(_some(members, num_steps)) for members in (self._whole, self._cut)]
         if any(sample is not None and sample.device.type == "cuda" for sample in now):
-            self._on_the_way.append(([None if one is None else one.to("cpu", non_blocking=True) for one in now], _mark()))
+            on_host = [None if one is None else one.to("cpu", non_blocking=True) for one in now]
+            self._on_the_way.append((on_host, _mark()))
             if len(self._on_the_way) <= LAG:
                 return [None] * (1 + self._num_parts)
             now, arrived = self._on_the_way.popleft()
