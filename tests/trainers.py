@@ -24,16 +24,14 @@ from dist_optim.integrations.transformers import Trainer, TrainingArguments
 STEPS = 6
 FSDP = {"fsdp": True}
 ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "steps_per_print": 10**9}
-# Weights whole, in model.safetensors: older versions of transformers and accelerate save shards unless told.
-WHOLE = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "alone": {},
     "ddp": {},
-    "fsdp1": {**FSDP, "fsdp_config": {"version": 1, **WHOLE}},
-    "fsdp2": {**FSDP, "fsdp_config": {"version": 2, **WHOLE}},
+    "fsdp1": {**FSDP, "fsdp_config": {"version": 1, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    "fsdp2": {**FSDP, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
     "hsdp": {
         **FSDP,
-        "fsdp_config": {"version": 2, **WHOLE},
+        "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
         "parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2),
     },
     **{
@@ -103,8 +101,11 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate's process-wide state, and the environment that it writes to, end with the context."""
-    with mock.patch.dict(os.environ):
+    """accelerate's process-wide state, and the environment that it writes to, end with the context.
+
+    FSDP saves whole weights, in model.safetensors: older versions save shards unless told.
+    """
+    with mock.patch.dict(os.environ, FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
         try:
             yield
         finally:
