@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REFUSED = 2
+OWN = ("given", "local_rank")
+"""What ranks need not have alike: which flags were typed, and the launcher's number."""
 SIGNAL_GRACE_S = 2.0
 USERS_MISTAKES = (DistOptimError, ValueError, ImportError, OSError)
 
@@ -141,7 +143,7 @@ def _meet(argv: list[str]) -> Namespace:
         )
     raise_together(error)
     assert asked is not None  # a rank without arguments has an error, and has raised it
-    items = [(f"--{name}", value) for name, value in sorted(vars(asked).items()) if name != "local_rank"]
+    items = [(f"--{name}", value) for name, value in sorted(vars(asked).items()) if name not in OWN]
     assert_ranks_equal("The arguments of launch/train.py", items, "Start all ranks with the same.")
     return asked
 

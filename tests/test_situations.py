@@ -15,6 +15,7 @@ from measure_situations import PAGE, RESULTS, Row, as_row, defects, measure, pag
 from sessions import ENGINES, HAS_DEEPSPEED, Engine
 from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, SITUATIONS, Outcome, cell
 
+from dist_optim.errors import CheckpointError
 from dist_optim.stepping import gradients, presence, step
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 from dist_optim.testing import RankPool
@@ -125,9 +126,12 @@ def broken(name: str) -> Iterator[None]:
 
 
 def cell_of_broken_code(name: str, title: str, engine: Engine) -> Outcome:
-    """The body: the same cell, with the code broken on every rank."""
-    with broken(name):
-        return cell(BY_TITLE[title], engine)
+    """The body: the same cell, with the code broken on every rank; a refusal of what is right is a defect too."""
+    try:
+        with broken(name):
+            return cell(BY_TITLE[title], engine)
+    except CheckpointError as error:
+        return Outcome(DEFECT, str(error))
 
 
 CONTROLS = [
