@@ -113,7 +113,7 @@ def with_silent_end() -> None:
 
 def test_control_without_the_agreement_after_a_step_one_rank_fails_alone(two_ranks: RankPool) -> None:
     with pytest.raises(RankFailure):
-        two_ranks.run(with_silent_end, timeout_s=10)
+        two_ranks.run(with_silent_end, timeout_s=5)
 
 
 def raise_what_is_not_ours() -> str:
