@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dist_optim.errors import CheckpointError
-from dist_optim.layouts.detect import clean_name, detect, reshard
+from dist_optim.layouts.detect import PlacedParameter, clean_name, detect
 from dist_optim.ranks.agreement import own_rank
 from dist_optim.ranks.together import together
 
@@ -31,7 +31,6 @@ def install_whole_weights(files: list[Path], model: nn.Module) -> None:
     Raises:
         CheckpointError: On all ranks: a file is damaged, or of another model.
     """
-    reshard(model)
     together(
         lambda: _install(files, model),
         doing=f"Reading the weights in {str(files[0].parent)!r}",
@@ -43,24 +42,25 @@ def install_whole_weights(files: list[Path], model: nn.Module) -> None:
 def _install(files: list[Path], model: nn.Module) -> None:
     from safetensors import safe_open
 
-    takers = _takers(model)
+    placed = detect(model)
+    takers = _takers(model, placed)
     with torch.no_grad():
         for path in files:
             with safe_open(path, "pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - it is no mapping
                     if name in takers:
                         takers.pop(name)(stored.get_tensor(name))
-    missing = sorted(name for name in takers if name in detect(model))
+    missing = sorted(name for name in takers if name in placed)
     if missing:
         raise KeyError(f"no {missing[0]!r} ({len(missing)} such)")
 
 
-def _takers(model: nn.Module) -> dict[str, Callable[[Tensor], object]]:
+def _takers(model: nn.Module, placed: Mapping[str, PlacedParameter]) -> dict[str, Callable[[Tensor], object]]:
     """By name, what to do with the whole tensor: keep this rank's part of a parameter, or all of a buffer."""
     takers: dict[str, Callable[[Tensor], object]] = {}
     for name, buffer in model.named_buffers():
         takers[clean_name(model, name)] = buffer.copy_
-    for name, one in detect(model).items():
+    for name, one in placed.items():
 
         def take(full: Tensor, one=one) -> None:  # type: ignore[no-untyped-def]
             if full.shape != one.shape:
