@@ -204,6 +204,16 @@ TABLE: dict[str, tuple[Override, ...]] = {
         *_rows("torch", "torch.distributed.fsdp:FSDPModule", reshard=()),
         *_rows("torch", "torch.distributed.tensor:DTensor", "device_mesh", "placements", "to_local"),
     ),
+    "torch.distributed.checkpoint": (
+        *_rows(
+            "torch",
+            "torch.distributed.checkpoint.state_dict",
+            _get_optim_state_dict=("model", "optimizers", "info"),
+            _init_optim_state=("optim",),
+            _load_optim_state_dict=("model", "optimizers", "state_dict", "info"),
+        ),
+        *_rows("torch", _FSDP1, "_optim_state_dict_impl", "_optim_state_dict_to_load_impl"),
+    ),
     "DDP": (
         *_rows(
             "torch",

@@ -192,7 +192,7 @@ def test_state_is_divided_over_the_ranks(world_size: int, request: pytest.Fixtur
 def load_the_other_ranks_share() -> None:
     optimizer = build("adamw_torch", lr=0.1)
     shares: list[Any] = [None, None]
-    dist.all_gather_object(shares, optimizer.state_dict())
+    dist.all_gather_object(shares, optimizer.state_share())
     optimizer.load_state_dict(shares[0])
 
 

@@ -84,6 +84,7 @@ def save_optimizer(directory: str | Path, optimizer: Any) -> None:
         CheckpointError: On all ranks; a checkpoint that was there is untouched.
     """
     inner, directory = optimizer_of(optimizer), Path(directory)
+    inner.meet("save_optimizer()")
     with written_aside(directory, inner.holdings.all_ranks) as aside:
         write_optimizer(aside, inner)
 
@@ -99,6 +100,7 @@ def load_optimizer(directory: str | Path, optimizer: Any) -> None:
         StateDictError: On all ranks: it belongs to another optimizer, model or arrangement of groups.
     """
     inner, directory = optimizer_of(optimizer), opened(Path(directory))
+    inner.meet("load_optimizer()")
     ranks = inner.holdings.all_ranks
     incoming = attempt(lambda: look_into(directory, inner), directory, ranks, is_reading=True)
     read_state(inner, incoming)

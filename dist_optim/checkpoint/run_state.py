@@ -63,6 +63,7 @@ def save_checkpoint(
         CheckpointError: On all ranks; a checkpoint that was there is untouched.
     """
     inner, directory = optimizer_of(optimizer), Path(directory)
+    inner.meet("save_checkpoint()")
     ranks, rank = inner.holdings.all_ranks, own_rank(inner.holdings.all_ranks)
     with written_aside(directory, ranks) as aside:
         with exported_weights(inner):
@@ -93,6 +94,7 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
         StateDictError: On all ranks: it was saved from another optimizer, or from other param groups.
     """
     inner, directory = optimizer_of(optimizer), opened(Path(directory))
+    inner.meet("load_checkpoint()")
     ranks = inner.holdings.all_ranks
 
     def look() -> tuple[dict[str, Pieces], Incoming, Any, Any]:

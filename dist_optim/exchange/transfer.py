@@ -11,8 +11,8 @@ itself holds it too: a generator that is dropped half way, because another one f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,11 @@ from torch import Tensor
 from dist_optim.exchange.plan import Bucket, Route
 from dist_optim.ranks.agreement import num_ranks, own_rank
 
-__all__ = ["Task", "gather_to_owner", "run_tasks", "scatter_from_owner"]
+__all__ = ["Task", "gather_single", "gather_to_owner", "run_tasks", "scatter_from_owner"]
 
 # torch 2.13 renamed the collective.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gather tensors of equal size into one."""
 
 Result = TypeVar("Result")
 Task = Generator[None, None, Result]
@@ -175,7 +176,7 @@ def _all_gather(
     own_parts = [full[item.index].reshape(-1) for item in bucket.owned[rank]]
     _copy(_cut(send, own_parts), own_parts)
     received = torch.empty(share * len(bucket.owned), dtype=bucket.dtype, device=bucket.device)
-    work = _all_gather_single(received, send, group=process_group, async_op=True)
+    work = gather_single(received, send, group=process_group, async_op=True)
     yield
     work.wait()
     del send

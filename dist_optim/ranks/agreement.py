@@ -6,8 +6,9 @@ initialised process group the caller is alone, and each is a local operation.
 
 from __future__ import annotations
 
+import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +91,10 @@ def _are_equal(number: int, process_group: ProcessGroup | None) -> bool:
 
 
 def agree_on_bits(
-    has: Sequence[bool], lacks: Sequence[bool], process_group: ProcessGroup | None = None
+    has: Sequence[bool],
+    lacks: Sequence[bool],
+    process_group: ProcessGroup | None = None,
+    wait: Callable[[dist.Work], object] = lambda work: work.wait(),
 ) -> tuple[list[bool], list[bool]]:
     """Which entries any rank has, and which some rank lacks: one small all-reduce.
 
@@ -98,31 +102,35 @@ def agree_on_bits(
         has: This rank's entries, in the same order on every rank.
         lacks: Entries that this rank should have and has not.
         process_group: One that communicates in the host's memory.
+        wait: Waits for the collective.
 
     Returns:
         ``(any_has, any_lacks)``, each as long as ``has``.
     """
     bits: Tensor = torch.tensor([has, lacks], dtype=torch.uint8)
-    dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=process_group)
+    wait(dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=process_group, async_op=True))
     any_has, any_lacks = bits.bool().tolist()
     return any_has, any_lacks
 
 
-_host_groups: dict[tuple[int, ...], ProcessGroup] = {}
+_host_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = weakref.WeakKeyDictionary()
+"""Of each default process group, by their ranks."""
 
 
 def host_group(process_group: ProcessGroup | None = None) -> ProcessGroup | None:
-    """A group of the same ranks that communicates in the host's memory.
+    """A group of the same ranks that communicates in the host's memory, and carries our agreements alone.
 
     Collective where one has to be made: once for the same ranks in a job. What it carries does not wait for an
-    accelerator, and finds parameters that were offloaded.
+    accelerator, and never meets a collective of the engine's: gloo ends a process whose peer sent another size.
 
     Args:
         process_group: The ranks; the default group when None.
     """
-    if num_ranks(process_group) == 1 or "cpu" in reachable_devices(process_group):
+    world = dist.group.WORLD if num_ranks(process_group) > 1 else None
+    if world is None:
         return process_group
-    ranks = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
-    if ranks not in _host_groups:
-        _host_groups[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-    return _host_groups[ranks]
+    ranks = tuple(dist.get_process_group_ranks(process_group or world))
+    made = _host_groups.setdefault(world, {})
+    if ranks not in made:
+        made[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+    return made[ranks]

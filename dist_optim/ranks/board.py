@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -26,6 +26,7 @@ class Kind(str, enum.Enum):
     GONE = "gone"  # a rank left in good order, while another still waited for it
     FAILED = "failed"  # a rank ends with an error of its own
     ALARM = "alarm"  # a rank has lost a connection: beat faster, so that the missing rank is found soon
+    ASK = "ask"  # a rank waits in a call of all ranks: say where you are
     CLOSING = "closing"  # the process that serves the store leaves in good order: use the store no more
 
 
@@ -39,7 +40,7 @@ class News:
 
 
 class Board:
-    """Counters and news of one watch. Each method but ``publish`` and ``news`` is one operation of the store.
+    """Counters, news and calls of one watch. Most methods are one operation of the store.
 
     Raises:
         RuntimeError: Any method, when the store does not answer, or is gone.
@@ -47,7 +48,7 @@ class Board:
 
     def __init__(self, store: dist.Store, prefix: str) -> None:
         self._store = store
-        self._prefix = prefix
+        self.prefix = prefix
         self._num_read = 0
         self.num_operations = 0
 
@@ -78,6 +79,44 @@ class Board:
             self._num_read += 1
         return found
 
+    @property
+    def num_read(self) -> int:
+        """News read so far: a place in the order that is the same for all ranks."""
+        return self._num_read
+
+    def say_where(self, rank: int, text: str) -> None:
+        """Write where a rank is."""
+        self._client().set(self._key("where", rank), text)
+
+    def where_are(self, ranks: Sequence[int]) -> list[str]:
+        """Read where these ranks are; each has written once before anybody asks."""
+        return [text.decode() for text in self._client().multi_get([self._key("where", rank) for rank in ranks])]
+
+    def arrive(self, call: str, num_ranks: int) -> bool:
+        """Note that this rank makes a call; True when it is the last one to."""
+        is_last = self._client().add(f"{self.prefix}/call/{call}", 1) == num_ranks
+        if is_last:
+            self._client().set(f"{self.prefix}/all/{call}", "1")
+        return is_last
+
+    def depart(self, call: str) -> None:
+        """Take the note back."""
+        self._client().add(f"{self.prefix}/call/{call}", -1)
+
+    def all_arrived(self, call: str, timeout_s: float) -> bool:
+        """Wait for the last rank to make the call, for so long at most."""
+        key = f"{self.prefix}/all/{call}"
+        try:
+            self._client().wait([key], timedelta(seconds=timeout_s))
+        except RuntimeError:
+            return self._client().check([key])
+        return True
+
+    def forget(self, call: str) -> None:
+        """Remove the notes of a call that is over."""
+        for kind in ("call", "all"):
+            self._client().delete_key(f"{self.prefix}/{kind}/{call}")
+
     def count_gone(self, own: int) -> int:
         """Add this rank (1, or 0 to look) to those that need the store no more, and return their number."""
         return int(self._client().add(self._key("gone", 0), own))
@@ -87,7 +126,7 @@ class Board:
         return self._store
 
     def _key(self, what: str, number: int) -> str:
-        return f"{self._prefix}/{what}/{number}"
+        return f"{self.prefix}/{what}/{number}"
 
 
 def own_client(store: dist.Store, timeout_s: float) -> dist.Store | None:

@@ -30,9 +30,11 @@ import torch.distributed as dist
 from dist_optim.errors import HyperparameterError, RankLostError, RanksDisagreeError
 from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 from dist_optim.ranks.board import Board, own_client
+from dist_optim.ranks.meeting import open_place
 from dist_optim.ranks.rank_process import RankProcess
 from dist_optim.ranks.together import together
 from dist_optim.ranks.watch import Watch
+from dist_optim.ranks.whereabouts import Whereabouts
 
 __all__ = ["DEFAULT_TIMEOUT_S", "VARIABLE", "explain", "report_failure", "timeout_of", "watch_ranks"]
 
@@ -86,9 +88,10 @@ def watch_ranks(process_group: dist.ProcessGroup | None = None, timeout_s: float
     if timeout_s == 0:
         return
     board = _open_board(timeout_s, process_group)
-    place = (RankProcess.own(own_rank()), board is not None)
+    client = None if board is None else _client(timeout_s)  # of the main thread, as the board's is of the watch
+    place = (RankProcess.own(own_rank()), client is not None)
     places = gather_objects(place, process_group)
-    if board is None or not all(has_board for _, has_board in places):
+    if board is None or client is None or not all(has_client for _, has_client in places):
         return  # a kind of store that has no second client
     watch = Watch(
         board,
@@ -98,6 +101,7 @@ def watch_ranks(process_group: dist.ProcessGroup | None = None, timeout_s: float
         rank_0_serves=_rank_0_serves_store(),
         world=_world(),
     )
+    open_place(Board(client, board.prefix), watch, _world())
     _watches[:] = [*(one for one in _watches if one.is_on), watch]
     _install_hooks()
     watch.start()
@@ -161,15 +165,20 @@ def _open_board(timeout_s: float, process_group: dist.ProcessGroup | None) -> Bo
     """The board of a new watch, with this rank's first beat on it; None where the store cannot be opened again."""
     name = gather_objects(uuid.uuid4().hex, process_group)[0]
     try:
-        # Longer than the judge waits: an operation that fails sooner has lost its connection.
-        client = own_client(dist.distributed_c10d._get_default_store(), 3 * timeout_s)
+        client = _client(timeout_s)
         if client is None:
             return None
         board = Board(client, f"dist_optim/{name}")
         board.beat(own_rank(), "1")
+        board.say_where(own_rank(), Whereabouts().to_text())
     except RuntimeError:
         return None
     return board
+
+
+def _client(timeout_s: float) -> dist.Store | None:
+    # Longer than the judge waits: an operation that fails sooner has lost its connection.
+    return own_client(dist.distributed_c10d._get_default_store(), 3 * timeout_s)
 
 
 def _rank_0_serves_store() -> bool:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from dist_optim.errors import RankLostError
 from dist_optim.ranks.board import LEFT, Board, Kind, News
 from dist_optim.ranks.rank_process import Condition, RankProcess
+from dist_optim.ranks.whereabouts import Lookout
 
 __all__ = ["Verdict", "Watch"]
 
@@ -38,6 +39,7 @@ ALARM_S = 5.0  # silence that is enough once a connection was lost
 GRACE_S = 2.0  # for the main thread to come back from where it is
 OWN_ERROR_S = 1.0  # for an error of this rank's own, after another rank ended or failed
 ENDING_S = 30.0  # for a main thread that came back to end the process itself
+ASKED_S = 10.0  # for which a rank says where it is, after another one asked
 MAX_NAMED = 8
 
 
@@ -94,6 +96,8 @@ class Watch:
         self._snapshot: dict[int, str] = {}
         self._gone: list[RankProcess] = []
         self._alarm_ends = 0.0
+        self._lookout = Lookout(self._main_thread)
+        self._asked_until, self._last_asked = 0.0, 0
         self._outbox: list[News] = []
         self._is_closed = False  # rank 0 has said that the store ends with it
         self._has_lost_store = False
@@ -132,6 +136,22 @@ class Watch:
     def main_ends(self) -> None:
         """The main thread ends this process, by an error of its own: the judge need not, for ``ENDING_S``."""
         self._main_explains = True
+
+    def ask_where(self) -> int:
+        """Have all ranks say where they are, from now on for some seconds. Local, and does not wait.
+
+        Returns:
+            The place of the question among the news: answers that have read so far are to it. 0 until it is known.
+        """
+        if self._now >= self._asked_until and not any(one.kind is Kind.ASK for one in self._outbox):
+            self._outbox.append(News(kind=Kind.ASK, rank=self._own.rank))
+            self._wake.set()
+        return self._last_asked if self._now < self._asked_until else 0
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """Who watches each other."""
+        return frozenset(self._by_rank)
 
     def ask(self) -> Verdict | None:
         """After a lost connection: have the missing rank found. Blocks for some seconds, unless it is known already.
@@ -182,6 +202,8 @@ class Watch:
         self._look_at_neighbours()
         while self._outbox:
             self._tell(self._outbox.pop(0))
+        if self._now < self._asked_until:
+            self.board.say_where(self._own.rank, self._lookout.look(self.board.num_read).to_text())
         self._last_contact = self._now
         self._talked.set()
 
@@ -238,6 +260,8 @@ class Watch:
         elif news.kind is Kind.ALARM:
             self._alarm_ends = self._now + self._alarm_s
             self._forget()
+        elif news.kind is Kind.ASK:
+            self._asked_until, self._last_asked = self._now + ASKED_S, self.board.num_read
         elif news.kind is Kind.FAILED:
             if news.rank != self._own.rank:
                 self._decide(news.kind, f"{self._by_rank[news.rank]} failed: {news.text}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -43,6 +43,8 @@ class Holdings:
     """Steps what is elementwise, on this rank's slices."""
     owner_instances: tuple[UpstreamInstance, ...]
     """Step whole tensors, one for each bucket of the plan."""
+    build_instances: Callable[[], tuple[UpstreamInstance | None, list[UpstreamInstance]]]
+    """Builds the same instances anew, without state."""
     pushed_keys: frozenset[str]
     """Hyperparameters: what the groups hand to upstream. Upstream itself counts under other keys."""
     needs_total_norm: bool

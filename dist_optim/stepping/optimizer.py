@@ -6,6 +6,7 @@ else, round by round: full tensors to their owners, the upstream step there, upd
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,12 +22,15 @@ from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_loc
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
+from dist_optim.ranks.meeting import meet
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping import audit, rank_state
 from dist_optim.stepping.holdings import Holdings, Progress
+from dist_optim.stepping.own_methods import OwnMethods
 from dist_optim.stepping.presence import StepAgreement
+from dist_optim.stepping.state_view import StateView
 from dist_optim.stepping.step import TrainingStep
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
@@ -114,7 +118,11 @@ class DistributedOptimizer(Optimizer):
         slices = [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
         owned = {index: member for index, member in here.items() if index not in slices}
         plan = plan_owners(spec, owned, bucket_bytes, process_group)
-        local, owners = _build_instances(spec, groups, arguments, placed, slices, plan, own_rank(process_group))
+
+        def build_instances() -> tuple[UpstreamInstance | None, list[UpstreamInstance]]:
+            return _build_instances(spec, groups, arguments, placed, slices, plan, own_rank(process_group))
+
+        local, owners = build_instances()
         first = local or owners[0]
         self._fixed = [_without_params(group) for group in first.optimizer.param_groups]
         outer = [
@@ -132,6 +140,7 @@ class DistributedOptimizer(Optimizer):
             plan=plan,
             local_instance=local,
             owner_instances=tuple(owners),
+            build_instances=build_instances,
             pushed_keys=frozenset({record.name for record in spec.records()} - constructor_only),
             needs_total_norm=spec.driver.needs_total_norm(arguments),
             process_group=process_group,
@@ -165,6 +174,14 @@ class DistributedOptimizer(Optimizer):
             "Build the same model, with the same arguments, on every rank.",
             self.holdings.all_ranks,
         )
+
+    def meet(self, call: str) -> None:
+        """Wait for all ranks to make this call, of which each has to: see ``ranks.meeting``. Collective.
+
+        Raises:
+            RanksDisagreeError: Some rank makes another call, or waits for something else.
+        """
+        meet(call, self.holdings.all_ranks)
 
     # Stepping -----------------------------------------------------------------------------------------------------
 
@@ -243,7 +260,7 @@ class DistributedOptimizer(Optimizer):
         """
         if self.inside_backward is not None:
             raise UnsupportedError(self.inside_backward.why_no_clipping())
-        present = self.training_step.agree_on_gradients(self._look_at_model())
+        present = self.training_step.agree_on_gradients(self._look_at_model(), "clip_grad_norm_()")
         self.training_step.measure(self._local_gradients(present), norm_as_clipping(norm_type))
         total = self.training_step.total(norm_type)
         coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
@@ -288,27 +305,106 @@ class DistributedOptimizer(Optimizer):
     @torch.no_grad()
     def _swap_weights(self, mode: str) -> None:
         if Trait.WEIGHT_SWAPPING in self.spec.traits and mode != self.mode:
+            self.meet(f"{mode}()")
             self.free_gathered_copies()
             self.training_step.swap_weights(mode)
 
     # State --------------------------------------------------------------------------------------------------------
 
+    @property  # type: ignore[override]
+    def state(self) -> StateView:
+        """This rank's state by parameter, to look at: see ``StateView``. Not a collective."""
+        return StateView(self.holdings)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if self._is_built:
+            raise UnsupportedError(
+                "optimizer.state cannot be replaced. Call load_state_dict with the state to install."
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """This rank's share of the state, by parameter name: plain tensors and scalars. Not a collective.
+        """The state by parameter name: plain tensors and scalars, which load with ``torch.load(weights_only=True)``.
 
-        It loads with ``torch.load(weights_only=True)``, on the same rank of a run with the same world size.
-        """
-        return rank_state.read(self.holdings, self.progress)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Install what ``state_dict`` returned on this rank; hyperparameters of the groups included.
-
-        All state is replaced: a parameter that had none when it was saved has none afterwards.
+        Where parameters are replicated (one process, DDP), all of it, on every rank, as every rank of a stock optimizer
+        has it: it loads under any strategy and number of ranks, and into upstream's own class. Collective then, once a
+        step was taken. Where parameters are sharded, this rank's part, as in torch; it loads on the same rank of a
+        run with the same layout. Not a collective then. For large models, and to move between layouts, use
+        ``dist_optim.save_checkpoint``.
 
         Raises:
-            StateDictError: It belongs to another optimizer, other parameters, or another rank.
+            RanksDisagreeError: Not all ranks called it.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        if self.progress.num_steps and rank_state.is_replicated(self.holdings):
+            self.meet("state_dict()")
+        made = rank_state.read(self.holdings, self.progress)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            made = after(self, made) or made
+        return made
+
+    def state_share(self) -> dict[str, Any]:
+        """This rank's part of the state under any layout; ``load_state_dict`` takes it back here. Not a collective."""
+        return rank_state.read_share(self.holdings, self.progress)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Install what ``state_dict`` returned, of this or of upstream's own class; hyperparameters of groups included.
+
+        All state is replaced: a parameter that had none when it was saved has none afterwards. Every rank loads; not
+        a collective.
+
+        Raises:
+            StateDictError: It belongs to another optimizer, other parameters, or another rank. Nothing was changed.
+        """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, dict(state_dict)) or state_dict
         rank_state.write(self.holdings, self.progress, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise self._why_no_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self._why_no_copy()
+
+    def _why_no_copy(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.spec.name}: a DistributedOptimizer is bound to its model and its ranks, and cannot be copied or "
+            "pickled. Keep optimizer.state_dict(), or build another one for the model's copy."
+        )
+
+    # Upstream's own methods ---------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; a class that does more in its own ``zero_grad`` does it. Not a collective."""
+        super().zero_grad(set_to_none)
+        OwnMethods(self.holdings).zero_grad(set_to_none)
+
+    def __getattr__(self, name: str) -> Any:
+        """Of a class that the user gave: a public method, ``swap()`` say, which is collective, or a plain value."""
+        held = self.__dict__.get("holdings")
+        own = None if held is None else OwnMethods(held)
+        if own is not None and own.has(name):
+            return functools.partial(self._call_own_method, name)
+        if own is not None and own.has_value(name):
+            return own.value(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A value of the user's class goes to its instances."""
+        held = self.__dict__.get("holdings")
+        if held is not None and not hasattr(type(self), name) and name not in self.__dict__:
+            own = OwnMethods(held)
+            if own.has_value(name):
+                own.set_value(name, value)
+                return
+        super().__setattr__(name, value)
+
+    def _call_own_method(self, name: str, *args: Any, **keywords: Any) -> Any:
+        gradients = self._local_gradients(self.training_step.agree_on_gradients(self._look_at_model(), f"{name}()"))
+        return self.training_step.call_own_method(name, args, keywords, gradients)
 
     @property
     def num_steps(self) -> int:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dist_optim.errors import DistOptimError, RanksDisagreeError, StepFailedError
 from dist_optim.ranks.agreement import agree_on_bits, assert_ranks_equal, host_group, num_ranks, own_rank
+from dist_optim.ranks.meeting import waited_for
 from dist_optim.ranks.together import raise_together
 from dist_optim.specs.driver import ParamGroup
 
@@ -46,6 +47,7 @@ class StepAgreement:
         samples: Sequence[int | None] = (),
         problem: DistOptimError | None = None,
         explain: Callable[[], None] = lambda: None,
+        call: str = "step()",
     ) -> list[bool]:
         """Which parameters have a gradient, the same answer on every rank. Collective.
 
@@ -57,6 +59,7 @@ class StepAgreement:
             samples: Digests that must be equal on all ranks that give one in the same place.
             problem: Why this rank cannot take the step.
             explain: Collective; raises with what exactly differs, when samples do.
+            call: What the user has called, on every rank.
 
         Raises:
             DistOptimError: On all ranks, what was a problem on any.
@@ -66,18 +69,22 @@ class StepAgreement:
             if problem is not None:
                 raise problem
             return list(has)
-        digests = [_digest(values), *samples]
+        digests = [_digest([("call", call), *values]), *samples]
         mine = [bit for digest in digests for bit in _bits(digest)]
         others = [not bit for bit in mine]
         silent = [digest is None for digest in digests for _ in range(DIGEST_BITS)]
         mine, others = ([bit and not mute for bit, mute in zip(row, silent, strict=True)] for row in (mine, others))
-        some, not_all = agree_on_bits([problem is not None, *has, *mine], [False, *lacks, *others], self._group)
+
+        def wait(work: dist.Work) -> None:
+            waited_for(work, call, self._ranks)
+
+        some, not_all = agree_on_bits([problem is not None, *has, *mine], [False, *lacks, *others], self._group, wait)
         if some[0]:
             raise_together(problem, self._ranks)
         end = 1 + len(names)
         differs = [here and there for here, there in zip(some[end:], not_all[end:], strict=True)]
         if any(differs[:DIGEST_BITS]):
-            _raise_on_values(values, self._ranks)
+            _raise_on_values(call, values, self._ranks)
         for name, is_present, is_lacking in zip(names, some[1:end], not_all[1:end], strict=True):
             if is_present and is_lacking:
                 raise RanksDisagreeError(
@@ -159,7 +166,13 @@ def _bits(digest: int | None) -> list[bool]:
     return [bool((digest or 0) >> bit & 1) for bit in range(DIGEST_BITS)]
 
 
-def _raise_on_values(values: Sequence[tuple[str, Any]], ranks: dist.ProcessGroup | None) -> None:
+def _raise_on_values(call: str, values: Sequence[tuple[str, Any]], ranks: dist.ProcessGroup | None) -> None:
+    assert_ranks_equal(
+        "Ranks have parted",
+        [("the call", call)],
+        "Make the same calls, in the same order, on every rank.",
+        ranks,
+    )
     assert_ranks_equal(
         "Hyperparameters differ between ranks",
         values,

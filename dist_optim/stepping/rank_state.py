@@ -1,11 +1,14 @@
-"""State dicts of one rank: plain tensors and scalars by parameter name, and back.
+"""State dicts: plain tensors and scalars by parameter name, and back.
 
 ::
 
     {"optimizer": name, "rank": r, "world_size": W, "num_steps": n, "mode": "train" or "eval",
      "counters": [key, ...],                             # of the groups' keys: what upstream itself counts
-     "state": {fqn: {key: tensor or scalar}},            # what this rank owns or steps locally
+     "state": {fqn: {key: tensor or scalar}},            # what this rank owns or steps locally; or all, see below
      "param_groups": [{hyperparameters, counters, "params": [fqn, ...]}]}
+
+Where parameters are replicated, ``state`` is all of it, and rank and world_size are None. What ``state_dict`` of
+upstream's own class returns loads as well: it has ``state`` and ``param_groups`` alone, and numbers for names.
 """
 
 from __future__ import annotations
@@ -18,19 +21,32 @@ from torch import Tensor
 from dist_optim.errors import StateDictError
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.holdings import Holdings, Progress
+from dist_optim.stepping.whole_state import StateByName, gathered, own_state, parts_of
 
-__all__ = ["check_groups", "install", "plain_groups", "read", "write"]
+__all__ = ["MODE", "STEPS", "check_groups", "install", "is_replicated", "plain_groups", "read", "read_share", "write"]
+
+STEPS, MODE = "dist_optim_num_steps", "dist_optim_mode"
+"""Keys of the first param group, in what torch's doors take: how far the optimizer has come."""
+_PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 def read(held: Holdings, progress: Progress) -> dict[str, Any]:
-    """This rank's share; tensors are the live ones, as torch's ``state_dict`` returns them."""
-    state = {}
-    for instance, index in held.stepped_here():
-        encoded = instance.encoded_state(index)
-        if encoded:
-            state[held.placed[index].fqn] = encoded
+    """All state where parameters are replicated, else this rank's share. Collective in the first case, after step 0."""
+    if not is_replicated(held):
+        return read_share(held, progress)
+    state = gathered(held) if progress.num_steps else own_state(held)
+    return _state_dict(held, progress, state, {"rank": None, "world_size": None})
+
+
+def read_share(held: Holdings, progress: Progress) -> dict[str, Any]:
+    """This rank's share; tensors are the live ones, as torch's ``state_dict`` returns them. Not a collective."""
+    return _state_dict(held, progress, own_state(held), _place(held))
+
+
+def _state_dict(held: Holdings, progress: Progress, state: StateByName, place: dict[str, Any]) -> dict[str, Any]:
     return {
-        **_header(held),
+        "optimizer": held.spec.name,
+        **place,
         "num_steps": progress.num_steps,
         "mode": progress.mode,
         "counters": held.counter_keys(),
@@ -48,12 +64,16 @@ def plain_groups(held: Holdings) -> list[dict[str, Any]]:
 
 
 def write(held: Holdings, progress: Progress, state_dict: Mapping[str, Any]) -> None:
-    """Check that the state dict is this rank's, then install it."""
+    """Check that the state dict fits, as a whole or as this rank's share, then install it."""
+    _refuse_others(state_dict)
+    if "optimizer" not in state_dict:
+        state_dict = _as_ours(held, state_dict)
     _check(held, state_dict)
+    state = state_dict["state"]
     install(
         held,
         progress,
-        state=state_dict["state"],
+        state=parts_of(state, held) if state_dict["world_size"] is None else state,
         groups=state_dict["param_groups"],
         counters=state_dict["counters"],
         num_steps=state_dict["num_steps"],
@@ -92,23 +112,75 @@ def install(
     progress.num_steps, progress.mode = num_steps, mode
 
 
+def _refuse_others(given: Any) -> None:
+    if not isinstance(given, Mapping) or not isinstance(given.get("state"), Mapping) or "param_groups" not in given:
+        what = f"the keys {sorted(map(str, given))[:5]}" if isinstance(given, Mapping) else repr(given)[:80]
+        raise StateDictError(
+            f"load_state_dict was given {what}: no optimizer's state dict, which has state and param_groups. Give what "
+            "state_dict() returned."
+        )
+
+
+def _as_ours(held: Holdings, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of upstream's own class, whose parameters are numbers in the order of the groups, or names."""
+    saved = list(given["param_groups"])
+    named = [name for group in held.names_by_group() for name in group]
+    theirs = [one for group in saved for one in group["params"]]
+    if all(isinstance(one, int) for one in theirs) and len(theirs) == len(named):
+        name_of = dict(zip(theirs, named, strict=True))
+    else:
+        name_of = {one: one for one in theirs}
+    state = {name_of.get(key, key): dict(own) for key, own in given["state"].items()}
+    driver = held.instances[0].driver
+    state = {
+        name: own if all(isinstance(value, _PLAIN) for value in own.values()) else driver.encode_state(own)
+        for name, own in state.items()
+    }
+    marks = {key: value for group in saved for key, value in group.items() if key in (STEPS, MODE)}
+    groups = [
+        {**{key: value for key, value in group.items() if key not in marks}, "params": [name_of[one] for one in params]}
+        for group in saved
+        for params in [group["params"]]
+    ]
+    evaluates = any(group.get("train_mode") is False for group in groups)
+    num_steps = int(marks[STEPS]) if marks else _steps_in(state, groups)
+    return {
+        "optimizer": held.spec.name,
+        "rank": None,
+        "world_size": None,
+        "num_steps": num_steps,
+        "mode": str(marks.get(MODE, "eval" if evaluates else "train")),
+        "counters": sorted({key for group in held.counters() for key in group}),
+        "state": state if num_steps else {},  # before the first step it is room, made for torch's doors
+        "param_groups": groups,
+    }
+
+
+def _steps_in(state: StateByName, groups: Sequence[Mapping[str, Any]]) -> int:
+    """Steps taken, where upstream counts them."""
+    counts = [own[key] for own in (*state.values(), *groups) for key in ("step", "k") if key in own]
+    return max((int(count) for count in counts), default=1 if state else 0)
+
+
 def _check(held: Holdings, state_dict: Mapping[str, Any]) -> None:
-    own = _header(held)
-    missing = [key for key in (*own, "num_steps", "mode", "counters", "state", "param_groups") if key not in state_dict]
+    own = {"optimizer": held.spec.name, **_place(held)}
+    missing = [key for key in (*own, "num_steps", "mode", "counters") if key not in state_dict]
     if missing:
         raise StateDictError(
             f"This is not a state dict of a DistributedOptimizer: {', '.join(missing)} is missing. Load what "
             "state_dict() returned on this rank."
         )
-    for key, value in own.items():
-        if state_dict[key] != value:
+    is_whole = state_dict["world_size"] is None
+    for key in ("optimizer",) if is_whole else own:
+        if state_dict[key] != own[key]:
             raise StateDictError(
-                f"The state dict was saved with {key} {state_dict[key]!r}, but is loaded with {key} {value!r}. "
+                f"The state dict was saved with {key} {state_dict[key]!r}, but is loaded with {key} {own[key]!r}. "
                 "Every rank must load its own share, with the optimizer and the number of ranks that saved it."
             )
     check_groups(held, state_dict["param_groups"])
     here = {held.placed[index].fqn for _, index in held.stepped_here()}
-    foreign = sorted(set(state_dict["state"]) - here)
+    known = {placed.fqn for placed in held.placed} if is_whole else here
+    foreign = sorted(set(state_dict["state"]) - known)
     if foreign:
         raise StateDictError(
             f"The state dict holds state of {foreign[:5]}, which this rank does not own. Build the optimizer with the "
@@ -132,9 +204,14 @@ def check_groups(held: Holdings, saved: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _header(held: Holdings) -> dict[str, Any]:
+def _place(held: Holdings) -> dict[str, Any]:
     """What must be equal between a saved share and the optimizer that loads it."""
-    return {"optimizer": held.spec.name, "rank": held.rank, "world_size": num_ranks(held.process_group)}
+    return {"rank": held.rank, "world_size": num_ranks(held.process_group)}
+
+
+def is_replicated(held: Holdings) -> bool:
+    """Whether every rank holds every parameter whole."""
+    return all(placed.layout.is_replicated for placed in held.placed)
 
 
 def _copy(value: Any) -> Any:

@@ -7,7 +7,8 @@ upstream counts in its groups moves on once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatt
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.gradients import GradientSamples, assert_gradients_reduced, odd_gradient
 from dist_optim.stepping.holdings import Holdings, Progress
+from dist_optim.stepping.own_methods import one_result
 from dist_optim.stepping.presence import StepAgreement, hyperparameters_of
 from dist_optim.stepping.sentinel import compare_ranks
 from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
@@ -26,6 +28,9 @@ from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
 __all__ = ["TrainingStep"]
 
 MAX_KEPT_PARTS = 4096
+
+Act = Callable[[UpstreamInstance, Mapping[int, Tensor]], object]
+"""What to do with an instance, and the gradients of its parameters."""
 
 
 class TrainingStep:
@@ -96,7 +101,7 @@ class TrainingStep:
         self._is_one_by_one = before_backward
         if present is None:
             self._agreed = hyperparameters_of(self._held.groups, self._held.pushed_keys)
-            present = self._agree([], problem) if before_backward else self.agree_on_gradients(problem)
+            present = self._agree([], problem, "backward()") if before_backward else self.agree_on_gradients(problem)
             if self._progress.num_steps == 0 and not before_backward:
                 assert_gradients_reduced(self._held.placed, self._held.all_ranks)
         elif problem is not None:
@@ -105,14 +110,14 @@ class TrainingStep:
         for instance in self._held.instances:
             instance.push_hyperparameters(self._held.groups, self._held.pushed_keys)
 
-    def agree_on_gradients(self, problem: DistOptimError | None = None) -> list[bool]:
+    def agree_on_gradients(self, problem: DistOptimError | None = None, call: str = "step()") -> list[bool]:
         """Which parameters have a stored gradient, the same answer on every rank; what else ``begin`` raises for."""
         placed = self._held.placed
         problem = problem or odd_gradient(placed) or self._unfrozen()
         has = [one.parameter.grad is not None for one in placed]
-        return self._agree(has, problem)
+        return self._agree(has, problem, call)
 
-    def _agree(self, has: Sequence[bool], problem: DistOptimError | None) -> list[bool]:
+    def _agree(self, has: Sequence[bool], problem: DistOptimError | None, call: str) -> list[bool]:
         placed = self._held.placed[: len(has)]
         return self.agreement.before(
             [one.fqn for one in placed],
@@ -122,6 +127,7 @@ class TrainingStep:
             self._samples.take(self._progress.num_steps) if has else (),
             problem,
             self._explain_samples,
+            call,
         )
 
     def _explain_samples(self) -> None:
@@ -224,20 +230,54 @@ class TrainingStep:
 
     def swap_weights(self, mode: str) -> None:
         """Let upstream exchange training and averaged weights. Collective."""
-        local = self._held.local_instance
-        self._is_one_by_one = False
-        if local is not None:
-            local.swap_weights(mode, {index: self._held.placed[index].local() for index in local.shadows})
-        run_tasks(self._swap_task(number, mode) for number in range(len(self._held.plan.buckets)))
-        self.publish_counters()
+        self._in_view(lambda instance, _: getattr(instance.optimizer, mode)())
         self._progress.mode = mode
 
-    def _swap_task(self, number: int, mode: str) -> Task[None]:
+    @torch.no_grad()
+    def call_own_method(
+        self, name: str, args: Sequence[Any], keywords: Mapping[str, Any], gradients: Mapping[int, Tensor]
+    ) -> Any:
+        """Call a method of upstream's own on all instances, with parameters and gradients in its view. Collective.
+
+        Raises:
+            StepFailedError: On all ranks: it failed on one.
+            UnsupportedError: On all ranks: it changes gradients, or returns something else for each part.
+        """
+        results: list[Any] = []
+
+        def call(instance: UpstreamInstance, own: Mapping[int, Tensor]) -> None:
+            try:
+                results.append(instance.call(name, args, keywords, own))
+            except Exception as error:
+                self.agreement.note(error)
+                results.append(None)
+
+        self._in_view(call, gradients)
+        self.agreement.after(f"{self._held.spec.name}.{name}()", self._progress.num_steps)
+        return one_result(name, results, self._held)
+
+    def _in_view(self, act: Act, gradients: Mapping[int, Tensor] | None = None) -> None:
+        """Act on every instance while its parameters, and gradients, are in its view. Collective."""
+        local, gradients = self._held.local_instance, gradients or {}
+        self._is_one_by_one = False
+        if local is not None:
+            local.show({index: self._held.placed[index].local() for index in local.shadows})
+            act(local, {index: one for index, one in gradients.items() if index in local.shadows})
+        run_tasks(self._view_task(number, act, gradients) for number in range(len(self._held.plan.buckets)))
+        self.publish_counters()
+
+    def _view_task(self, number: int, act: Act, gradients: Mapping[int, Tensor]) -> Task[None]:
         bucket, instance = self._held.plan.buckets[number], self._held.owner_instances[number]
         _, route = self._part_of(number, [item.index for item in bucket.items])
         parameters = {item.index: self._held.placed[item.index].local() for item in bucket.items}
         (full,) = yield from gather_to_owner(bucket, [parameters], route, self._group)
-        updated = instance.swap_weights(mode, full)
+        full_gradients: Mapping[int, Tensor] = {}
+        if stored := [item.index for item in bucket.items if item.index in gradients]:
+            part, its_route = self._part_of(number, stored)
+            (full_gradients,) = yield from gather_to_owner(part, [gradients], its_route, self._group)
+        instance.show(full)
+        act(instance, full_gradients)
+        updated = {index: instance.shadows[index].data for index in full}
         yield from scatter_from_owner(bucket, updated, parameters, route, self._group)
         self._put_down(bucket, instance, updated, parameters)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import DistOptimError, HyperparameterError
+from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.driver import ParamGroup, tensors_in
 from dist_optim.specs.registry import OptimizerSpec, Trait
@@ -142,11 +142,22 @@ class UpstreamInstance:
         if any(_counters_in(group, keys) for group in self.optimizer.param_groups):
             self.driver.step(self.optimizer, [])
 
-    def swap_weights(self, mode: str, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Call upstream's ``train()`` or ``eval()`` on the given tensors; returns them as they are afterwards."""
-        self.show(parameters)
-        getattr(self.optimizer, mode)()
-        return {index: self.shadows[index].data for index in parameters}
+    def call(self, name: str, args: Sequence[Any], keywords: Mapping[str, Any], gradients: Mapping[int, Tensor]) -> Any:
+        """Call a method of upstream's own, on the parameters in its view and these gradients; returns what it returns.
+
+        Raises:
+            UnsupportedError: It has changed gradients.
+        """
+        before = {index: (gradient, gradient._version) for index, gradient in gradients.items()}
+        for index, gradient in gradients.items():
+            self.shadows[index].grad = gradient
+        try:
+            result = getattr(self.optimizer, name)(*args, **keywords)
+            _refuse_changed_gradients(name, before, {index: self.shadows[index].grad for index in gradients})
+            return result
+        finally:
+            for index in gradients:
+                self.shadows[index].grad = None
 
     def release(self, indices: Collection[int]) -> None:
         """Drop the full tensors, so that between steps only the shards hold the parameters."""
@@ -213,6 +224,21 @@ class UpstreamInstance:
             for shadow in self.shadows.values()
             for tensor in tensors_in(self.driver.read_state(self.optimizer, shadow))
         ]
+
+
+def _refuse_changed_gradients(
+    name: str, before: Mapping[int, tuple[Tensor, int]], now: Mapping[int, Tensor | None]
+) -> None:
+    """Raise when a method has written to gradients, or taken some away: they would not find their way back.
+
+    Raises:
+        UnsupportedError: Perhaps on this rank alone.
+    """
+    if any(now[index] is not gradient or gradient._version != version for index, (gradient, version) in before.items()):
+        raise UnsupportedError(
+            f"{name}() changes gradients, which stay with the model here. Change them before step(), on "
+            "parameter.grad of every rank."
+        )
 
 
 def _copy(key: str, value: Any, device: torch.device, group: ParamGroup) -> Any:

@@ -319,7 +319,7 @@ class ZeroOptimizer(Optimizer):
         """This rank's share of the state, by parameter name; DeepSpeed stores it in this rank's checkpoint file."""
         for part in self._parts:
             self._push_hyperparameters(part)
-        own: dict[str, Any] = {"dist_optim": 1, "calls": [part.state_dict() for part in self._parts]}
+        own: dict[str, Any] = {"dist_optim": 1, "calls": [part.state_share() for part in self._parts]}
         return own if self.training_weights is None else {**own, "training_weights": self.training_weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -1,0 +1,69 @@
+"""What a class that the user gave has beyond ``torch.optim.Optimizer``: methods, values, its own ``zero_grad``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dist_optim.errors import UnsupportedError
+from dist_optim.ranks.agreement import gather_objects
+from dist_optim.stepping.holdings import Holdings
+
+__all__ = ["OwnMethods", "one_result"]
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+class OwnMethods:
+    """Looks at the class, and at the instances of it, of which each rank has some. Nothing here is a collective.
+
+    Described optimizers have none: what their classes offer is a matter of their family's file.
+    """
+
+    def __init__(self, held: Holdings) -> None:
+        self._optimizers = [instance.optimizer for instance in held.instances]
+        self._class = held.spec.load_class() if held.spec.is_undescribed else Optimizer
+
+    def has(self, name: str) -> bool:
+        """Whether the class has a public method of this name, which torch's own base class has not."""
+        return not name.startswith("_") and not hasattr(Optimizer, name) and callable(getattr(self._class, name, None))
+
+    def has_value(self, name: str) -> bool:
+        """Whether the class keeps a plain value under this public name."""
+        return (
+            self._class is not Optimizer
+            and not name.startswith("_")
+            and all(isinstance(vars(one).get(name, ...), _PLAIN) for one in self._optimizers)
+        )
+
+    def value(self, name: str) -> Any:
+        """The value, which is the same in all instances."""
+        return vars(self._optimizers[0])[name]
+
+    def set_value(self, name: str, value: Any) -> None:
+        """Set it in all instances of this rank."""
+        for one in self._optimizers:
+            setattr(one, name, value)
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """What the class does besides; gradients themselves are the model's."""
+        if getattr(self._class, "zero_grad", None) is not Optimizer.zero_grad:
+            for one in self._optimizers:
+                one.zero_grad(set_to_none)
+
+
+def one_result(name: str, results: list[Any], held: Holdings) -> Any:
+    """What a method returned: the same from all its instances, on all ranks. Collective.
+
+    Raises:
+        UnsupportedError: Instances returned other values, or what cannot be compared.
+    """
+    everyones = gather_objects([one if isinstance(one, _PLAIN) else ... for one in results], held.all_ranks)
+    flat = [one for results in everyones for one in results]
+    if any(one is ... or one != flat[0] for one in flat):
+        raise UnsupportedError(
+            f"{name}() returns something else for each part of the model, and here each rank steps a part. Read what "
+            "it is made of from optimizer.state, or use one process."
+        )
+    return flat[0]

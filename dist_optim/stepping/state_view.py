@@ -1,0 +1,64 @@
+"""``optimizer.state``: this rank's state by parameter, to look at, as monitors of torch's optimizers do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from dist_optim.errors import UnsupportedError
+from dist_optim.stepping.holdings import Holdings
+
+__all__ = ["StateView"]
+
+
+class _ReadOnly(dict[str, Any]):
+    """The state of one parameter; its tensors are the live ones, its keys are fixed."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise UnsupportedError(
+            "optimizer.state shows what upstream keeps, and takes nothing new: it would be lost. Write into its "
+            "tensors in place, or call load_state_dict with what the state should be."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+class StateView(Mapping[Tensor, dict[str, Any]]):
+    """State by parameter: all of what this rank owns, and its part of what each rank steps a part of.
+
+    A parameter without state here, because another rank owns it or it never had a gradient, has an empty one, as in
+    torch's optimizers; only those with state are counted and iterated over. Not a collective.
+    """
+
+    def __init__(self, held: Holdings) -> None:
+        self._steppers = {held.placed[index].parameter: (instance, index) for instance, index in held.stepped_here()}
+
+    def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
+        stepper = self._steppers.get(parameter)  # type: ignore[call-overload]
+        return _ReadOnly({} if stepper is None else stepper[0].encoded_state(stepper[1]))
+
+    def __contains__(self, parameter: object) -> bool:
+        return isinstance(parameter, Tensor) and bool(self[parameter])
+
+    def get(self, parameter: Tensor, default: Any = None) -> Any:
+        """The state of a parameter that has one here, or ``default``."""
+        return self[parameter] or default
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (parameter for parameter in self._steppers if self[parameter])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("clear", "pop", "popitem", "setdefault", "update", "__setitem__", "__delitem__"):
+            return _ReadOnly()._refuse
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setitem__(self, parameter: Tensor, value: Any) -> None:
+        _ReadOnly()._refuse()
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        _ReadOnly()._refuse()
