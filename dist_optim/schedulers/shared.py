@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dist_optim.errors import MetricError, RanksDisagreeError, ScheduleError, StateDictError
 from dist_optim.ranks.agreement import assert_ranks_equal, gather_objects, own_rank
+from dist_optim.ranks.meeting import meet
 from dist_optim.ranks.together import together
 from dist_optim.schedulers.decisions import DecisionLog, Row, describe_decision, make_row
 from dist_optim.schedulers.limits import learning_rates, set_learning_rates
@@ -104,6 +105,7 @@ class MetricScheduler:
         """
         if metrics is _NOT_GIVEN and self.stepped_by_engine:
             return None
+        meet(f"step() of {self.name}", self.process_group)
         reduced = self._agree_on_metric(metrics, absence)
         number, old = len(self._log.rows) + 1, learning_rates(self.optimizer)
         if reduced.metric is None:
