@@ -15,6 +15,7 @@ from typing import Any
 
 from dist_optim.errors import CheckpointError
 from dist_optim.ranks.agreement import assert_ranks_equal, own_rank
+from dist_optim.ranks.meeting import meet
 from dist_optim.ranks.together import together
 
 __all__ = ["fail_together"]
@@ -29,11 +30,13 @@ def fail_together(engine: Any) -> None:
 
     @functools.wraps(save)
     def save_checkpoint(*args: Any, **options: Any) -> Any:
+        meet("engine.save_checkpoint()")
         with nullcontext() if engine.checkpoint_engine.is_decoupled() else _noted(engine):
             return save(*args, **options)
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **options: Any) -> Any:
+        meet("engine.load_checkpoint()")
         if not engine.load_universal_checkpoint():
             tag = _found_together(engine, load_dir, tag)
         with _read_together(engine):
