@@ -53,8 +53,8 @@ def collectives_counted() -> Iterator[Counter[str]]:
         return call
 
     with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in COLLECTIVES}):
-        gather = counting("all_gather_single", transfer._all_gather_single)
-        with mock.patch.object(transfer, "_all_gather_single", gather):
+        gather = counting("all_gather_single", transfer.gather_single)
+        with mock.patch.object(transfer, "gather_single", gather):
             yield counted
 
 

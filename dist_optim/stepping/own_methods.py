@@ -22,7 +22,7 @@ class OwnMethods:
     """
 
     def __init__(self, held: Holdings) -> None:
-        self._optimizers = [instance.optimizer for instance in held.instances]
+        self._upstream = [instance.optimizer for instance in held.instances]
         self._class = held.spec.load_class() if held.spec.is_undescribed else Optimizer
 
     def has(self, name: str) -> bool:
@@ -34,22 +34,22 @@ class OwnMethods:
         return (
             self._class is not Optimizer
             and not name.startswith("_")
-            and all(isinstance(vars(one).get(name, ...), _PLAIN) for one in self._optimizers)
+            and all(isinstance(vars(one).get(name, ...), _PLAIN) for one in self._upstream)
         )
 
     def value(self, name: str) -> Any:
         """The value, which is the same in all instances."""
-        return vars(self._optimizers[0])[name]
+        return vars(self._upstream[0])[name]
 
     def set_value(self, name: str, value: Any) -> None:
         """Set it in all instances of this rank."""
-        for one in self._optimizers:
+        for one in self._upstream:
             setattr(one, name, value)
 
     def zero_grad(self, set_to_none: bool) -> None:
         """What the class does besides; gradients themselves are the model's."""
         if getattr(self._class, "zero_grad", None) is not Optimizer.zero_grad:
-            for one in self._optimizers:
+            for one in self._upstream:
                 one.zero_grad(set_to_none)
 
 
