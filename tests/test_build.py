@@ -108,7 +108,7 @@ def build_with_other_rank_argument() -> None:
 
 
 def test_other_hyperparameters_on_one_rank_are_named(two_ranks: RankPool) -> None:
-    with pytest.raises(AssertionError, match="group 1, rank is 4 on rank 0 and 5 on rank 1"):
+    with pytest.raises(AssertionError, match=": rank is 4 on rank 0 and 5 on rank 1"):
         two_ranks.run(build_with_other_rank_argument)
 
 

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.errors import UnsupportedLayoutError
+from dist_optim.errors import ParameterError, UnsupportedLayoutError
 from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated, detect
+from dist_optim.layouts.detect import assert_held_by
 from dist_optim.layouts.layout import boxes_on
 from dist_optim.testing import RankPool, assert_equal, assert_no_problems_on_any_rank
 
@@ -133,3 +134,17 @@ def detect_tensors_on_a_2d_mesh() -> None:
 
 def test_one_mesh_axis_may_shard_and_two_are_refused_with_the_remedy(four_ranks: RankPool) -> None:
     four_ranks.run(detect_tensors_on_a_2d_mesh)
+
+
+def another_model_is_told_from_a_wrapped_one() -> None:
+    for model in (nn.Linear(4, 4), DistributedDataParallel(nn.Linear(4, 4)), fully_shard(nn.Linear(4, 4))):
+        placed = list(detect(model).values())
+        model(torch.ones(2, 4))  # FSDP2's root stays gathered
+        assert_held_by(model, placed)
+        assert_held_by(nn.Sequential(model), placed)
+        with pytest.raises(ParameterError, match="'weight' of the optimizer is not a parameter of this Linear"):
+            assert_held_by(nn.Linear(4, 4), placed)
+
+
+def test_another_model_is_told_from_a_wrapped_one(two_ranks: RankPool) -> None:
+    two_ranks.run(another_model_is_told_from_a_wrapped_one)

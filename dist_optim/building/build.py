@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_optim.building.alike import assert_alike
+from dist_optim.building.arguments import check_model, check_process_group, check_settings
 from dist_optim.building.choice import resolve
-from dist_optim.building.groups import arrange
+from dist_optim.building.groups import GivenParameters, arrange
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.inside_backward.handle import install
@@ -33,7 +35,7 @@ def build_optimizer(
     optimizer: str | type[Optimizer],
     *,
     target_modules: str | Sequence[str] | None = None,
-    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    params: GivenParameters = None,
     no_decay: Iterable[str] = (),
     process_group: dist.ProcessGroup | None = None,
     fused_backward: bool | None = None,
@@ -54,8 +56,8 @@ def build_optimizer(
         target_modules: For low-rank optimizers, which linear layers are trained in a low-rank space: ``"all-linear"``,
             or parts of module names, or regular expressions. Their weights go into param groups of their own, after
             the others, as transformers' Trainer arranges them.
-        params: Parameters, or param groups with hyperparameters of their own, instead of all of the model's. A group
-            that names ``rank`` itself is low-rank as it stands.
+        params: Parameters, or named ones, or param groups with hyperparameters of their own, instead of all of the
+            model's. A group that names ``rank`` itself is low-rank as it stands.
         no_decay: Names of parameters that get ``weight_decay=0``, in a group of their own.
         process_group: The ranks that train the model together; the default group when None.
         fused_backward: Update each parameter inside backward, as soon as its reduced gradient is there, and free the
@@ -74,11 +76,19 @@ def build_optimizer(
     Raises:
         UnknownOptimizerError, HyperparameterError, TargetModulesError, MissingPackageError, ParameterError,
         UnsupportedError: See ``dist_optim.errors``; on all ranks together.
-        RanksDisagreeError: Ranks gave different models or arguments.
+        RanksDisagreeError: Ranks gave different models or arguments, or run different versions of a library.
     """
+    check_process_group(process_group)
     host_group(process_group)  # where one has to be made, all ranks make it now, before any of them can fail
 
     def build() -> tuple[DistributedOptimizer, bool]:
+        check_model(model)
+        check_settings(
+            bucket_bytes=bucket_bytes,
+            check_ranks_every=check_ranks_every,
+            fused_backward=fused_backward,
+            print_audit=print_audit,
+        )
         spec = resolve(optimizer, inside_backward=fused_backward is not False)
         placed = detect(model, process_group)
         is_fused = _choose_fused(fused_backward, model, spec, placed, process_group)
@@ -106,6 +116,11 @@ def build_optimizer(
         doing="Building the optimizer",
         remedy="Check the arguments of build_optimizer; the error that this one comes from says where it happened.",
     )
+    settings = {"fused_backward": is_fused, "bucket_bytes": bucket_bytes, "check_ranks_every": check_ranks_every}
+    asked = {"optimizer": built.spec.name, **settings, "target_modules": target_modules, **hyperparameters}
+    groups_of = {name: at for at, names in enumerate(built.holdings.names_by_group()) for name in names}
+    asked |= {f"the group of {name!r}": number for name, number in groups_of.items()}
+    assert_alike(asked, process_group, [built.spec.package])
     built.agree_on_plan()
     watch_ranks(process_group, rank_timeout_s)
     if is_fused:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.specs.registry import OptimizerSpec, get_spec, names, spec_of_class
+from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["resolve"]
@@ -35,8 +38,20 @@ def resolve(optimizer: str | type[Optimizer], *, inside_backward: bool = False) 
             f"{spec.name} steps each parameter inside backward, which is not served here. Use {spec.instead}, the same "
             "algorithm with stored gradients."
         )
-    spec.load_class()
+    _refuse_named_parameters(spec)
     return spec
+
+
+def _refuse_named_parameters(spec: OptimizerSpec) -> None:
+    """A class that chooses by names what to do with each parameter would be given groups without any."""
+    first = next(iter(inspect.signature(spec.load_class()).parameters), "")
+    if spec.is_undescribed and first.startswith("named_"):
+        raise UnsupportedError(
+            f"{spec.name} is built from {first}, and decides by the names what to do with each parameter; dist_optim "
+            "builds optimizers from groups of parameters. Pass a class that takes params, with groups in params= that "
+            "hold what each needs; or register an OptimizerSpec whose driver builds this class (docs/adding-an-"
+            "optimizer.md)."
+        )
 
 
 def _why_no_choice(given: object) -> str:
@@ -45,10 +60,11 @@ def _why_no_choice(given: object) -> str:
             f"optimizer={given!r} is neither a registered name nor a subclass of torch.optim.Optimizer. "
             "Pass one of dist_optim.names(), or the class itself."
         )
-    name = given.spec.name if isinstance(given, DistributedOptimizer) else spec_of_class(type(given)).name
-    wanted = repr(name) if name in names() else type(given).__name__
+    inside = find_optimizer(given, Optimizer) or given
+    name = inside.spec.name if isinstance(inside, DistributedOptimizer) else spec_of_class(type(inside)).name
+    wanted = repr(name) if name in names() else type(inside).__name__
     return (
-        f"optimizer is an instance of {type(given).__name__}, built already, on parameters that wrapping the model may "
-        f"replace. Pass what to build instead, and its hyperparameters: {wanted}, lr=..., ... It is built when the "
+        f"optimizer is an instance of {type(inside).__name__}, built already, on parameters that wrapping the model "
+        f"may replace. Pass what to build instead, and its hyperparameters: {wanted}, lr=..., ... It is built when the "
         "model is in place."
     )

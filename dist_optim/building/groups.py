@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from dist_optim.building.arguments import listed_names
 from dist_optim.building.targets import select_matrices
 from dist_optim.errors import HyperparameterError, ParameterError, TargetModulesError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.driver import ParamGroup
-from dist_optim.specs.hyperparameters import Scope, check_hyperparameters
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope, check_hyperparameters
 from dist_optim.specs.registry import OptimizerSpec, Trait
 
-__all__ = ["arrange"]
+__all__ = ["GivenParameters", "arrange"]
+
+GivenParameters = Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]] | Iterable[Mapping[str, Any]] | None
+KEYS_OF_TORCH = ("initial_lr",)
+"""What torch's own schedules write into param groups, and read when they are made again in the middle of a run."""
 
 
 def arrange(
@@ -23,7 +29,7 @@ def arrange(
     placed: Mapping[str, PlacedParameter],
     hyperparameters: Mapping[str, Any],
     *,
-    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
+    params: GivenParameters = None,
     no_decay: Iterable[str] = (),
     target_modules: str | Sequence[str] | None = None,
 ) -> tuple[list[ParamGroup], dict[str, Any]]:
@@ -33,7 +39,8 @@ def arrange(
         HyperparameterError, TargetModulesError, ParameterError: As ``build_optimizer``.
     """
     values = spec.check(hyperparameters)
-    groups = _make_groups(model, spec, values, placed, params, set(no_decay), target_modules)
+    undecayed = _known_names(no_decay, placed)
+    groups = _make_groups(model, spec, values, placed, params, undecayed, target_modules)
     groups = _with_special_values(groups, model, spec, hyperparameters)
     arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
     return groups, {**arguments, **spec.forced}
@@ -44,7 +51,7 @@ def _make_groups(
     spec: OptimizerSpec,
     values: Mapping[str, Any],
     placed: Mapping[str, PlacedParameter],
-    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None,
+    params: GivenParameters,
     no_decay: set[str],
     target_modules: str | Sequence[str] | None,
 ) -> list[ParamGroup]:
@@ -103,50 +110,96 @@ def _split_all(
     return [part for part in parts if part["params"]]
 
 
+def _known_names(no_decay: Iterable[str], placed: Mapping[str, PlacedParameter]) -> set[str]:
+    """The names in ``no_decay``, each of which is a parameter's."""
+    names = listed_names("no_decay", () if no_decay is None else no_decay)
+    for name in names:
+        if name not in placed:
+            near = difflib.get_close_matches(name, list(placed), n=3, cutoff=0.3)
+            hint = f" The nearest are: {', '.join(near)}." if near else ""
+            raise ParameterError(
+                f"no_decay names {name!r}, which is no parameter of the model.{hint} Names are whole, as "
+                "model.named_parameters() of the model without wrappers gives them."
+            )
+    return set(names)
+
+
 def _given_groups(
-    spec: OptimizerSpec,
-    placed: Mapping[str, PlacedParameter],
-    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None,
+    spec: OptimizerSpec, placed: Mapping[str, PlacedParameter], params: GivenParameters
 ) -> list[ParamGroup]:
     if params is None:
         return [{"params": list(placed.values())}]
-    listed: list[Any] = list(params)
-    given = listed if listed and isinstance(listed[0], Mapping) else [{"params": listed}]
     by_id = {id(p.parameter): p for p in placed.values()}
     seen: set[int] = set()
     groups: list[ParamGroup] = []
-    for number, group in enumerate(given):
-        members = group["params"] if isinstance(group, Mapping) and "params" in group else None
-        if members is None:
-            raise ParameterError(f"params: group {number} is {group!r:.80}, not a dict with the key 'params'.")
-        members = [members] if isinstance(members, Tensor) else list(members)
-        for at, parameter in enumerate(members):
-            if id(parameter) not in by_id:
-                raise ParameterError(
-                    f"params: parameter {at} of group {number} (shape {tuple(getattr(parameter, 'shape', ()))}) is not "
-                    "a parameter of the model. Wrapping or sharding a model can replace its parameters: build the "
-                    "groups from the wrapped model, and the optimizer last."
-                )
-            if id(parameter) in seen:
-                raise ParameterError(f"params: {by_id[id(parameter)].fqn!r} is listed twice. List it in one group.")
-            seen.add(id(parameter))
+    for number, group in enumerate(_listed_groups(params)):
+        members = [_member(at, number, given, by_id) for at, given in enumerate(_listed("params", group["params"]))]
+        for one in members:
+            if id(one.parameter) in seen:
+                raise ParameterError(f"params: {one.fqn!r} is listed twice. List it in one group.")
+            seen.add(id(one.parameter))
         own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append({**_check_group(spec, own), "params": [by_id[id(parameter)] for parameter in members]})
+        groups.append({**_check_group(spec, own), "params": members})
     if not seen:
         raise ParameterError("params is empty: there is nothing to optimize. Pass the model's parameters.")
     return groups
 
 
-def _check_group(spec: OptimizerSpec, values: Mapping[str, Any]) -> dict[str, Any]:
-    if spec.hyperparameters is None:
-        return dict(values)
+def _listed_groups(params: Any) -> list[Mapping[str, Any]]:
+    """What was given, as groups: each a dict with the key ``params``."""
+    listed = _listed("params", params)
+    given: list[Any] = listed if listed and isinstance(listed[0], Mapping) else [{"params": listed}]
+    for number, group in enumerate(given):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ParameterError(f"params: group {number} is {group!r:.80}, not a dict with the key 'params'.")
+    return given
+
+
+def _listed(what: str, given: Any) -> list[Any]:
+    """Parameters in the order given; one tensor is a list of one."""
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, (set, frozenset)):
+        raise ParameterError(f"{what} is a set, whose order can differ between ranks. Pass a list.")
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ParameterError(
+            f"{what}={given!r:.80} is no list of parameters. Pass the model's parameters, or a list of groups "
+            "({'params': [...], 'lr': ...}); leave params out for all of the model's."
+        )
+    return list(given)
+
+
+def _member(at: int, group: int, given: Any, by_id: Mapping[int, PlacedParameter]) -> PlacedParameter:
+    """The placed parameter that was given, as it is or with a name, as ``named_parameters()`` does."""
+    parameter = given[1] if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) else given
+    if id(parameter) in by_id:
+        return by_id[id(parameter)]
+    if not isinstance(parameter, Tensor):
+        raise ParameterError(
+            f"params: entry {at} of group {group} is {parameter!r:.80}, which is no parameter. Pass the model's "
+            "parameters themselves."
+        )
+    raise ParameterError(
+        f"params: parameter {at} of group {group} (shape {tuple(parameter.shape)}) is not a parameter of the model. "
+        "Wrapping or sharding a model can replace its parameters: build the groups from the wrapped model, and the "
+        "optimizer last."
+    )
+
+
+def _check_group(spec: OptimizerSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    of_torch = {key: given[key] for key in KEYS_OF_TORCH if key in given}
+    values = {key: value for key, value in given.items() if key not in of_torch}
+    if spec.hyperparameters is None:  # a class may read keys of its groups that its constructor does not name
+        unnamed = {key: Hyperparameter(name=str(key), kind="any", default=None, meaning="in a group") for key in values}
+        known = {**unnamed, **{record.name: record for record in spec.records()}}
+        return {**{key: known[key].check(value, spec.name) for key, value in values.items()}, **of_torch}
     fixed = [key for key in values if key in spec.in_scope(Scope.CONSTRUCTOR)]
     if fixed:
         raise HyperparameterError(
             f"{spec.name} has one value of {fixed[0]!r} for all groups. "
             "Pass it to build_optimizer itself, not in a group."
         )
-    return check_hyperparameters(spec.name, spec.hyperparameters, values)
+    return {**check_hyperparameters(spec.name, spec.hyperparameters, values), **of_torch}
 
 
 def _split(group: ParamGroup, names: set[str], chosen: Mapping[str, Any]) -> tuple[ParamGroup, ParamGroup]:

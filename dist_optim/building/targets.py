@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -33,7 +33,8 @@ def select_matrices(model: nn.Module, target_modules: str | Sequence[str] | None
             f"{optimizer_name} needs target_modules: which linear layers to train in a low-rank space. "
             f'Pass "all-linear", or parts of module names. {_available(linear)}'
         )
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    given = [target_modules] if isinstance(target_modules, str) else target_modules
+    patterns = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise TargetModulesError(
             f"target_modules={target_modules!r} is not a string or a list of non-empty strings. "

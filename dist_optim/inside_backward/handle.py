@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_optim.errors import DistOptimError, UnsupportedError, WrongModeError
 from dist_optim.inside_backward.ddp import BucketReduction, retire_reducer
 from dist_optim.inside_backward.guards import MARK, guard_clipping, marked_by
-from dist_optim.layouts.detect import PlacedParameter, local_of
+from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import num_ranks
+from dist_optim.specs.hyperparameters import problem_of
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 
 __all__ = ["FusedBackward", "Shards", "install"]
@@ -164,13 +165,17 @@ class FusedBackward:
                 f"The gradient of {placed.fqn!r} is sparse. Set sparse=False in the embedding, or use "
                 "fused_backward=False."
             )
+        if misplaced := placed.why_misplaced(gradient):
+            raise UnsupportedError(
+                f"The gradient of {placed.fqn!r} {misplaced} Build with fused_backward=False for it."
+            )
         parameter.grad = None
-        self._source.ready(index, self._shards.reduced(placed, local_of(gradient)))
+        self._source.ready(index, self._shards.reduced(placed, placed.part_of(gradient)))
 
     def _begin(self) -> None:
         """At the first gradient of a training step."""
         if not self._has_begun:
-            self._steps.begin(before_backward=True)
+            self._steps.begin(problem=self._values(), before_backward=True)
             self._has_begun = True
         if self._steps.lacks_total_norm and not self._is_measuring:
             raise WrongModeError(
@@ -178,6 +183,11 @@ class FusedBackward:
                 "backward pass of its own. Call optimizer.backward(loss) in place of loss.backward(): it makes both. "
                 "Or leave clip_grad_norm out, use clip_grad_value, or build with fused_backward=False."
             )
+
+    def _values(self) -> DistOptimError | None:
+        """What is wrong with the values in the param groups: no update may be made by them."""
+        optimizer = self._optimizer()
+        return None if optimizer is None else problem_of(self._name, optimizer.spec.records(), optimizer.param_groups)
 
     def _deliver(self, gradients: Mapping[int, Tensor]) -> None:
         if self._is_measuring:

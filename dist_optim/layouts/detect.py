@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_optim.errors import UnsupportedLayoutError
+from dist_optim.errors import ParameterError, UnsupportedLayoutError
 from dist_optim.layouts.detect_fsdp1 import places_by_parameter
 from dist_optim.layouts.detect_fsdp1 import reshard as reshard_fsdp1
 from dist_optim.layouts.layout import DimShard, Layout, Replicated
 from dist_optim.overrides import check
+from dist_optim.ranks.agreement import own_rank
 
-__all__ = ["PlacedParameter", "clean_name", "detect", "local_of", "reshard"]
+__all__ = ["PlacedParameter", "assert_held_by", "clean_name", "detect", "local_of", "reshard"]
 
 # Modules that engines and transforms put around the user's own; they add a name part that the logical name lacks.
 _WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -51,9 +52,41 @@ class PlacedParameter:
         return local_of(self.parameter.data)
 
     def local_gradient(self) -> Tensor | None:
-        """This rank's part of the gradient, as a plain tensor; None where there is none."""
+        """This rank's part of the gradient, as a plain tensor on its storage; None where there is none."""
         gradient = self.parameter.grad
-        return None if gradient is None else local_of(gradient)
+        return None if gradient is None else self.part_of(gradient)
+
+    def part_of(self, gradient: Tensor) -> Tensor:
+        """This rank's part of it: one that every rank has whole, of a sharded parameter, is cut as the parameter is.
+
+        Such are those of embeddings under tensor parallelism.
+        """
+        if isinstance(gradient, DTensor) and self._is_repeated(gradient):
+            return self.layout.view_of(local_of(gradient), own_rank(self.process_group))
+        return local_of(gradient)
+
+    def why_misplaced(self, gradient: Tensor) -> str:
+        """Why no part of this gradient can be stepped by as it lies, and what to do; empty where one can."""
+        parameter = self.parameter
+        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor) or self._is_repeated(gradient):
+            return ""
+        if gradient.placements == parameter.placements and gradient.device_mesh == parameter.device_mesh:
+            return ""
+        is_partial = any(placement.is_partial() for placement in gradient.placements)
+        what = ": each rank holds one term of the sum" if is_partial else ""
+        return (
+            f"is placed {gradient.placements}, and the parameter {parameter.placements}{what}. Before step(), on all "
+            "ranks: parameter.grad = parameter.grad.redistribute(parameter.device_mesh, parameter.placements)."
+        )
+
+    def _is_repeated(self, gradient: DTensor) -> bool:
+        parameter = self.parameter
+        return (
+            isinstance(parameter, DTensor)
+            and gradient.placements != parameter.placements
+            and gradient.device_mesh == parameter.device_mesh
+            and all(placement.is_replicate() for placement in gradient.placements)
+        )
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -115,6 +148,22 @@ def reshard(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
     reshard_fsdp1(model)
+
+
+def assert_held_by(model: nn.Module, placed: Iterable[PlacedParameter]) -> None:
+    """Refuse to take one model for another: these parameters are the model's, whatever wraps it. Local.
+
+    Raises:
+        ParameterError: With the first one that is not.
+    """
+    reshard(model)
+    held = {id(parameter) for parameter in model.parameters()}
+    for one in placed:
+        if id(one.parameter) not in held:
+            raise ParameterError(
+                f"{one.fqn!r} of the optimizer is not a parameter of this {type(model).__name__}: it was built on "
+                "another model. Save and load each model with its own optimizer; weights alone, by torch.save."
+            )
 
 
 def clean_name(model: nn.Module, name: str) -> str:

@@ -49,9 +49,11 @@ class MuonDriver(UpstreamDriver):
         if len(shape) == 2:
             return ""
         return (
-            "torch.optim.Muon orthogonalizes matrices, and steps no tensor that is not 2-D. Build two optimizers and "
-            "step both: muon on the hidden matrices (params=[p for p in ... if p.ndim == 2], without embeddings and "
-            "output head), and adamw_torch, with its own learning rate, on the rest (params=[...])."
+            "torch.optim.Muon orthogonalizes matrices, and steps no tensor that is not 2-D. In a loop of your own, "
+            "build two optimizers and step both: muon on the hidden matrices (params=[p for p in ... if p.ndim == 2], "
+            "without embeddings and output head), and adamw_torch, with its own learning rate, on the rest "
+            "(params=[...]). Where one name stands for the whole model (a Trainer, DeepSpeed's JSON), give one that "
+            "steps all shapes."
         )
 
     def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:

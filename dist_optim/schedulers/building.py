@@ -13,9 +13,16 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dist_optim.building.arguments import check_process_group
 from dist_optim.errors import ScheduleError
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.ranks.together import together
+from dist_optim.schedulers.arguments import (
+    check_decision_options,
+    check_lengths,
+    check_schedule,
+    refuse_decision_options,
+)
 from dist_optim.schedulers.limits import complete_options, refuse_immovable, refuse_other_mode
 from dist_optim.schedulers.names import Recipe, resolve_schedule, takes_metric
 from dist_optim.schedulers.shared import MetricScheduler
@@ -23,8 +30,6 @@ from dist_optim.specs.registry import Trait
 from dist_optim.specs.unwrapping import find_optimizer
 
 __all__ = ["build_scheduler", "inner_optimizer", "metric_scheduler_in"]
-
-ON_NONFINITE = ("ignore", "raise")
 
 
 def build_scheduler(
@@ -66,8 +71,9 @@ def build_scheduler(
         ScheduleError: Unknown name or option, missing length, or bounds between which the rate could not move.
         MissingPackageError: The name is one of transformers', which is not installed.
     """
-    inner = inner_optimizer(optimizer)
-    group = process_group if process_group is not None else getattr(getattr(inner, "holdings", None), "all_ranks", None)
+    check_process_group(process_group)
+    found = find_optimizer(optimizer, Optimizer)
+    group = process_group if process_group is not None else getattr(getattr(found, "holdings", None), "all_ranks", None)
     decision_options = {
         "greater_is_better": greater_is_better,
         "metric_from_rank": metric_from_rank,
@@ -78,6 +84,9 @@ def build_scheduler(
     lengths = {"num_training_steps": num_training_steps, "num_warmup_steps": num_warmup_steps}
 
     def build() -> Any:
+        inner = inner_optimizer(optimizer)
+        check_schedule(schedule)
+        check_lengths(**lengths)
         if isinstance(schedule, (str, type)):
             return _build(inner, resolve_schedule(schedule), lengths, decision_options, options, group)
         return _adopt(inner, schedule, lengths, decision_options, options, group)
@@ -90,7 +99,7 @@ def build_scheduler(
         otherwise=ScheduleError,
     )
     if schedule != "constant":
-        _point_out_schedule_free(inner, group)
+        _point_out_schedule_free(found, group)
     return built
 
 
@@ -128,13 +137,13 @@ def _build(
     recipe.check(options)
     keywords = {**options, **_lengths(recipe, **lengths)}
     if recipe.is_metric_driven:
-        _check_decision_options(decision_options, group)
+        check_decision_options(decision_options, num_ranks(group))
         keywords = complete_options(recipe, optimizer, keywords, decision_options["greater_is_better"])
     else:
-        _refuse_decision_options(recipe.name, decision_options)
+        refuse_decision_options(recipe.name, decision_options)
     try:
         schedule = recipe.make(optimizer, **keywords)
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
+    except Exception as error:  # upstream's checks of options are of many kinds
         raise ScheduleError(f"{recipe.name} cannot be built with {keywords}: {error}") from error
     return _shared(schedule, recipe.name, decision_options, group) if recipe.is_metric_driven else schedule
 
@@ -155,8 +164,6 @@ def _adopt(
             f"{name} is built already, so that {', '.join(given)} cannot reach it. Set them where it is built, or pass "
             "the class or name in place of the instance."
         )
-    if isinstance(schedule, Optimizer) or not callable(getattr(schedule, "step", None)):
-        raise ScheduleError(f"{schedule!r} is no schedule: pass a name, a class, or an instance with a step method.")
     held = getattr(schedule, "optimizer", None)
     if held is not None and inner_optimizer(held) is not optimizer:
         raise ScheduleError(
@@ -164,9 +171,9 @@ def _adopt(
             "trained with, or pass the class or name in place of the instance."
         )
     if isinstance(schedule, MetricScheduler) or not takes_metric(schedule):
-        _refuse_decision_options(f"{name} as it was passed", decision_options)
+        refuse_decision_options(f"{name} as it was passed", decision_options)
         return schedule
-    _check_decision_options(decision_options, group)
+    check_decision_options(decision_options, num_ranks(group))
     refuse_other_mode(schedule, decision_options["greater_is_better"])
     return _shared(schedule, name, decision_options, group)
 
@@ -184,11 +191,6 @@ def _lengths(recipe: Recipe, num_training_steps: int | None, num_warmup_steps: f
     taken = recipe.lengths
     lengths: dict[str, int] = {}
     warmup = num_warmup_steps or 0
-    if not math.isfinite(warmup) or warmup < 0 or (warmup >= 1 and warmup != int(warmup)):
-        raise ScheduleError(
-            f"num_warmup_steps={num_warmup_steps} is neither a number of steps nor a share of them: give a whole "
-            "number from 0 on, or a share below 1."
-        )
     if warmup and "num_warmup_steps" not in taken:
         raise ScheduleError(
             f"{recipe.name} has no warm-up of the learning rate, and num_warmup_steps={num_warmup_steps} would be "
@@ -210,24 +212,7 @@ def _is_required(parameters: Mapping[str, inspect.Parameter], name: str) -> bool
     return name in parameters and parameters[name].default is inspect.Parameter.empty
 
 
-def _check_decision_options(options: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
-    rank = options["metric_from_rank"]
-    if rank is not None and not 0 <= rank < num_ranks(group):
-        raise ScheduleError(f"metric_from_rank={rank}, and there are {num_ranks(group)} ranks, counted from 0.")
-    if options["on_nonfinite"] not in ON_NONFINITE:
-        raise ScheduleError(f"on_nonfinite={options['on_nonfinite']!r} is not one of: {', '.join(ON_NONFINITE)}.")
-
-
-def _refuse_decision_options(name: str, options: Mapping[str, Any]) -> None:
-    given = [key for key in ("greater_is_better", "metric_from_rank", "log_path") if options[key] is not None]
-    if given:
-        raise ScheduleError(
-            f"{name} takes no decisions by a metric, and {', '.join(given)} would be ignored. Leave it out, or choose "
-            "greedy or reduce_lr_on_plateau."
-        )
-
-
-def _point_out_schedule_free(optimizer: Optimizer, group: dist.ProcessGroup | None) -> None:
+def _point_out_schedule_free(optimizer: Optimizer | None, group: dist.ProcessGroup | None) -> None:
     spec = getattr(optimizer, "spec", None)
     if spec is not None and Trait.WEIGHT_SWAPPING in spec.traits and own_rank(group) == 0:
         warnings.warn(

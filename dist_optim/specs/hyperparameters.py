@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
+
 from dist_optim.errors import HyperparameterError
 
-__all__ = ["Hyperparameter", "Scope", "check_hyperparameters", "parse_optim_args"]
+__all__ = ["Hyperparameter", "Scope", "check_hyperparameters", "parse_optim_args", "problem_of"]
 
 
 class Scope(Enum):
@@ -30,8 +33,9 @@ class Scope(Enum):
 class Hyperparameter:
     """One hyperparameter under upstream's own name.
 
-    ``kind`` is one of ``float, int, bool, str``, ``floats`` (a tuple of ``length`` numbers) or ``any`` (not checked).
-    Bounds are those of the value, or of each number of a tuple; an open bound excludes its end.
+    ``kind`` is one of ``float, int, bool, str``, ``floats`` (a tuple of ``length`` numbers) or ``any`` (all but numbers
+    that are not finite). Bounds are those of the value, or of each number of a tuple; an open bound excludes its end.
+    A number that is infinite or NaN is never allowed, unless the default is.
     """
 
     name: str
@@ -49,6 +53,8 @@ class Hyperparameter:
     """``None`` is a legal value."""
     required: bool = False
     """There is no default: the user must give a value."""
+    is_inherited: bool = False
+    """Of a base that the class's ``**keywords`` reach: passed on where it is given, and only there."""
 
     def describe_type(self) -> str:
         """The legal values in words, for error messages and ``dist-optim list``."""
@@ -72,19 +78,28 @@ class Hyperparameter:
         Raises:
             HyperparameterError: The value has another type or is out of range.
         """
-        if self.kind == "any":
-            return value
-        if isinstance(value, str) and self.kind != "str":
+        if isinstance(value, str) and self.kind not in ("any", "str"):
             value = _read_literal(value)
-        if value is None and self.optional:
-            return None
+        if not self.allows(value):
+            raise HyperparameterError(f"{optimizer_name}: {self.name}={self.refusal(value)}")
+        return value if value is None or self.kind == "any" else self._converted(value)
+
+    def allows(self, value: Any) -> bool:
+        """Whether upstream may be given this value, without reading a string as something else."""
+        if self.kind == "any":
+            return value is self.default or _has_no_infinity(value)
+        if value is None:
+            return self.optional
         converted = self._converted(value)
-        if converted is None or not self._in_range(converted):
-            raise HyperparameterError(
-                f"{optimizer_name}: {self.name}={value!r} ({type(value).__name__}) is not allowed. "
-                f"{self.name} is {self.describe_type()} (default {self.default!r}): {self.meaning}"
-            )
-        return converted
+        return converted is not None and self._in_range(converted)
+
+    def refusal(self, value: Any) -> str:
+        """What to say of a value that is not allowed."""
+        allowed = "finite" if self.kind == "any" else self.describe_type()
+        return (
+            f"{value!r} ({type(value).__name__}) is not allowed. {self.name} is {allowed} (default {self.default!r}): "
+            f"{self.meaning}"
+        )
 
     def _converted(self, value: Any) -> Any:
         if self.kind == "floats":
@@ -93,7 +108,7 @@ class Hyperparameter:
         if self.kind == "float":
             return float(value) if _is_number(value) else None
         if self.kind == "int":
-            return value if isinstance(value, int) and not isinstance(value, bool) else None
+            return int(value) if not isinstance(value, bool) and isinstance(value, numbers.Integral) else None
         expected = {"bool": bool, "str": str}[self.kind]
         return value if isinstance(value, expected) else None
 
@@ -122,10 +137,29 @@ def check_hyperparameters(
     return {key: records[key].check(value, optimizer_name) for key, value in given.items()}
 
 
-def unknown_key_message(optimizer_name: str, key: str, known: Iterable[Hyperparameter]) -> str:
+def problem_of(
+    optimizer_name: str, known: Sequence[Hyperparameter], groups: Iterable[Mapping[str, Any]]
+) -> HyperparameterError | None:
+    """What is wrong with the values that param groups hold now, where someone wrote another one; None if nothing.
+
+    Local, and before a step. A tensor stands for the number in it; a string is not read as one: upstream would not.
+    """
+    for number, group in enumerate(groups):
+        for record in known:
+            value = group.get(record.name, record)
+            plain = value.tolist() if isinstance(value, Tensor) else value
+            if value is not record and not record.allows(plain):
+                return HyperparameterError(
+                    f"{optimizer_name}: param_groups[{number}][{record.name!r}] = {record.refusal(plain)}. Write an "
+                    "allowed value before step(), on all ranks. No parameter was changed."
+                )
+    return None
+
+
+def unknown_key_message(optimizer_name: str, key: object, known: Iterable[Hyperparameter]) -> str:
     """What to say of a key that the optimizer does not have."""
     records = list(known)
-    near = difflib.get_close_matches(key, [record.name for record in records], n=1)
+    near = difflib.get_close_matches(str(key), [record.name for record in records], n=1)
     listing = ", ".join(f"{record.name} ({record.describe_type()})" for record in records)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{optimizer_name} has no hyperparameter {key!r}.{hint} Known: {listing}."
@@ -184,4 +218,15 @@ def _read_literal(text: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
+
+
+def _has_no_infinity(value: Any) -> bool:
+    """Of a value whose kind nobody described: no number in it is infinite or NaN."""
+    listed = value if isinstance(value, (list, tuple)) else (value,)
+    return all(_is_number(one) for one in listed if not isinstance(one, bool) and isinstance(one, numbers.Real))

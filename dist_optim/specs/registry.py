@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import takewhile
 from typing import Any
 
 from torch.optim import Optimizer
@@ -125,7 +126,11 @@ class OptimizerSpec:
         missing = [record.name for record in records if record.required and record.name not in checked]
         if missing:
             raise HyperparameterError(f"{self.name} needs a value for {', '.join(missing)}: it has no default.")
-        return {record.name: checked.get(record.name, record.default) for record in records}
+        return {
+            record.name: checked.get(record.name, record.default)
+            for record in records
+            if record.name in checked or not record.is_inherited
+        }
 
     @property
     def is_undescribed(self) -> bool:
@@ -137,19 +142,40 @@ class OptimizerSpec:
         return tuple(record.name for record in self.records() if record.scope is scope)
 
 
+_signatures: dict[Any, tuple[Hyperparameter, ...]] = {}
+
+
 def signature_records(optimizer_class: type[Optimizer]) -> tuple[Hyperparameter, ...]:
-    """Unchecked records from a constructor's keywords, ``params`` left out."""
-    parameters = list(inspect.signature(optimizer_class).parameters.values())[1:]
-    return tuple(
-        Hyperparameter(
-            name=parameter.name,
-            kind="any",
-            default=None if parameter.default is parameter.empty else parameter.default,
-            required=parameter.default is parameter.empty,
-            meaning=f"argument of {optimizer_class.__name__}",
-        )
-        for parameter in parameters
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    """Records from a constructor's keywords, ``params`` left out; through the bases that its ``**keywords`` reach."""
+    if optimizer_class not in _signatures:
+        _signatures[optimizer_class] = _read_signatures(optimizer_class)
+    return _signatures[optimizer_class]
+
+
+def _read_signatures(optimizer_class: type[Optimizer]) -> tuple[Hyperparameter, ...]:
+    found: dict[str, Hyperparameter] = {}
+    for kind in takewhile(lambda kind: kind not in (Optimizer, object), optimizer_class.__mro__):
+        if kind is not optimizer_class and "__init__" not in vars(kind):
+            continue
+        parameters = list(inspect.signature(kind).parameters.values())
+        for parameter in parameters[1:]:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                record = _signature_record(parameter, kind, is_inherited=kind is not optimizer_class)
+                found.setdefault(parameter.name, record)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return tuple(found.values())
+
+
+def _signature_record(parameter: inspect.Parameter, kind: type, is_inherited: bool) -> Hyperparameter:
+    is_required = parameter.default is parameter.empty and not is_inherited
+    return Hyperparameter(
+        name=parameter.name,
+        kind="any",
+        default=None if parameter.default is parameter.empty else parameter.default,
+        required=is_required,
+        is_inherited=is_inherited,
+        meaning=f"argument of {kind.__name__}",
     )
 
 

@@ -19,6 +19,16 @@ __all__ = ["GradientSamples", "assert_gradients_reduced", "odd_gradient"]
 
 NUM_SAMPLED = 4
 """Tensors a step. Gradients that were not reduced differ almost everywhere."""
+OF_ALL = (
+    "Replicated parameters need reduced gradients: wrap the model in DistributedDataParallel, end gradient "
+    "accumulation with a synchronised backward pass, or all-reduce gradients before step()."
+)
+OF_OTHERS = (
+    "Other parameters are sharded, and their engine does not reduce this one. Under FSDP2 (ignored_params), all-reduce "
+    "such gradients, divided by the number of ranks, before step(); under tensor parallelism, give all ranks of the "
+    "mesh the same batch."
+)
+UNCHANGED = "No parameter was changed."
 LAG = 2
 """Steps until a sample on a GPU is read: it has arrived by then, and reading waits for nothing."""
 
@@ -88,26 +98,30 @@ def _sample(members: Sequence[PlacedParameter]) -> Tensor | None:
 def odd_gradient(placed: Sequence[PlacedParameter]) -> UnsupportedError | None:
     """Why one of the gradients cannot be stepped by; None where all can. Local."""
     for one in placed:
-        gradient = one.local_gradient()
-        if gradient is None:
-            continue
-        if gradient.is_sparse:
-            return UnsupportedError(
-                f"The gradient of {one.fqn!r} is sparse, and the optimizer's tensors are dense. Set sparse=False in "
-                "the embedding."
-            )
-        if not one.layout.is_replicated and gradient.shape != (local := one.local()).shape:
-            return UnsupportedError(
-                f"The gradient of {one.fqn!r} has shape {tuple(gradient.shape)}, and this rank's part of the parameter "
-                f"{tuple(local.shape)}. FSDP1 keeps whole gradients, not reduced, inside no_sync(): end gradient "
-                "accumulation with a backward pass outside it."
-            )
-        if gradient.dtype != one.dtype and not one.layout.is_replicated:
-            return UnsupportedError(
-                f"The gradient of {one.fqn!r} is {gradient.dtype}, and the sharded parameter {one.dtype}. Keep "
-                "gradients in the parameter's dtype."
-            )
+        gradient = one.parameter.grad
+        reason = "" if gradient is None else _why_odd(one, gradient)
+        if reason:
+            return UnsupportedError(f"The gradient of {one.fqn!r} {reason} No parameter was changed.")
     return None
+
+
+def _why_odd(one: PlacedParameter, gradient: Tensor) -> str:
+    if gradient.is_sparse:
+        return "is sparse, and only dense ones are stepped by. Set sparse=False in the embedding."
+    if misplaced := one.why_misplaced(gradient):
+        return misplaced
+    if not one.layout.is_replicated and (shape := one.part_of(gradient).shape) != (local := one.local()).shape:
+        return (
+            f"has shape {tuple(shape)}, and this rank's part of the parameter {tuple(local.shape)}. FSDP1 keeps whole "
+            "gradients, not reduced, inside no_sync(): end gradient accumulation with a backward pass outside it."
+        )
+    if gradient.dtype != one.dtype:
+        return (
+            f"is {gradient.dtype}, and the parameter {one.dtype}, as its grad_dtype allows: upstream's state has the "
+            "parameter's dtype. Leave grad_dtype alone; for precise updates keep the parameters in float32, and "
+            "compute in half precision by autocast or the engine's mixed precision."
+        )
+    return ""
 
 
 def assert_gradients_reduced(placed: Sequence[PlacedParameter], ranks: dist.ProcessGroup | None) -> None:
@@ -122,10 +136,7 @@ def assert_gradients_reduced(placed: Sequence[PlacedParameter], ranks: dist.Proc
         for one in placed
         if one.layout.is_replicated and (gradient := one.local_gradient()) is not None
     ]
+    is_engines = any(not one.layout.is_replicated for one in placed)
     assert_ranks_equal(
-        "Gradients differ between ranks",
-        marks,
-        "Replicated parameters need reduced gradients: wrap the model in DistributedDataParallel, end gradient "
-        "accumulation with a synchronised backward pass, or all-reduce gradients before step().",
-        ranks,
+        "Gradients differ between ranks", marks, f"{OF_OTHERS if is_engines else OF_ALL} {UNCHANGED}", ranks
     )

@@ -24,7 +24,7 @@ from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.ranks.meeting import meet
 from dist_optim.specs.driver import ParamGroup
-from dist_optim.specs.hyperparameters import Scope
+from dist_optim.specs.hyperparameters import Scope, problem_of
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping import audit, rank_state
 from dist_optim.stepping.holdings import Holdings, Progress
@@ -193,6 +193,7 @@ class DistributedOptimizer(Optimizer):
 
         Raises:
             WrongModeError: ``eval()`` was called, and ``train()`` not since. Nothing was changed.
+            HyperparameterError: A param group holds a value that is not allowed. Nothing was changed.
             RanksDisagreeError: A gradient is there on some ranks and missing on others, a hyperparameter differs, or
                 gradients of replicated parameters are not equal. Nothing was changed.
             ParameterError: A parameter that was frozen when the optimizer was built has a gradient, or the model trains
@@ -218,7 +219,8 @@ class DistributedOptimizer(Optimizer):
             self.holdings.groups[:] = self.param_groups
             self.param_groups = self.holdings.groups
         self.free_gathered_copies()
-        return None if self._model_side is None else self._model_side.problem(self.param_groups)
+        problem = problem_of(self.spec.name, self.spec.records(), self.param_groups)
+        return problem or (None if self._model_side is None else self._model_side.problem(self.param_groups))
 
     def step_part(self, present: Sequence[bool]) -> None:
         """The step of an engine that has agreed on it, over all parts of the model, by itself. Collective.

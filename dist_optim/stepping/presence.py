@@ -88,16 +88,18 @@ class StepAgreement:
         for name, is_present, is_lacking in zip(names, some[1:end], not_all[1:end], strict=True):
             if is_present and is_lacking:
                 raise RanksDisagreeError(
-                    f"Parameter {name!r} has a gradient on some ranks and none on others. Gradients must be reduced "
-                    "before step(): wrap the model in DistributedDataParallel (find_unused_parameters=True where ranks "
-                    "use different parameters), or all-reduce them yourself."
+                    f"Parameter {name!r} has a gradient on some ranks and none on others. All must hold the mean over "
+                    "the ranks before step(). DistributedDataParallel sees to it (find_unused_parameters=True where "
+                    "ranks use different layers); FSDP does for what it shards, where all ranks run the same layers, "
+                    "and not for ignored parameters; else all-reduce gradients yourself, zeros where a rank has none. "
+                    "No parameter was changed."
                 )
         if any(differs[DIGEST_BITS:]):
             explain()
             raise RanksDisagreeError(
                 "Gradients differ between ranks that hold the same parameters. They must be reduced before step(): "
-                "end gradient accumulation with a synchronised backward pass (outside no_sync()), wrap the model that "
-                "is trained in DistributedDataParallel, or all-reduce gradients yourself. No parameter was changed."
+                "end gradient accumulation with a synchronised backward pass (outside no_sync()), train the model "
+                "through its engine, and change gradients on all ranks alike. No parameter was changed."
             )
         return some[1:end]
 

@@ -9,21 +9,26 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_optim.building.alike import assert_alike
+from dist_optim.building.arguments import check_model
 from dist_optim.building.build import build_optimizer
 from dist_optim.building.choice import resolve
-from dist_optim.errors import MissingPackageError, UnsupportedError
+from dist_optim.errors import MissingPackageError, ParameterError, UnsupportedError
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.accelerate.deepspeed import prepare_engine, refuse_missed_ranks
+from dist_optim.integrations.accelerate.following import followed, names_before, remember
+from dist_optim.integrations.accelerate.guards import guard_calls
 from dist_optim.integrations.accelerate.schedules import (
     ScheduleChoice,
     attach_schedule,
-    refuse_stray_options,
+    refuse_schedule,
     schedule_of_engine,
 )
 from dist_optim.integrations.accelerate.state import serve_state
 from dist_optim.integrations.environment import is_switched_on
 from dist_optim.overrides import check
 from dist_optim.ranks.together import together
+from dist_optim.specs.registry import OptimizerSpec
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,9 +55,10 @@ def prepare(
     ``dist_optim.integrations.cpu_rehearsal``.
 
     Collective: every process calls it with the same arguments. Data loaders go through ``accelerator.prepare`` as
-    usual; the optimizer must not. The returned optimizer and scheduler obey ``accelerator.accumulate``: between
-    synchronised steps their ``step()`` does nothing. The scheduler steps once a call, whatever the number of processes.
-    ``accelerator.save_state`` and ``load_state`` hold the optimizer too, under any sharding and number of processes.
+    usual; the optimizer must not: give its name or class, which is built when the model is in place. The returned
+    optimizer and scheduler obey ``accelerator.accumulate``: between synchronised steps their ``step()`` does nothing.
+    The scheduler steps once a call, whatever the number of processes. ``accelerator.save_state`` and ``load_state``
+    hold the optimizer too, under any sharding and number of processes.
 
     Args:
         accelerator: Not yet given this model.
@@ -62,6 +68,8 @@ def prepare(
             a constant rate. One that follows a metric is not wrapped: call its ``step(metric)`` after evaluating.
         scheduler_options: Keywords of ``dist_optim.build_scheduler`` for a name or a class.
         **options: Everything that ``dist_optim.build_optimizer`` takes: ``lr``, ``target_modules``, ``rank``, ...
+            Groups in ``params`` may hold the plain model's parameters: they are followed by name where the strategy
+            puts others in their place, also for a second optimizer on the model that the first call returned.
 
     Returns:
         The prepared model, the optimizer (``optimizer.optimizer`` is the ``DistributedOptimizer``; under DeepSpeed,
@@ -79,11 +87,14 @@ def prepare(
             "pip install 'dist-optim[train]'"
         ) from error
 
-    def check() -> None:
-        _refuse(accelerator, optimizer)
-        refuse_stray_options(scheduler, scheduler_options)
+    def check() -> OptimizerSpec:
+        _refuse_arguments(accelerator, model)
+        refuse_schedule(scheduler, scheduler_options)
+        return _refuse(accelerator, optimizer)
 
-    together(check, doing="Preparing the model", remedy="Check the arguments of prepare.")
+    spec = together(check, doing="Preparing the model", remedy="Check the arguments of prepare.")
+    asked = {"scheduler": scheduler, "scheduler_options": scheduler_options, **options, "params": None}
+    assert_alike({"optimizer": spec.name, **asked}, options.get("process_group"), [spec.package])
     built: Optimizer
     if accelerator.distributed_type.value == "DEEPSPEED":
         placed, prepared, engine_schedule, built = prepare_engine(
@@ -92,12 +103,15 @@ def prepare(
         if scheduler is None:
             return placed, prepared, schedule_of_engine(engine_schedule)
     else:
+        names = names_before(model)
         placed = _place(accelerator, model)
-        built = build_optimizer(placed, optimizer, **options)
+        remember(names, placed)
+        built = build_optimizer(placed, optimizer, **{**options, "params": followed(options.get("params"))})
         if built.inside_backward is not None:
             _refuse_stored_gradients(accelerator, built.spec.name)
         prepared = accelerator.prepare_optimizer(built)
-        serve_state(accelerator, prepared)
+        serve_state(accelerator)
+        guard_calls(accelerator)
         if scheduler is None:
             return placed, prepared, None
     return placed, prepared, attach_schedule(accelerator, built, prepared, scheduler, scheduler_options)
@@ -126,13 +140,31 @@ def place_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return placed
 
 
-def _refuse(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> None:
-    """What this rank cannot serve; turns the CPU rehearsal on where it is due."""
+def _refuse_arguments(accelerator: Any, model: Any) -> None:
+    from accelerate import Accelerator
+
+    if not isinstance(accelerator, Accelerator):
+        raise ParameterError(
+            f"prepare takes accelerate's Accelerator first, and was given {accelerator!r:.80}. Call "
+            "prepare(accelerator, model, name, lr=...): data loaders go to accelerator.prepare, apart from this."
+        )
+    check_model(model, "prepare(accelerator, ")
+    is_placed = getattr(model, "_is_accelerate_prepared", False)
+    if not is_placed and any(model is part for held in accelerator._models for part in held.modules()):
+        raise ParameterError(
+            "This model was prepared before, and is inside the one that prepare returned. For a second optimizer on "
+            "it, pass the returned one."
+        )
+
+
+def _refuse(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> OptimizerSpec:
+    """The spec; what this rank cannot serve is refused. Turns the CPU rehearsal on where it is due."""
     check("accelerate")
-    resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
+    spec = resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
     if cpu_rehearsal.is_ignored(accelerator):
         cpu_rehearsal.turn_fsdp_on(accelerator)
     refuse_unserved_strategy(accelerator)
+    return spec
 
 
 def _refuse_stored_gradients(accelerator: Accelerator, name: str) -> None:

@@ -13,23 +13,43 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from dist_optim.errors import ScheduleError
+from dist_optim.ranks.together import together
 from dist_optim.schedulers import MetricScheduler, build_scheduler, metric_scheduler_in
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["ScheduleChoice", "attach_schedule", "refuse_stray_options", "schedule_of_engine"]
+__all__ = ["ScheduleChoice", "attach_schedule", "refuse_schedule", "schedule_of_engine"]
 
 ScheduleChoice = str | type | Callable[[Optimizer], Any]
 
 
-def refuse_stray_options(scheduler: ScheduleChoice | None, options: Mapping[str, Any] | None) -> None:
-    """Refuse options that no schedule would get."""
+def refuse_schedule(scheduler: ScheduleChoice | None, options: Mapping[str, Any] | None) -> None:
+    """Refuse what no schedule can be made of, and options that no schedule would get.
+
+    Raises:
+        ScheduleError: With what to pass.
+    """
+    if scheduler is not None and not isinstance(scheduler, (str, type)) and not _makes_schedules(scheduler):
+        raise ScheduleError(
+            f"scheduler is {type(scheduler).__name__} built already, on an optimizer that is not the one to be built "
+            "here. Pass its name or class with scheduler_options={...}, or a function of the optimizer: "
+            "scheduler=lambda optimizer: ..."
+            if callable(getattr(scheduler, "step", None))
+            else f"scheduler={scheduler!r:.80} is no schedule. Pass a name, a class, or a function that makes one of "
+            "an optimizer."
+        )
+    if options is not None and not isinstance(options, Mapping):
+        raise ScheduleError(f"scheduler_options={options!r:.80} is no dict of keywords. Pass {{'name': value}}.")
     if options and not isinstance(scheduler, (str, type)):
         raise ScheduleError(
             f"scheduler_options={dict(options)} would reach no schedule: pass scheduler= as a name or a class with "
             "them; a function makes its schedule by itself."
         )
+
+
+def _makes_schedules(scheduler: Any) -> bool:
+    return callable(scheduler) and not callable(getattr(scheduler, "step", None))
 
 
 def attach_schedule(
@@ -56,7 +76,13 @@ def attach_schedule(
     if isinstance(scheduler, (str, type)):
         schedule = build_scheduler(built, scheduler, **(options or {}))
     else:
-        schedule = build_scheduler(built, scheduler(built))
+        made = together(
+            lambda: scheduler(built),
+            doing="Making the learning-rate schedule by scheduler(optimizer)",
+            remedy="Check the function that was passed as scheduler.",
+            otherwise=ScheduleError,
+        )
+        schedule = build_scheduler(built, made)
     if not isinstance(schedule, MetricScheduler):
         # split_batches=True is accelerate's word for "one step a call": its default steps num_processes times.
         schedule = AcceleratedScheduler(schedule, [prepared], step_with_optimizer=True, split_batches=True)

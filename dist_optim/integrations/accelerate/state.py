@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dist_optim.checkpoint import exported_weights, save_optimizer
 from dist_optim.checkpoint.directory import attempt, opened
 from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, optimizer_of, read_state
+from dist_optim.integrations.accelerate.guards import served_optimizers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,26 +28,22 @@ if TYPE_CHECKING:
 __all__ = ["serve_state"]
 
 
-def serve_state(accelerator: Accelerator, prepared: Any) -> None:
-    """From now on ``accelerator.save_state`` and ``load_state`` serve this optimizer too, on this accelerator alone.
+def serve_state(accelerator: Accelerator) -> None:
+    """From now on ``save_state`` and ``load_state`` of this accelerator serve our optimizers too.
 
-    Not for DeepSpeed, whose engine saves its optimizer itself.
+    Calling it again changes nothing. Not for DeepSpeed, whose engine saves its optimizer itself.
     """
-    ours: list[Any] | None = vars(accelerator).get("_dist_optim_optimizers")
-    if ours is None:
-        ours = []
-        vars(accelerator).update(
-            _dist_optim_optimizers=ours,
-            save_state=_with_optimizers_saved(accelerator, accelerator.save_state, ours),
-            load_state=_with_optimizers_loaded(accelerator, accelerator.load_state, ours),
-        )
-    ours.append(prepared)
+    if "save_state" in vars(accelerator):
+        return
+    vars(accelerator).update(
+        save_state=_with_optimizers_saved(accelerator, accelerator.save_state),
+        load_state=_with_optimizers_loaded(accelerator, accelerator.load_state),
+    )
 
 
-def _with_optimizers_saved(
-    accelerator: Accelerator, original: Callable[..., str], ours: list[Any]
-) -> Callable[..., str]:
+def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str]) -> Callable[..., str]:
     def save_state(*args: Any, **options: Any) -> str:
+        ours = served_optimizers(accelerator)
         given = args[0] if args else options.get("output_dir")
         if given is not None:
             is_first = accelerator.is_main_process
@@ -64,10 +61,9 @@ def _with_optimizers_saved(
     return save_state
 
 
-def _with_optimizers_loaded(
-    accelerator: Accelerator, original: Callable[..., None], ours: list[Any]
-) -> Callable[..., None]:
+def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., None]) -> Callable[..., None]:
     def load_state(*args: Any, **options: Any) -> None:
+        ours = served_optimizers(accelerator)
         given = args[0] if args else options.get("input_dir")
         found: list[Incoming] = []
 

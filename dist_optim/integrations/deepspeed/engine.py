@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_optim.building.alike import assert_alike
 from dist_optim.building.choice import resolve
 from dist_optim.building.groups import arrange
 from dist_optim.errors import (
@@ -115,11 +116,15 @@ def _extend_construction(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_ours(name):
             return original(self, model_parameters)
 
+        params = self.optimizer_params() or {}
+
         def build() -> ZeroOptimizer:
             refuse_unserved(self)
-            return _build(self.module, str(name), model_parameters, self.optimizer_params() or {})
+            return _build(self.module, str(name), model_parameters, params)
 
-        return together(build, doing="Building the optimizer of DeepSpeed's configuration")
+        built = together(build, doing="Building the optimizer of DeepSpeed's configuration")
+        assert_alike({"optimizer": name, **params}, None, [built.spec.package])
+        return built
 
     return _configure_basic_optimizer
 

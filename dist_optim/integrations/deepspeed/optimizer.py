@@ -36,6 +36,7 @@ from dist_optim.layouts.detect_zero import (
 from dist_optim.ranks.agreement import host_group
 from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup
+from dist_optim.specs.hyperparameters import problem_of
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.audit import route_audit
 from dist_optim.stepping.gradients import GradientSamples
@@ -190,6 +191,7 @@ class ZeroOptimizer(Optimizer):
         Raises:
             WrongModeError: The optimizer was not attached to the engine, or ``eval()`` was called and ``train()`` not.
             UnsupportedError: The engine would feed its schedule a wrong metric, or clip by a stale gradient.
+            HyperparameterError: On all ranks: a param group holds a value that is not allowed.
             RanksDisagreeError: On all ranks: a hyperparameter differs.
             StepFailedError: On all ranks, in the last call of the training step: upstream's step failed on one.
         """
@@ -231,7 +233,8 @@ class ZeroOptimizer(Optimizer):
             [False] * len(names),
             hyperparameters_of(self._outer, held.pushed_keys),
             self._sampled(),
-            problem=self._parts[0].training_step.wrong_mode(),
+            problem=self._parts[0].training_step.wrong_mode()
+            or problem_of(self.spec.name, self.spec.records(), self._outer),
         )
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
         stale = sorted(self._had_gradient - self._present)
