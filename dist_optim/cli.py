@@ -22,8 +22,8 @@ from dist_optim.specs.catalogue import describe, describe_hyperparameters
 
 __all__ = ["app"]
 
-ROWS_FIT_FROM = 110
-"""Columns of the terminal from which a row an optimizer can be read; below, a paragraph."""
+STRATEGIES = {False: "all", True: "DDP FSDP2 HSDP"}
+"""By whether the name steps inside backward only, so that it needs an engine that can be made to wait for it."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -54,11 +54,12 @@ def list_optimizers(
 ) -> None:
     """List all optimizers, or everything about one.
 
-    Without NAME: one row a name, under its package, with the package's licence and whether it is installed; the bytes
-    of optimizer state per parameter; what it needs besides its package; and the traits that decide how it is sharded.
+    Without NAME: one line a name, under its package, with the package's licence and whether it is installed; the bytes
+    of optimizer state per parameter; the strategies; and what it needs besides its package.
 
-    With NAME: every hyperparameter with its type, range, default and meaning. They are the keywords of build_optimizer
-    and the keys of --optim_args "rank=64, scale=0.25".
+    With NAME: the state's bytes by shape, the traits that decide how it is sharded, and every hyperparameter with its
+    type, range, default and meaning. They are the keywords of build_optimizer and the keys of
+    --optim_args "rank=64, scale=0.25".
 
     Examples: dist-optim list | dist-optim list galore_adamw | dist-optim list --json
     """
@@ -98,43 +99,29 @@ def _list_all(as_json: bool) -> None:
     console = _console()
     described.sort(key=lambda one: (one["package"] != "torch", one["package"], one["name"]))
     width = max(len(one["name"]) for one in described)
+    console.print(f"  {'name':{width}}  bytes  strategies      needs", style="dim")
     for _, members in itertools.groupby(described, key=lambda one: one["package"]):
         _print_package(console, list(members), width)
     if any(one["refusal"] for one in described):
         console.print("refused: building it raises an error. dist-optim list NAME says why, and what to use instead.")
-    console.print("Bytes are per parameter element and for all ranks together: each rank holds its share of them.")
+    console.print("Bytes: of state for each parameter of a 4096 x 4096 fp32 matrix, all ranks together.")
+    console.print("Strategies, besides one process: DDP, FSDP 1 and 2, HSDP, ZeRO 0 to 3.")
     console.print("One optimizer in full: dist-optim list NAME", style="bold")
 
 
 def _print_package(console: Console, members: list[dict[str, Any]], name_width: int) -> None:
-    """A heading with what all members share, then one row each, or a paragraph where rows would not fit."""
+    """A heading with what all members share, then one line each."""
     console.print(_package_line(members[0]))
-    content = _rows(members, name_width) if console.width >= ROWS_FIT_FROM else _paragraphs(members)
-    console.print(Padding(content, (0, 0, 1, 2), expand=False))
-
-
-def _rows(members: list[dict[str, Any]], name_width: int) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style="dim")
-    table.add_column("name", width=name_width, no_wrap=True, style="bold")
-    table.add_column("state bytes", ratio=3)
-    table.add_column("needs", ratio=2)
-    table.add_column("traits", ratio=2)
-    for one in members:
-        table.add_row(one["name"], one["state_bytes_per_parameter"] or "-", _needs(one), ", ".join(one["traits"]))
-    return table
-
-
-def _paragraphs(members: list[dict[str, Any]]) -> Table:
+    widths = (name_width, 5, max(map(len, STRATEGIES.values())))
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True, style="dim")
-    grid.add_column(overflow="fold")
+    for width, justify in zip(widths, ("left", "right", "left"), strict=True):
+        grid.add_column(width=width, no_wrap=True, justify=justify)  # type: ignore[arg-type]
+    grid.add_column(width=max(8, console.width - sum(widths) - 10), no_wrap=True, overflow="ellipsis")
     for one in members:
-        grid.add_row(Text(one["name"], style="not dim bold"), one["summary"])
-        grid.add_row("  state bytes", one["state_bytes_per_parameter"] or "-")
-        if one["needs"] or one["refusal"]:
-            grid.add_row("  needs", _needs(one))
-        grid.add_row("  traits", ", ".join(one["traits"]))
-    return grid
+        size = one["typical_state_bytes"]
+        row = "-" if size is None else f"{round(size, 3):g}", STRATEGIES[one["inside_backward_only"]]
+        grid.add_row(Text(one["name"], style="bold"), *row, _needs(one))
+    console.print(Padding(grid, (0, 0, 1, 2), expand=False))
 
 
 def _needs(one: dict[str, Any]) -> Text:

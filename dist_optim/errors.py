@@ -8,6 +8,7 @@ DistOptimError
 ├── ParameterError          (ValueError)           a parameter is stale, foreign, or listed twice
 ├── StateDictError          (ValueError)           a state dict does not belong to this optimizer or rank
 ├── ScheduleError           (ValueError)           a learning-rate schedule is unknown, or cannot do what was asked
+├── UsageError              (ValueError)           arguments of a job, or what they name, cannot be used
 ├── MetricError             (ValueError)           no learning-rate decision can be taken from what ranks gave
 ├── CheckpointError         (RuntimeError)         a checkpoint cannot be written or read
 ├── WrongModeError          (RuntimeError)         step() while the weights for evaluation are in place
@@ -40,6 +41,7 @@ __all__ = [
     "UnknownOptimizerError",
     "UnsupportedError",
     "UnsupportedLayoutError",
+    "UsageError",
     "WrongModeError",
 ]
 
@@ -78,6 +80,10 @@ class ScheduleError(DistOptimError, ValueError):
 
 class MetricError(DistOptimError, ValueError):
     """What the ranks gave as a metric cannot be reduced to one number."""
+
+
+class UsageError(DistOptimError, ValueError):
+    """The arguments of a job, or a file or folder that they name, cannot be used."""
 
 
 class WrongModeError(DistOptimError, RuntimeError):

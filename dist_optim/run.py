@@ -5,24 +5,42 @@
     dist-optim run train.py --optim galore_adamw --optim_target_modules all-linear
 
 The script imports ``Trainer`` and ``TrainingArguments`` from transformers, defines its own dataclasses, subclasses what
-it likes. Nothing in it changes: before it starts, the names in ``REPLACED`` are given another meaning.
+it likes. Nothing in it changes: before it starts, the names in ``REPLACED`` are given another meaning. An error of
+dist_optim's that leaves the script is one line, ``error: ...``, and exit code 2 on every rank; Ctrl-C is exit code 130.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_optim.errors import DistOptimError, UnsupportedError
+from dist_optim.errors import (
+    DistOptimError,
+    RankFailedError,
+    RankLostError,
+    RanksDisagreeError,
+    UnsupportedError,
+    UsageError,
+)
+from dist_optim.integrations.environment import refuse_lone_process
+from dist_optim.integrations.refusals import refuse
+from dist_optim.integrations.signals import is_rank_0
 from dist_optim.ranks.gloo import use_one_worker_each
 
 __all__ = ["REPLACED", "Replacement", "main", "replace_names"]
+
+WHILE_IT_RAN = (RankFailedError, RankLostError, RanksDisagreeError)
+"""Where the way that led there matters: these keep their traceback. Any other error of ours is a mistake to correct."""
 
 USAGE = """usage: python -m dist_optim.run [-m] SCRIPT [ARGUMENTS ...]
 
@@ -82,7 +100,7 @@ def replace_names() -> None:
             )
     for replacement in REPLACED:
         replacement.apply()
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         print(description(), file=sys.stderr, flush=True)
 
 
@@ -103,19 +121,43 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(0 if rest else 2)
     script = rest[0]
     if not is_module and not Path(script).is_file():
-        raise SystemExit(f"dist_optim.run: {script!r} is not a file. Give the script to run: {USAGE.splitlines()[0]}")
+        refuse(UsageError(f"{script!r} is not a file. Give the script to run: {USAGE.splitlines()[0]}"))
     use_one_worker_each()  # before the script makes a process group
-    try:
-        replace_names()
-    except DistOptimError as error:
-        raise SystemExit(f"dist_optim.run: {error}") from error
     sys.argv = rest
-    if is_module:
-        sys.path[0] = os.getcwd()
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(script).resolve().parent)
-        runpy.run_path(script, run_name="__main__")
+    sys.path[0] = os.getcwd() if is_module else str(Path(script).resolve().parent)
+    try:
+        refuse_lone_process()
+        with _quiet_imports():
+            replace_names()
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
+    except WHILE_IT_RAN:
+        raise
+    except DistOptimError as mistake:
+        refuse(mistake, _line_of(script, mistake))
+    except KeyboardInterrupt:
+        if is_rank_0():
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Without warnings of kernels and accelerators that are not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _line_of(script: str, error: BaseException) -> str:
+    """Where in the script the error came from; the script's name where that is elsewhere."""
+    stack = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename) == Path(script)]
+    return f"{script}, line {stack[-1].lineno}" if stack else script
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `launch/train.py` trains: a model, its tokenizer, and text (files, the hub, or Python's own library).
 
-Everything here is the same on every rank, given the same files, and knows nothing of ranks.
+Everything here is the same on every rank, given the same files, and knows nothing of ranks. Every mistake is a
+`UsageError`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import glob
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,22 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from train_arguments import DataArguments, ModelArguments, UsageError
+from dist_optim.errors import UsageError
+from train_arguments import DataArguments, ModelArguments
 
-EMBEDDED_TRAIN_BYTES = 4_000_000
-EMBEDDED_VALIDATION_BYTES = 64_000
-DOCUMENTS_PER_BATCH = 256
+EMBEDDED_BYTES = {"train": 4_000_000, "validation": 64_000}
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Fixed-length samples cut from one long row of tokens."""
+    """Fixed-length samples, one a row.
 
-    def __init__(self, tokens: Tensor, block_size: int) -> None:
-        num_blocks = tokens.numel() // block_size
-        self.rows = tokens[: num_blocks * block_size].view(num_blocks, block_size)  # [blocks, block_size] int32
+    Args:
+        rows: ``[blocks, block_size]`` token ids, int32.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -42,19 +45,9 @@ class Blocks(Dataset[dict[str, Tensor]]):
         row = self.rows[index].long()
         return {"input_ids": row, "labels": row}
 
-    def first(self, num_blocks: int | None) -> Blocks:
-        """The same samples, at most ``num_blocks`` of them."""
-        return self if num_blocks is None else Blocks(self.rows[:num_blocks].flatten(), self.rows.shape[1])
-
     def digest(self) -> str:
         """Of all tokens, to compare ranks by."""
-        return hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()[:16]
-
-    def split(self, validation_percentage: float) -> tuple[Blocks, Blocks]:
-        """Hold out the last blocks: (train, validation), at least one block of validation."""
-        num_validation = max(1, round(len(self) * validation_percentage / 100))
-        train, validation = self.rows[:-num_validation], self.rows[-num_validation:]
-        return Blocks(train.flatten(), self.rows.shape[1]), Blocks(validation.flatten(), self.rows.shape[1])
+        return hashlib.sha256(self.rows.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def block_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -74,28 +67,40 @@ def load_blocks(arguments: DataArguments, tokenizer: Any) -> tuple[Blocks, Block
     Raises:
         UsageError: A source is missing, unreadable, empty, or too small for one block.
     """
-    train_texts, validation_texts, source = _load_texts(arguments)
-    train = Blocks(_tokenize(train_texts, tokenizer), arguments.block_size)
-    if validation_texts is None:
-        _refuse_short(train, arguments.block_size, 2, source)
-        train, validation = train.split(arguments.validation_split_percentage)
+    size, (texts, held, source) = arguments.block_size, _load_texts(arguments)
+    train = _cut(texts, tokenizer, size, 1 if held else 2, source)
+    if held:
+        validation = _cut(held, tokenizer, size, 1, f"the validation part of {source}")
     else:
-        validation = Blocks(_tokenize(validation_texts, tokenizer), arguments.block_size)
-        _refuse_short(validation, arguments.block_size, 1, f"the validation part of {source}")
-    _refuse_short(train, arguments.block_size, 1, source)
-    return train.first(arguments.max_train_samples), validation.first(arguments.max_eval_samples)
+        num_held = max(1, round(len(train) * arguments.validation_split_percentage / 100))
+        train, validation = train[:-num_held], train[-num_held:]
+    return Blocks(train[: arguments.max_train_samples]), Blocks(validation[: arguments.max_eval_samples])
 
 
-def _load_texts(arguments: DataArguments) -> tuple[list[str], list[str] | None, str]:
-    """(training documents, validation documents or None, the source in words)."""
-    column = arguments.text_column
+def _load_texts(arguments: DataArguments) -> tuple[list[str], list[str], str]:
+    """(training documents, validation documents or none, the source in words)."""
+    column, held = arguments.text_column, arguments.validation_file or []
     if arguments.train_file:
         train = read_documents("--train_file", arguments.train_file, column)
-        held = arguments.validation_file
-        return train, read_documents("--validation_file", held, column) if held else None, "--train_file"
+        return train, read_documents("--validation_file", held, column), "--train_file"
     if arguments.dataset_name:
         return *_hub_documents(arguments), f"--dataset_name {arguments.dataset_name!r}"
     return *embedded_documents(), "the Python library's source files"
+
+
+def _cut(documents: list[str], tokenizer: Any, size: int, num_needed: int, source: str) -> Tensor:
+    """Blocks of ``size`` tokens out of one long row, an end-of-text token after each document."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    pieces = [torch.tensor(tokenizer(text, **options)["input_ids"] + end, dtype=torch.int32) for text in documents]
+    tokens = torch.cat([torch.empty(0, dtype=torch.int32), *pieces])
+    num_blocks = tokens.numel() // size
+    if num_blocks < num_needed:
+        raise UsageError(
+            f"{source} gives {num_blocks} blocks of {size} tokens, and {num_needed} are needed. Give more text, or a "
+            "smaller --block_size."
+        )
+    return tokens[: num_blocks * size].view(num_blocks, size)
 
 
 def read_documents(argument: str, patterns: Sequence[str], text_column: str) -> list[str]:
@@ -110,118 +115,76 @@ def read_documents(argument: str, patterns: Sequence[str], text_column: str) -> 
         UsageError: A pattern matches nothing; a file cannot be read, is not text, or is empty.
     """
     documents: list[str] = []
-    for path in _expand(argument, patterns):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"{argument} {str(path)!r} cannot be read as UTF-8 text: {error}. Give a readable file."
-            ) from error
-        if not text.strip():
-            raise UsageError(f"{argument} {str(path)!r} is empty. Give a file with text, or leave it out.")
-        documents += _json_lines(argument, path, text, text_column) if path.suffix == ".jsonl" else [text]
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not found:
+            raise UsageError(f"{argument} {pattern!r} matches no file. Give a path or a glob that does.")
+        for path in map(Path, found):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(
+                    f"{argument} {str(path)!r} cannot be read as UTF-8 text: {error}. Give a readable file."
+                ) from error
+            if not text.strip():
+                raise UsageError(f"{argument} {str(path)!r} is empty. Give a file with text, or leave it out.")
+            is_rows = path.suffix == ".jsonl"
+            documents += _json_lines(f"{argument} {str(path)!r}", text, text_column) if is_rows else [text]
     return documents
 
 
-def _expand(argument: str, patterns: Sequence[str]) -> list[Path]:
-    paths: list[Path] = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not matches:
-            raise UsageError(f"{argument} {pattern!r} matches no file. Give a path or a glob that does.")
-        paths += [Path(match) for match in matches]
-    return paths
-
-
-def _json_lines(argument: str, path: Path, text: str, text_column: str) -> list[str]:
-    documents = []
+def _json_lines(source: str, text: str, column: str) -> Iterator[str]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{argument} {str(path)!r}, line {number} is not JSON: {error}.") from error
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+            raise UsageError(f"{source}, line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise UsageError(
-                f"{argument} {str(path)!r}, line {number} has no text under {text_column!r} (it holds: {found}). "
-                "Name the field with --text_column."
+                f"{source}, line {number} has no text under {column!r} (it holds: {found}). Name the field with "
+                "--text_column."
             )
-        documents.append(row[text_column])
-    return documents
+        yield row[column]
 
 
-def _hub_documents(arguments: DataArguments) -> tuple[list[str], list[str] | None]:
+def _hub_documents(arguments: DataArguments) -> tuple[list[str], list[str]]:
     import datasets
 
-    name = arguments.dataset_name
+    name, column = arguments.dataset_name, arguments.text_column
     try:
         parts = datasets.load_dataset(name, arguments.dataset_config_name)
     except Exception as error:  # the library raises many types: no network, no such name, a configuration is needed
         raise UsageError(
             f"--dataset_name {name!r} cannot be loaded: {error}. Check the name and the network."
         ) from error
-    if "train" not in parts or arguments.text_column not in parts["train"].column_names:
+    if "train" not in parts or column not in parts["train"].column_names:
         found = {part: parts[part].column_names for part in parts}
-        raise UsageError(
-            f"--dataset_name {name!r} has no column {arguments.text_column!r} in a part 'train'; it has {found}."
-        )
-    held = next((parts[part] for part in ("validation", "test") if part in parts), None)
-    return list(parts["train"][arguments.text_column]), None if held is None else list(held[arguments.text_column])
+        raise UsageError(f"--dataset_name {name!r} has no column {column!r} in a part 'train'; it has {found}.")
+    held = next((part for part in ("validation", "test") if part in parts), None)
+    return list(parts["train"][column]), list(parts[held][column]) if held else []
 
 
 def embedded_documents(library: Path | None = None) -> tuple[list[str], list[str]]:
     """Real text without a download: source files of the running Python's standard library, split by file.
 
     A file's path decides its side and its place in line, so every machine with the same Python gets the same split.
-    About 4 MB to train on and 64 kB to validate on.
+    About 4 MB to train on and 64 kB to validate on. No tests, no installed packages, no empty files.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
-    train: list[str] = []
-    validation: list[str] = []
-    train_bytes = validation_bytes = 0
-    for digest, path in sorted((_digest(path, library), path) for path in _library_files(library)):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if digest.startswith("0") and validation_bytes < EMBEDDED_VALIDATION_BYTES:
-            validation.append(text)
-            validation_bytes += len(text)
-        elif not digest.startswith("0") and train_bytes < EMBEDDED_TRAIN_BYTES:
-            train.append(text)
-            train_bytes += len(text)
-    return train, validation
-
-
-def _library_files(library: Path) -> Iterator[Path]:
-    """Modules of the library proper: no tests, no installed packages, no empty files."""
     left_out = {"dist-packages", "idle_test", "site-packages", "test", "tests"}
-    for path in library.rglob("*.py"):
-        if not left_out.intersection(path.relative_to(library).parts) and path.stat().st_size:
-            yield path
-
-
-def _digest(path: Path, library: Path) -> str:
-    return hashlib.sha256(path.relative_to(library).as_posix().encode()).hexdigest()
-
-
-def _tokenize(documents: Iterable[str], tokenizer: Any) -> Tensor:
-    """One row of token ids (int32), an end-of-text token after each document."""
-    documents = list(documents)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces = [torch.empty(0, dtype=torch.int32)]
-    for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
-        batch = documents[start : start + DOCUMENTS_PER_BATCH]
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
-            pieces.append(torch.tensor(ids + end, dtype=torch.int32))
-    return torch.cat(pieces)
-
-
-def _refuse_short(blocks: Blocks, block_size: int, num_needed: int, source: str) -> None:
-    if len(blocks) < num_needed:
-        raise UsageError(
-            f"{source} gives {len(blocks)} blocks of {block_size} tokens, and {num_needed} are needed. "
-            "Give more text, or a smaller --block_size."
-        )
+    names = [path.relative_to(library) for path in library.rglob("*.py") if path.stat().st_size]
+    ordered = sorted((hashlib.sha256(name.as_posix().encode()).hexdigest(), name) for name in names)
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    num_bytes = dict.fromkeys(texts, 0)
+    for digest, name in ordered:
+        side = "validation" if digest.startswith("0") else "train"
+        if not left_out.intersection(name.parts) and num_bytes[side] < EMBEDDED_BYTES[side]:
+            texts[side].append((library / name).read_text(encoding="utf-8", errors="replace"))
+            num_bytes[side] += len(texts[side][-1])
+    return texts["train"], texts["validation"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -231,21 +194,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT, PADDING])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PADDING}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
 def load_tokenizer(arguments: ModelArguments) -> Any:
-    """The named tokenizer, the checkpoint's own, or one token a byte.
-
-    Raises:
-        UsageError: It cannot be loaded.
-    """
+    """The named tokenizer, the checkpoint's own, or one token a byte."""
     source = arguments.tokenizer_name or arguments.model_name_or_path
     if source is None:
         return byte_tokenizer()
@@ -261,15 +215,7 @@ def load_model(arguments: ModelArguments, tokenizer: Any, block_size: int) -> nn
     Raises:
         UsageError: It cannot be loaded, its vocabulary is too small for the tokenizer, or its context for the blocks.
     """
-    if arguments.model_name_or_path:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"--model_name_or_path {arguments.model_name_or_path!r} cannot be loaded: {error}"
-            ) from error
-    else:
-        model = _model_from_config(str(arguments.model_config))
+    model = _make_model(arguments)
     model.config.use_cache = False
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
@@ -283,14 +229,18 @@ def load_model(arguments: ModelArguments, tokenizer: Any, block_size: int) -> nn
     return model
 
 
-def _model_from_config(path: str) -> Any:
-    """A fresh model of the shape that a config.json describes."""
+def _make_model(arguments: ModelArguments) -> Any:
+    name, path = arguments.model_name_or_path, str(arguments.model_config)
     try:
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)
+        if name:
+            return AutoModelForCausalLM.from_pretrained(name)
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(entries.pop("model_type"), **entries))
     except Exception as error:  # an odd entry can fail anywhere in the config's or the model's constructor
+        what = f"{type(error).__name__}: {error}"
+        if name:
+            raise UsageError(f"--model_name_or_path {name!r} cannot be loaded: {what}") from error
         raise UsageError(
-            f"--model_config {path!r} describes no causal language model: {type(error).__name__}: {error}. It must "
-            "be a config.json with a model_type that transformers knows."
+            f"--model_config {path!r} describes no causal language model: {what}. It must be a config.json with a "
+            "model_type that transformers knows."
         ) from error

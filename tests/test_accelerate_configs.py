@@ -13,19 +13,11 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from test_train_script import GALORE, REPOSITORY, SUMMARY_KEYS, TWO_RANKS, FinishedRun, run_script
+from train_runs import CONFIGS, GALORE, REPOSITORY, SUMMARY_KEYS, FinishedRun, finished_in, launch_environment
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_optim.integrations.accelerate.placing import _refuse_fsdp_settings
-
-CONFIGS = REPOSITORY / "configs" / "accelerate"
-
-
-def launch_environment(config: Path) -> dict[str, str]:
-    """What ``accelerate launch --config_file`` gives to each rank, beyond what this process has."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(config), "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    return dict(prepare_multi_gpu_env(arguments).items() - os.environ.items())
+from dist_optim.testing import RankPool
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("[!z]*.yaml")))  # zero*: DeepSpeed's
@@ -94,38 +86,37 @@ def test_a_model_configuration_has_the_published_number_of_parameters(name: str)
     assert model.config.rope_parameters["rope_theta"] == theta
 
 
-def launched(strategy: str, output_dir: Path, *flags: str) -> FinishedRun:
-    (config,) = CONFIGS.glob(f"{strategy}_cpu_[24].yaml")
-    launcher = [*TWO_RANKS[:-1], str(config)]
-    flags = ("--learning_rate", "1e-3", "--max_steps", "4", "--logging_steps", "1", "--eval_steps", "1", *flags)
-    done = run_script(launcher, *flags, "--output_dir", output_dir)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return FinishedRun(output_dir, done.stdout + done.stderr)
-
-
-SCHEDULE_FREE = ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant")
+SHORT = ("--learning_rate", "1e-3", "--max_steps", "4", "--logging_steps", "1", "--eval_steps", "1")
+SCHEDULE_FREE = (*SHORT, "--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant")
 
 
 @pytest.fixture(scope="module")
-def schedule_free_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedRun]:
+def schedule_free_runs(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedRun]:
     folder = tmp_path_factory.mktemp("runs")
-    return {strategy: launched(strategy, folder / strategy, *SCHEDULE_FREE) for strategy in ("fsdp1", "fsdp2")}
+    return {
+        strategy: finished_in(two_ranks, folder / strategy, *SCHEDULE_FREE, config=f"{strategy}_cpu_2")
+        for strategy in ("fsdp1", "fsdp2")
+    }
 
 
-class TestLaunched:
-    def test_galore_under_fsdp2(self, tmp_path: Path) -> None:
-        run = launched("fsdp2", tmp_path / "run", *GALORE, "--bf16")
+class TestTrained:
+    """With what the launcher makes of each file, on ranks that are there already."""
+
+    def test_galore_under_fsdp2(self, two_ranks: RankPool, tmp_path: Path) -> None:
+        run = finished_in(two_ranks, tmp_path / "run", *SHORT, *GALORE, "--bf16", config="fsdp2_cpu_2")
         assert run.summary.keys() >= SUMMARY_KEYS
         assert (run.summary["strategy"], run.summary["world_size"], run.summary["steps"]) == ("fsdp2", 2, 4)
         assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
 
-    def test_hsdp_is_rehearsed_on_four_ranks(self, tmp_path: Path) -> None:
-        run = launched("hsdp", tmp_path / "run", *GALORE)
+    def test_hsdp_is_rehearsed_on_four_ranks(self, four_ranks: RankPool, tmp_path: Path) -> None:
+        run = finished_in(four_ranks, tmp_path / "run", *SHORT, *GALORE, config="hsdp_cpu_4")
         assert (run.summary["strategy"], run.summary["world_size"]) == ("hsdp", 4)
         assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
+        total = 8 * MODELS["llama_tiny.json"]
+        assert run.summary["adamw_state_bytes_per_rank"] == pytest.approx([total / 2] * 4, rel=0.01)
 
-    def test_fsdp2_with_offloaded_parameters(self, tmp_path: Path) -> None:
-        run = launched("fsdp2_offload", tmp_path / "run", *GALORE)
+    def test_fsdp2_with_offloaded_parameters(self, two_ranks: RankPool, tmp_path: Path) -> None:
+        run = finished_in(two_ranks, tmp_path / "run", *SHORT, *GALORE, config="fsdp2_offload_cpu_2")
         assert (run.summary["strategy"], run.summary["world_size"]) == ("fsdp2", 2)
         assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -15,6 +17,8 @@ import dist_optim
 from dist_optim import OptimizerSpec, Trait, UpstreamClass
 from dist_optim.cli import app
 from dist_optim.specs import registry
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str, columns: int = 80) -> Result:
@@ -51,13 +55,31 @@ def odd_specs() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_list_names_every_optimizer_whole_and_fits_the_terminal(columns: int) -> None:
+def test_list_has_one_line_a_name_and_fits_the_terminal(columns: int) -> None:
     result = run("list", columns=columns)
     assert result.exit_code == 0
     words = result.stdout.split()
-    assert [name for name in dist_optim.names() if name not in words] == []
+    lines = {
+        line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line[:2].isspace() and line.strip()
+    }
+    assert [name for name in dist_optim.names() if name not in lines] == []
+    assert len(result.stdout.splitlines()) < len(dist_optim.names()) + 40
+    assert lines["adamw_torch"][:2] == ["8", "all"] and lines["galore_adamw"][0] == "0.375"
+    assert all(0 <= float(lines[name][0]) <= 12 for name in dist_optim.names())
     assert {dist_optim.get_spec(name).package for name in dist_optim.names()} <= set(words)
     assert max(map(len, result.stdout.splitlines())) <= columns
+
+
+def test_the_strategies_are_those_that_were_measured() -> None:
+    table = (ROOT / "README.md").read_text().partition("table: begin")[2].partition("table: end")[0]
+    columns, *rows = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)
+    engines = [column.split()[0] for column in columns.split(" | ")]
+    listed = {one["name"]: one["inside_backward_only"] for one in json.loads(run("list", "--json").stdout)}
+    for row in rows[1:]:
+        name, *cells = row.replace("`", "").split(" | ")
+        served = {engine for engine, cell in zip(engines[1:], cells, strict=True) if cell != "refused"}
+        assert listed[name] == ("FSDP1" not in served or "ZeRO" not in served), name
+        assert {"DDP", "FSDP2", "HSDP"} <= served
 
 
 def test_list_marks_what_is_refused_missing_and_not_for_commerce(odd_specs: None) -> None:

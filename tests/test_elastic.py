@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 from safetensors.torch import load_file
-from test_train_script import GALORE, REPOSITORY, TWO_RANKS, environment, finished_run
+from train_runs import GALORE, REPOSITORY, SMALL, environment, finished_in
 
-from dist_optim.testing import assert_equal
+from dist_optim.testing import RankPool, assert_equal
 
 TIMEOUT_S = 240
 FLAGS = ("--max_steps", "10", "--logging_steps", "5", "--eval_steps", "10", "--save_steps", "2", "--disable_tqdm")
@@ -32,8 +32,7 @@ def two_agents(output_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
         **{"NNODES": "2", "NPROC_PER_NODE": "1", "MAX_RESTARTS": "1", "LOCAL_ADDR": "localhost"},
         **{"RDZV_ENDPOINT": f"localhost:{free_port()}", "RDZV_ID": output_dir.parent.name},
     }
-    data = ("--use_cpu", "--per_device_train_batch_size", "2", "--max_eval_samples", "6", "--block_size", "64")
-    command = [str(REPOSITORY / "launch" / "multinode.sh"), *data, *GALORE, "--learning_rate", "1e-3", *FLAGS]
+    command = [str(REPOSITORY / "launch" / "multinode.sh"), *SMALL, *GALORE, "--learning_rate", "1e-3", *FLAGS]
     agents = []
     for number in range(2):
         with open(output_dir.parent / f"agent{number}.log", "wb") as log:
@@ -55,7 +54,7 @@ def two_agents(output_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
             agent.wait()
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing_but_time(two_ranks: RankPool, tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
     with two_agents(output_dir) as agents:
         deadline = time.monotonic() + TIMEOUT_S
@@ -67,7 +66,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
         for agent in agents:
             assert agent.wait(max(1.0, deadline - time.monotonic())) == 0, logs(tmp_path)
     assert "resuming from" in logs(tmp_path)
-    whole = finished_run(TWO_RANKS, tmp_path / "whole", *FLAGS)
+    whole = finished_in(two_ranks, tmp_path / "whole", *GALORE, "--learning_rate", "1e-3", *FLAGS)
     model = Path("model") / "model.safetensors"
     assert_equal(load_file(output_dir / model), load_file(whole.output_dir / model))
 

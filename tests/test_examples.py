@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train_script import REPOSITORY, START_AND_RUN_S, environment
+from train_runs import REPOSITORY, START_AND_RUN_S, environment
 
 EXAMPLES = REPOSITORY / "launch" / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -36,6 +36,9 @@ def test_an_example_learns_and_leaves_a_checkpoint(name: str, tmp_path: Path) ->
     losses = [float(value) for value in re.findall(r"loss (\d+\.\d+)$", done.stdout, flags=re.MULTILINE)]
     assert len(losses) >= 10 and losses[-1] < losses[0] - 0.2, losses
     assert "galore_adamw on 2 ranks" in done.stdout
+    own = re.compile(r"dist_optim: |  |(step \d+: )?loss ")
+    strange = [line for line in (done.stdout + done.stderr).splitlines() if line and not own.match(line)]
+    assert strange == [], "lines that are not ours"
     assert any((tmp_path / "runs" / Path(name).stem).iterdir())
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from accelerated import Training, alone, make_model, started_by_accelerate, through_accelerate
 from placements import full_parameters, own_group
-from test_train_script import ONE_RANK, TWO_RANKS, command
 from test_training_loops import NOISE, STEPS, Regression
 from test_training_loops import make_model as make_regression
 from torch import nn
+from train_runs import ONE_RANK, TWO_RANKS, command
 
 import dist_optim
 from dist_optim.errors import UnsupportedError

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_train_script import REPOSITORY, environment
+from train_runs import REPOSITORY, environment
 
 PATIENCE_S = 300.0  # for everything; no assertion is about time
 

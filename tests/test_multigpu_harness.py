@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from test_elastic import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 HARNESS = [REPOSITORY / "tests_multigpu" / name for name in ("conftest.py", "rank_agreement.py")]
 SHORT_TIMEOUT_S = 3.0  # for the runs that must reach it
@@ -39,22 +41,38 @@ class Run:
         return str(lines[0])
 
 
-def run_ranks(directory: Path, tests: str, *, timeout_s: float = LONG_TIMEOUT_S, launcher: bool = True) -> Run:
-    """Run the source ``tests`` on two ranks of the CPU, with this group timeout, and wait for minutes at most."""
+def run_ranks(
+    directory: Path, tests: str, *, timeout_s: float = LONG_TIMEOUT_S, launcher: bool = False, num_ranks: int = 2
+) -> Run:
+    """Run the source ``tests`` on ranks of the CPU, with this group timeout, and wait for minutes at most.
+
+    Args:
+        launcher: Whether torchrun starts the ranks, and ends them when one fails; they are on their own otherwise.
+    """
     for source in HARNESS:
         shutil.copy(source, directory)
     (directory / "test_generated.py").write_text(HEADER + tests)
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
-    command = [sys.executable, "-m", *(torchrun if launcher else []), "pytest", "-p", "no:cacheprovider", "."]
-    ended = subprocess.run(
-        command,
-        cwd=directory,
-        env=_environment(timeout_s),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=PATIENCE_S,
-    )
-    return Run(ended.returncode, ended.stdout.decode(errors="replace"))
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--standalone"] if launcher else []
+    command = [sys.executable, *torchrun, "-m", "pytest", "-p", "no:cacheprovider", "."]
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
+    own = [
+        {**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        for rank in range(num_ranks)
+    ]
+    with open(directory / "output", "w+b") as output:
+        started = [
+            subprocess.Popen(
+                command, cwd=directory, env=_environment(timeout_s) | given, stdout=output, stderr=subprocess.STDOUT
+            )
+            for given in ([{}] if launcher or num_ranks == 1 else own)
+        ]
+        try:
+            codes = [process.wait(PATIENCE_S) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        output.seek(0)
+        return Run(max(codes, key=abs), output.read().decode(errors="replace"))
 
 
 def _environment(timeout_s: float) -> dict[str, str]:
@@ -151,6 +169,7 @@ def test_hang():
         time.sleep(1000)
 """,
         timeout_s=SHORT_TIMEOUT_S,
+        launcher=True,
     )
     assert run.exit_code != 0
     assert "rank 1 did not report within" in run.output, run.output
@@ -166,6 +185,7 @@ def test_death():
         os._exit(9)
     dist.barrier()
 """,
+        launcher=True,
     )
     assert run.exit_code != 0
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)\s+exitcode\s*: 9", run.output), run.output
@@ -203,6 +223,6 @@ def test_world(device):
 def test_failure():
     assert False, "the only story"
 """
-    run = run_ranks(tmp_path, tests, launcher=False)
+    run = run_ranks(tmp_path, tests, num_ranks=1)
     assert (run.exit_code, run.counts) == (1, "1 failed, 1 passed"), run.output
     assert "failed on rank" not in run.output

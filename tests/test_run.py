@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file
+from trainers import fresh_accelerate
 
 from dist_optim import run
+from dist_optim.errors import StepFailedError
+from dist_optim.integrations import refusals
+from dist_optim.testing import RankPool
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "tests/scripts/train_classifier.py"
@@ -54,21 +63,16 @@ def report_of(tmp_path: Path, done: subprocess.CompletedProcess[str]) -> dict[st
 
 
 def test_accelerate_launch_with_fsdp2_and_an_argument_file(tmp_path: Path) -> None:
-    """A name, a dict of hyperparameters and a strategy that the script has never heard of; then resumed."""
+    """A name, a dict of hyperparameters and a strategy that the script has never heard of."""
     more = {"optim": "apollo_mini", "optim_args": {"update_proj_gap": 2}, "optim_target_modules": ["attn", "mlp"]}
-    file = argument_file(tmp_path, **more)
     command = [*ACCELERATE, "--config_file", "configs/accelerate/fsdp2_cpu_2.yaml", "-m", "dist_optim.run", SCRIPT]
-    done = launch(*command, file)
+    done = launch(*command, argument_file(tmp_path, **more))
     report = report_of(tmp_path, done)
     assert (report["world_size"], report["optimizer"]) == (2, "DistributedOptimizer")
     assert done.stderr.count("dist_optim.run: the script finds these replaced") == 1
+    assert "torchao" not in done.stderr, "a warning of kernels that are not there"
     assert "apollo_mini on 2 ranks" in done.stdout and "stepped on local slices" in done.stdout
-    weights = load_file(tmp_path / "out" / "final" / "model.safetensors")
-    argument_file(tmp_path, **more, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
-    resumed = report_of(tmp_path, launch(*command, file))
-    assert [row for row in resumed["log"] if "loss" in row] == [row for row in report["log"] if "loss" in row]
-    again = load_file(tmp_path / "out" / "final" / "model.safetensors")
-    assert all(weights[name].equal(again[name]) for name in weights)
+    assert (tmp_path / "out" / "checkpoint-3" / "optimizer").is_dir()
 
 
 def test_torchrun_with_deepspeed_on_the_command_line(tmp_path: Path) -> None:
@@ -80,18 +84,6 @@ def test_torchrun_with_deepspeed_on_the_command_line(tmp_path: Path) -> None:
     report = report_of(tmp_path, done)
     assert (report["world_size"], report["optimizer"]) == (2, "DeepSpeedZeroOptimizer")
     assert 'DeepSpeed clips gradients to a norm of 1 ("gradient_clipping"' in done.stdout
-
-
-def test_one_process_is_the_script_alone(tmp_path: Path) -> None:
-    """Where transformers knows the name, nothing changes: the same weights to the bit."""
-    for folder, command in (("alone", [SCRIPT]), ("run", ["-m", "dist_optim.run", SCRIPT])):
-        (tmp_path / folder).mkdir()
-        file = argument_file(tmp_path / folder, optim="adamw_torch", max_steps=4, save_strategy="no",
-                             load_best_model_at_end=False)  # fmt: skip
-        report = report_of(tmp_path / folder, launch(*PYTHON, *command, file))
-        assert report["optimizer"] == {"alone": "AdamW", "run": "DistributedOptimizer"}[folder]
-    alone, ours = (load_file(tmp_path / folder / "out" / "final" / "model.safetensors") for folder in ("alone", "run"))
-    assert alone.keys() == ours.keys() and all(alone[name].equal(ours[name]) for name in alone)
 
 
 CHECK = """
@@ -122,10 +114,73 @@ assert issubclass(transformers.Seq2SeqTrainingArguments, transformers.TrainingAr
 """
 
 
-def test_everything_replaced_is_a_subclass_and_is_said() -> None:
-    done = launch(*PYTHON, "-c", CHECK)
-    assert done.returncode == 0, done.stderr
+def run_alone(arguments: str) -> None:
+    """The script by itself, in the one rank of a pool."""
+    alone = mock.patch.dict(os.environ, LOCAL_RANK="-1")
+    with fresh_accelerate(), alone, mock.patch.object(sys, "argv", [SCRIPT, arguments]):
+        runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+
+
+def test_one_process_is_the_script_alone_but_for_subclasses(one_rank: RankPool, tmp_path: Path) -> None:
+    """Where transformers knows the name, nothing changes: the same weights to the bit."""
+    more = {"optim": "adamw_torch", "max_steps": 4, "save_strategy": "no", "load_best_model_at_end": False}
+    files = {}
+    for folder in ("alone", "run"):
+        (tmp_path / folder).mkdir()
+        files[folder] = argument_file(tmp_path / folder, **more)
+    one_rank.run(run_alone, files["alone"])
+    done = launch(*PYTHON, "-c", f"{CHECK}\nsys.argv = ['-c']\nrun.main([{SCRIPT!r}, {files['run']!r}])")
+    assert report_of(tmp_path / "run", done)["optimizer"] == "DistributedOptimizer"
     assert all(done.stderr.count(f"{one.module}.{one.name} ") == 1 for one in run.REPLACED)
+    alone, ours = (load_file(tmp_path / folder / "out" / "final" / "model.safetensors") for folder in ("alone", "run"))
+    assert alone.keys() == ours.keys() and all(alone[name].equal(ours[name]) for name in alone)
+
+
+MISTAKES = {
+    r"raise UnsupportedError('no\n  such  thing')": r"error: SCRIPT, line 2: no such thing\n",
+    "get_spec('galor_adamw')": r"error: SCRIPT, line 2: There is no optimizer named 'galor_adamw'. The nearest.*\n",
+    "raise KeyboardInterrupt": r"\ninterrupted\n",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_or_an_interruption_is_one_line_of_rank_0(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"from dist_optim import get_spec; from dist_optim.errors import UnsupportedError\n{line}\n")
+    monkeypatch.setattr(run, "replace_names", lambda: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(refusals, "OTHERS_SPEAK_S", 0.2)
+    before = signal.getsignal(signal.SIGTERM)
+    said = []
+    try:
+        for rank, hears_of_rank_0 in (("0", False), ("1", True), ("1", False)):
+            monkeypatch.setenv("RANK", rank)
+            if hears_of_rank_0:  # as the launcher tells the others when one has left
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                monkeypatch.setattr(refusals, "OTHERS_SPEAK_S", 60.0)
+                signal.signal(signal.SIGTERM, lambda *_: None)
+            with pytest.raises(SystemExit) as caught:
+                run.main([str(script)])
+            assert caught.value.code == (130 if "Interrupt" in line else 2)
+            said.append(capsys.readouterr().err)
+            monkeypatch.setattr(refusals, "OTHERS_SPEAK_S", 0.2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert re.fullmatch(MISTAKES[line].replace("SCRIPT", re.escape(str(script))), said[0])
+    assert said[1] == ""
+    assert said[2] == ("" if "Interrupt" in line else said[0]), "a rank that is alone with its mistake says it"
+
+
+def test_what_fails_while_it_runs_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "script.py").write_text("from dist_optim.errors import *\nraise StepFailedError('as it ran')\n")
+    monkeypatch.setattr(run, "replace_names", lambda: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(StepFailedError):
+        run.main([str(tmp_path / "script.py")])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +188,7 @@ def test_everything_replaced_is_a_subclass_and_is_said() -> None:
     [
         ([], 2, "usage: python -m dist_optim.run"),
         (["--help"], 0, "usage: python -m dist_optim.run"),
-        (["no_such_file.py"], "'no_such_file.py' is not a file", ""),
+        (["no_such_file.py"], 2, "error: 'no_such_file.py' is not a file"),
     ],
 )
 def test_bad_usage_is_explained(
@@ -141,6 +196,27 @@ def test_bad_usage_is_explained(
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         run.main(arguments)
-    assert code in str(caught.value.code) if isinstance(code, str) else caught.value.code == code
+    assert caught.value.code == code
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
+
+
+def test_one_process_in_place_of_several_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As accelerate launch --num_processes 2 starts it where there is no GPU."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "no")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run.main([SCRIPT])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "has started one process" in said and said.count("\n") == 1

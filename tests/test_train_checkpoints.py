@@ -1,4 +1,4 @@
-"""`launch/train.py` saves and goes on: the resumed run is the run that was never broken off."""
+"""`launch/train.py` saves and goes on: the resumed run is the run that was never broken off, decisions included."""
 
 from __future__ import annotations
 
@@ -9,38 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train_script import REPOSITORY, TWO_RANKS, FinishedRun, finished_run
+from train_runs import GALORE, FinishedRun, finished_in, rows_of
 
-from dist_optim.testing import assert_equal
-from train_arguments import UsageError
-from train_report import RunDirectory, checkpoints_in, find_checkpoint
+from dist_optim.errors import UsageError
+from dist_optim.integrations.transformers.run_report import RunDirectory, checkpoints_in, find_checkpoint
+from dist_optim.integrations.transformers.schedules import LOG_NAME
+from dist_optim.testing import RankPool, assert_equal
 
-SCHEDULE = ("--lr_scheduler_type", "greedy", "--lr_scheduler_kwargs", "patience=0, min_lr=1e-6, factor=0.5, warmup=0")
-FLAGS: tuple[str, ...] = (
-    "--max_steps",
-    "7",
-    "--logging_steps",
-    "2",
-    "--eval_steps",
-    "1",
-    "--save_steps",
-    "2",
-    *SCHEDULE,
+FLAGS = (
+    *(*GALORE, "--learning_rate", "2e-2", "--max_steps", "7", "--logging_steps", "1", "--disable_tqdm", "true"),
+    *("--eval_steps", "1", "--save_steps", "2", "--gradient_accumulation_steps", "2"),
+    *("--lr_scheduler_type", "greedy", "--lr_scheduler_kwargs", "patience=0, min_lr=1e-6, factor=0.5, warmup=0"),
+    *("--max_train_samples", "20"),  # epochs of ten batches a rank: the break is in the first, the end in the second
 )
-FLAGS += ("--max_train_samples", "20")  # epochs of ten batches a rank: the break is in the first, the end in the second
-FLAGS += ("--gradient_accumulation_steps", "2")
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    return finished_run(TWO_RANKS, tmp_path_factory.mktemp("whole") / "run", *FLAGS)
+def whole_run(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return finished_in(two_ranks, tmp_path_factory.mktemp("whole") / "run", *FLAGS)
 
 
 @pytest.fixture(scope="module")
-def resumed_run(whole_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def resumed_run(two_ranks: RankPool, whole_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     directory = tmp_path_factory.mktemp("resumed") / "run"
     shutil.copytree(whole_run.output_dir / "checkpoint-4", directory / "checkpoint-4")
-    return finished_run(TWO_RANKS, directory, *FLAGS, "--resume_from_checkpoint", "last", "--save_total_limit", "1")
+    more = ("--resume_from_checkpoint", "last", "--save_total_limit", "1")
+    return finished_in(two_ranks, directory, *FLAGS, *more)
 
 
 def weights(run: FinishedRun) -> dict[str, torch.Tensor]:
@@ -58,6 +52,22 @@ def test_the_resumed_run_has_the_same_weights_metrics_and_decisions(
     assert logs[0] == logs[1] and len({json.loads(line)["decision"] for line in logs[0].splitlines()}) > 1
 
 
+def test_the_rate_falls_and_rises_as_the_log_says(whole_run: FinishedRun) -> None:
+    rows = rows_of(whole_run.output_dir / LOG_NAME)
+    assert [(row["number"], row["step"]) for row in rows] == [(number, number) for number in range(1, 8)]
+    assert {"raised", "lowered"} <= {row["decision"] for row in rows}
+    losses = {row["step"]: row["eval_loss"] for row in whole_run.metrics if "eval_loss" in row}
+    rates = {row["step"]: row["learning_rate"] for row in whole_run.metrics if "learning_rate" in row}
+    for row in rows:
+        assert row["metric"] == losses[row["step"]]
+        assert row["old_lr"][0] == rates[row["step"]]
+        assert row["step"] == 7 or row["new_lr"][0] == rates[row["step"] + 1]
+    summary = whole_run.summary
+    assert sum(summary["lr_decisions"].values()) == 7 and summary["learning_rate_last"] == rows[-1]["new_lr"][0]
+    assert "learning rate lowered from 0.04 to 0.02" in whole_run.output and "greedy:" in whole_run.output
+    assert (whole_run.output_dir / "lr.png").stat().st_size > 5_000
+
+
 def test_the_limit_keeps_the_latest_checkpoints(whole_run: FinishedRun, resumed_run: FinishedRun) -> None:
     def names(run: FinishedRun) -> list[str]:
         return [path.name for path in checkpoints_in(run.output_dir)]
@@ -67,16 +77,14 @@ def test_the_limit_keeps_the_latest_checkpoints(whole_run: FinishedRun, resumed_
 
 
 def test_a_checkpoint_opens_under_another_strategy_and_with_safetensors_alone(
-    whole_run: FinishedRun, tmp_path: Path
+    two_ranks: RankPool, whole_run: FinishedRun, tmp_path: Path
 ) -> None:
     checkpoint = whole_run.output_dir / "checkpoint-4"
-    launcher = [*TWO_RANKS[:-1], str(REPOSITORY / "configs/accelerate/fsdp2_cpu_2.yaml")]
     flags = (*FLAGS, "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint))  # it ends where it begins
-    other = finished_run(launcher, tmp_path / "run", *flags)
+    other = finished_in(two_ranks, tmp_path / "run", *flags, config="fsdp2_cpu_2")
     assert (other.summary["strategy"], other.summary["steps"]) == ("fsdp2", 4)
     assert_equal(weights(other), load_file(checkpoint / "model.safetensors"))
-    rows = [json.loads(line) for line in (other.output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["step"] for row in rows) == 4, "no step was taken"
+    assert max(row["step"] for row in other.metrics) == 4, "no step was taken"
 
 
 def test_a_folder_with_checkpoints_is_not_written_over_unasked(tmp_path: Path) -> None:
@@ -100,5 +108,5 @@ def test_which_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint("last", str(tmp_path)) == tmp_path / "checkpoint-10"
     with pytest.raises(UsageError, match="checkpoint-10"):
         find_checkpoint(str(tmp_path / "checkpoint-7"), str(tmp_path))
-    with pytest.raises(UsageError, match="was not saved by launch/train.py"):
+    with pytest.raises(UsageError, match="was not saved by a Trainer"):
         find_checkpoint(str(tmp_path / "checkpoint-5"), str(tmp_path))

@@ -14,18 +14,19 @@ from unittest import mock
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from test_accelerate_configs import CONFIGS
-from test_train_script import GALORE, REPOSITORY, SUMMARY_KEYS, FinishedRun, run_script
+from train_runs import CONFIGS, GALORE, REPOSITORY, SUMMARY_KEYS, finished_in, finished_run, run_in
 
-from train_arguments import UsageError, read_arguments
-from train_deepspeed import settle
+from dist_optim.errors import UsageError
+from dist_optim.integrations.transformers.deepspeed_flags import settle_deepspeed
+from dist_optim.testing import RankPool
+from train_arguments import read_arguments
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 JSONS = REPOSITORY / "configs" / "deepspeed"
 ZERO_YAML = sorted(path.name for path in CONFIGS.glob("zero*.yaml"))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SHORT = ("--max_steps", "3", "--logging_steps", "1", "--eval_steps", "1", "--per_device_train_batch_size", "2")
 
 
@@ -36,17 +37,19 @@ def test_every_json_has_its_accelerate_files() -> None:
 
 @pytest.mark.parametrize("name", ZERO_YAML)
 def test_accelerate_reads_the_file_as_the_configuration_of_its_name(name: str) -> None:
+    """All that a rank is told stands in the file itself, so that it serves any script, in any folder."""
     arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / name), "script.py"])
     arguments, defaults, _ = _validate_launch_command(arguments)
     assert arguments.use_deepspeed and arguments.num_processes == (2 if "_cpu_2" in name else 8)
-    fields = list(defaults.deepspeed_config)
-    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, given = prepare_deepspeed_cmd_env(argparse.Namespace(**vars(arguments)))
-    path = given["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
-    assert path == f"configs/deepspeed/{name.removesuffix('.yaml').removesuffix('_cpu_2')}.json"
-    config = json.loads((REPOSITORY / path).read_text())
-    assert f"zero{config['zero_optimization']['stage']}" == name[:5]
-    assert ("offload" in name) == ("offload_optimizer" in config["zero_optimization"])
+    assert "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in given and given["ACCELERATE_MIXED_PRECISION"] == "no"
+    with mock.patch.dict(os.environ, given):
+        config = DeepSpeedPlugin().hf_ds_config.config
+    zero = config["zero_optimization"]
+    assert f"zero{zero['stage']}" == name[:5]
+    assert ("offload" in name) == (zero["offload_optimizer"]["device"] == "cpu")
+    assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == ("auto", "auto")
     assert given["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str("zero3" in name).lower()
 
 
@@ -58,65 +61,59 @@ def deepspeed_launcher() -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
 
 
-def finished(launcher: list[str], output_dir: Path, *flags: str | Path) -> FinishedRun:
-    done = run_script(launcher, *SHORT, *flags, "--output_dir", output_dir)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return FinishedRun(output_dir, done.stdout + done.stderr)
-
-
-class TestLaunched:
-    def test_by_accelerate_with_the_configuration_of_the_repository(self, tmp_path: Path) -> None:
-        text = (CONFIGS / "zero2_cpu_2.yaml").read_text()
-        json_file = "configs/deepspeed/zero2.json"  # from wherever the tests are started
-        (tmp_path / "own.yaml").write_text(text.replace(json_file, str(REPOSITORY / json_file)))
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "own.yaml")]
-        run = finished(launcher, tmp_path / "run", *GALORE)
+class TestTrained:
+    def test_as_by_accelerate_with_the_file_of_the_repository(self, two_ranks: RankPool, tmp_path: Path) -> None:
+        flags = (*SHORT, *GALORE, "--max_grad_norm", "0.5")
+        run = finished_in(two_ranks, tmp_path / "run", *flags, config="zero2_cpu_2")
         assert run.summary.keys() >= SUMMARY_KEYS
-        assert (run.summary["optim"], run.summary["strategy"], run.summary["world_size"]) == (
-            "galore_adamw",
-            "zero2",
-            2,
-        )
+        found = (run.summary["optim"], run.summary["strategy"], run.summary["world_size"])
+        assert found == ("galore_adamw", "zero2", 2)
         assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
-        assert "low rank 16" in run.output
+        assert "low rank 16" in run.output and "clips gradients to a norm of 0.5" in run.output
 
-    def test_by_torchrun_the_exported_model_holds_the_averaged_weights(self, tmp_path: Path) -> None:
-        """ZeRO-3 of a model made under zero.Init; accumulated, clipped, evaluated at every step."""
+    def test_as_by_torchrun_the_exported_model_holds_the_averaged_weights(
+        self, two_ranks: RankPool, tmp_path: Path
+    ) -> None:
+        """ZeRO-3 of a model made under zero.Init; accumulated, clipped, evaluated."""
         config: dict[str, Any] = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
         (tmp_path / "zero3.json").write_text(json.dumps(config))
         flags = ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant", "--learning_rate", "1e-3")
         more = ("--deepspeed", tmp_path / "zero3.json", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5")
-        run = finished(TORCHRUN, tmp_path / "run", *flags, *more)
+        run = finished_in(two_ranks, tmp_path / "run", *SHORT, "--max_steps", "2", "--eval_steps", "2", *flags, *more)
         assert run.summary["strategy"] == "zero3"
         assert "clips gradients to a norm of 0.5" in run.output
         assert run.exported_loss() == pytest.approx(run.summary["eval_loss_last"], rel=1e-4)
 
-    def test_by_deepspeed_a_contradiction_ends_all_ranks(self, tmp_path: Path) -> None:
+    def test_a_contradiction_ends_all_ranks(self, two_ranks: RankPool, tmp_path: Path) -> None:
         flags = ("--deepspeed", JSONS / "galore_adamw_zero2.json", "--optim", "sgd", "--output_dir", tmp_path / "run")
-        done = run_script(deepspeed_launcher(), *flags)
-        assert done.returncode != 0
-        (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert "--per_device_train_batch_size 2 contradicts" in message and "galore_adamw_zero2.json" in message
+        (code, said), *others = run_in(two_ranks, *flags)
+        assert said.startswith("error: --per_device_train_batch_size 2 contradicts") and said.count("\n") == 1
+        assert "galore_adamw_zero2.json" in said
+        assert (code, others) == (2, [(2, "")])
         assert not (tmp_path / "run").exists()
 
     def test_by_deepspeed_with_the_optimizer_of_the_configuration(self, tmp_path: Path) -> None:
         config = json.loads((JSONS / "galore_adamw_zero2.json").read_text())
         (tmp_path / "own.json").write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": "auto"}))
-        run = finished(deepspeed_launcher(), tmp_path / "run", "--deepspeed", tmp_path / "own.json")
+        flags = (*SHORT, "--deepspeed", tmp_path / "own.json")
+        run = finished_run(deepspeed_launcher(), tmp_path / "run", *flags)
         assert "low rank 64" in run.output  # target modules and rank are the configuration's
         assert (run.summary["strategy"], run.summary["world_size"]) == ("zero2", 2)
 
 
-def settled(config: dict[str, Any], *flags: str) -> tuple[dict[str, Any], argparse.Namespace]:
+def settled(folder: Path, config: dict[str, Any], *flags: str) -> tuple[dict[str, Any], argparse.Namespace]:
     arguments = read_arguments(["--output_dir", "out", *flags])
+    (folder / "zero.json").write_text(json.dumps(config))
+    arguments.deepspeed = str(folder / "zero.json")
     with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}):
-        settle(config, arguments, "zero.json")
-    return config, arguments
+        settle_deepspeed(arguments, arguments.given)
+    return arguments.deepspeed, arguments
 
 
-def test_flags_fill_in_what_the_configuration_leaves_out() -> None:
+def test_flags_fill_in_what_the_configuration_leaves_out(tmp_path: Path) -> None:
     section = {"type": "dist_optim.adagrad", "params": {"lr": "auto"}}
     config, arguments = settled(
+        tmp_path,
         {"optimizer": section, "gradient_clipping": 0.3, "zero_optimization": {"stage": 3}},
         *("--learning_rate", "0.5", "--gradient_accumulation_steps", "4", "--bf16"),
     )
@@ -130,9 +127,13 @@ def test_flags_fill_in_what_the_configuration_leaves_out() -> None:
 @pytest.mark.parametrize(
     ("config", "flags", "words"),
     [
-        ({"gradient_clipping": 1.0}, "--max_grad_norm 0.5", "--max_grad_norm 0.5 contradicts zero.json"),
+        ({"gradient_clipping": 1.0}, "--max_grad_norm 0.5", "--max_grad_norm 0.5 contradicts .*zero.json"),
         ({"bf16": {"enabled": False}}, "--bf16", "bf16.enabled is False"),
-        ({"optimizer": {"type": "sgd"}}, "--optim adafactor", "--optim adafactor contradicts .* optimizer is sgd"),
+        (
+            {"optimizer": {"type": "sgd"}},
+            "--optim adafactor",
+            "adafactor contradicts .* optimizer.type is sgd",
+        ),
         (
             {"optimizer": {"type": "sgd", "params": {"lr": 1}}},
             "--learning_rate 2",
@@ -142,6 +143,8 @@ def test_flags_fill_in_what_the_configuration_leaves_out() -> None:
         ({"scheduler": {"type": "WarmupLR"}}, "", "use --lr_scheduler_type"),
     ],
 )
-def test_a_flag_that_contradicts_the_configuration_is_refused(config: dict[str, Any], flags: str, words: str) -> None:
+def test_a_flag_that_contradicts_the_configuration_is_refused(
+    config: dict[str, Any], flags: str, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=words):
-        settled(config, *flags.split())
+        settled(tmp_path, config, *flags.split())

@@ -1,7 +1,4 @@
-"""`launch/train.py` as users run it: through `accelerate launch`, on two CPU ranks and on one.
-
-A start costs about ten seconds: one finished run serves many claims, and what needs no ranks calls the script's parts.
-"""
+"""`launch/train.py`: what a finished run leaves, what is refused, and how it ends when it is told to."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,99 +20,44 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from train_runs import (
+    GALORE,
+    REPOSITORY,
+    START_AND_RUN_S,
+    SUMMARY_KEYS,
+    TWO_RANKS,
+    FinishedRun,
+    command,
+    environment,
+    finished_in,
+    finished_run,
+    run_in,
+)
 from trainers import fresh_accelerate
 
 import train
 import train_arguments
 import train_data
-import train_deepspeed
-import train_report
-from dist_optim.errors import DistOptimError
+from dist_optim.errors import DistOptimError, UsageError
+from dist_optim.integrations import signals
 from dist_optim.integrations.transformers import Trainer
+from dist_optim.integrations.transformers.run_report import FINISHED_NAMES, RunDirectory, strategy_name
 from dist_optim.testing import RankPool
-from train_arguments import UsageError, make_arguments, read_arguments
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-TWO_RANKS = [
-    *(sys.executable, "-m", "accelerate.commands.launch"),
-    *("--config_file", str(REPOSITORY / "configs/accelerate/ddp_cpu_2.yaml")),
-]
-ONE_RANK = [sys.executable]
-GALORE = (
-    "--optim",
-    "galore_adamw",
-    "--optim_target_modules",
-    "attn",
-    "mlp",
-    "--optim_args",
-    "rank=16,update_proj_gap=2",
-)
-START_AND_RUN_S = 120
-
-SUMMARY_KEYS = {
-    *("optim", "strategy", "world_size", "steps", "tokens_per_second"),
-    *("train_loss_first", "train_loss_last", "eval_loss_first", "eval_loss_last"),
-    *("optimizer_state_bytes_per_rank", "peak_memory_bytes_per_rank"),
-}
-
-
-def command(launcher: list[str], *flags: str | Path) -> list[str]:
-    script = [str(REPOSITORY / "launch" / "train.py"), "--use_cpu", "--per_device_train_batch_size", "2"]
-    return [*launcher, *script, "--max_eval_samples", "6", "--block_size", "64", *(str(flag) for flag in flags)]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
-
-
-def run_script(launcher: list[str], *flags: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(launcher, *flags), env=environment(), capture_output=True, text=True, timeout=START_AND_RUN_S
-    )
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    output_dir: Path
-    output: str
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.output_dir / "summary.json").read_text())
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
-
-    def exported_loss(self) -> float:
-        """The loss of the exported model on the validation blocks that the run evaluated."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(self.output_dir / "model")
-        tokenizer = AutoTokenizer.from_pretrained(self.output_dir / "model")
-        data = train_arguments.DataArguments(block_size=64, max_eval_samples=6)
-        _, blocks = train_data.load_blocks(data, tokenizer)
-        assert type(model).__name__ == "LlamaForCausalLM"
-        with torch.no_grad():
-            return model(input_ids=blocks.rows.long(), labels=blocks.rows.long()).loss.item()
-
-
-def finished_run(launcher: list[str], output_dir: Path, *flags: str) -> FinishedRun:
-    done = run_script(launcher, *GALORE, "--learning_rate", "1e-3", *flags, "--output_dir", output_dir)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return FinishedRun(output_dir, done.stdout + done.stderr)
+from train_arguments import make_arguments, read_arguments
 
 
 @pytest.fixture(scope="module")
 def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Through the launcher, as most users start it."""
     # Two micro-batches a step and five steps: two refreshes after the first, a schedule that ends at one fifth.
     flags = ("--max_steps", "5", "--logging_steps", "2", "--eval_steps", "3", "--gradient_accumulation_steps", "2")
-    return finished_run(TWO_RANKS, tmp_path_factory.mktemp("two") / "run", *flags)
+    output_dir = tmp_path_factory.mktemp("two") / "run"
+    return finished_run(TWO_RANKS, output_dir, *GALORE, "--learning_rate", "1e-3", *flags)
 
 
 @pytest.fixture(scope="module")
-def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    return finished_run(ONE_RANK, tmp_path_factory.mktemp("one") / "run", "--max_steps", "1")
+def one_rank_run(one_rank: RankPool, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return finished_in(one_rank, tmp_path_factory.mktemp("one") / "run", *GALORE, "--max_steps", "1")
 
 
 class TestFinishedRun:
@@ -159,48 +101,32 @@ class TestFinishedRun:
         assert two_rank_run.output.count("optimizer state, by rank") == 1
         assert two_rank_run.output.count("step 0/5: validation loss") == 1
         assert two_rank_run.output.count("dist_optim: galore_adamw on 2 ranks") == 1
+        assert two_rank_run.output.count("galore_adamw on 2 ranks, ddp") == 1, (
+            "the title of the summary, and of the plots"
+        )
         assert (two_rank_run.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-        assert sorted(path.name for path in two_rank_run.output_dir.iterdir()) == sorted(train_report.FINISHED_NAMES)
+        assert sorted(path.name for path in two_rank_run.output_dir.iterdir()) == sorted(FINISHED_NAMES)
 
 
 class TestRefusals:
     """One clear message, exit code 2, no trace of ours, nothing trained."""
 
-    def assert_refused(self, done: subprocess.CompletedProcess[str], *words: str) -> None:
-        assert done.returncode != 0
-        messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(messages) == 1, done.stderr
-        for word in words:
-            assert word in messages[0]
-        assert 'launch/train.py", line' not in done.stderr
-        assert "validation loss" not in done.stdout + done.stderr
-
-    def test_target_modules_that_match_nothing_end_both_ranks(self, tmp_path: Path) -> None:
-        flags = (
-            "--optim",
-            "galore_adamw",
-            "--optim_target_modules",
-            "attention_typo",
-            "--output_dir",
-            tmp_path / "run",
-        )
-        done = run_script(TWO_RANKS, *flags)
-        self.assert_refused(done, "attention_typo", "self_attn")
-        assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr  # the launcher's report on both ranks
+    def test_target_modules_that_match_nothing_end_both_ranks(self, two_ranks: RankPool, tmp_path: Path) -> None:
+        flags = ("--optim", "galore_adamw", "--optim_target_modules", "attention_typo")
+        (code, said), *others = run_in(two_ranks, *flags, "--output_dir", tmp_path / "run")
+        (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "attention_typo" in message and "self_attn" in message
+        assert (code, others) == (2, [(2, "")])
+        assert "Traceback" not in said and "validation loss" not in said
         assert not (tmp_path / "run").exists()
 
-    def test_a_mistake_on_the_command_line_ends_both_ranks(self, tmp_path: Path) -> None:
-        done = run_script(TWO_RANKS, "--optimm", "sgd", "--output_dir", tmp_path)
-        self.assert_refused(done, "--optimm", "--optim")
-        assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr
-
-    def test_unknown_optimizer_in_one_process(self, tmp_path: Path) -> None:
-        done = run_script(ONE_RANK, "--optim", "galore_adam", "--output_dir", tmp_path)
-        self.assert_refused(done, "galore_adam", "galore_adamw")
-        assert done.returncode == 2
+    def test_a_mistake_on_the_command_line_ends_both_ranks(self, two_ranks: RankPool, tmp_path: Path) -> None:
+        (code, said), *others = run_in(two_ranks, "--optimm", "sgd", "--output_dir", tmp_path)
+        assert "error: Unknown argument '--optimm'. Did you mean: --optim" in said and said.count("\n") == 1
+        assert (code, others) == (2, [(2, "")])
 
     def test_a_folder_that_holds_a_run_is_kept(self, one_rank_run: FinishedRun) -> None:
-        directory = train_report.RunDirectory(str(one_rank_run.output_dir))
+        directory = RunDirectory(str(one_rank_run.output_dir))
         with pytest.raises(UsageError, match="already holds a run.*--overwrite_output_dir"):
             directory.claim(overwrite=False, resume=None)
         assert directory.claim(overwrite=True, resume=None)
@@ -210,7 +136,7 @@ class TestRefusals:
     def test_an_output_dir_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(UsageError, match="cannot be written"):
-            train_report.RunDirectory(str(tmp_path / "file" / "run")).claim(overwrite=False, resume=None)
+            RunDirectory(str(tmp_path / "file" / "run")).claim(overwrite=False, resume=None)
 
     @pytest.mark.parametrize(
         ("name", "content", "words"),
@@ -275,51 +201,66 @@ class TestRefusals:
             train_data.load_model(arguments, train_data.byte_tokenizer(), block_size=64)
 
 
+WATCHED = """
+import importlib.util, os, pathlib, subprocess, sys, time
+if len(sys.argv) > 2:  # as torchrun's agent, which waits for its rank
+    subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2]], env={**os.environ, "TORCHELASTIC_RUN_ID": "it"})
+spec = importlib.util.spec_from_file_location("signals", SIGNALS)
+signals = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(signals)
+mark = pathlib.Path(sys.argv[1])
+watch = signals.SignalWatch()
+watch.follow(mark.unlink, lambda: 7)
+mark.write_text(str(os.getpid()))
+time.sleep(100)
+"""
+
+
 class TestInterruption:
-    @pytest.fixture
-    def start(self) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-        started: list[subprocess.Popen[str]] = []
-
-        def starter(*arguments: str | Path) -> subprocess.Popen[str]:
-            flags = [str(argument) for argument in arguments]
-            started.append(
-                subprocess.Popen(flags, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            )
-            return started[-1]
-
-        yield starter
-        for process in started:
-            process.kill()
-            process.wait()
-
-    @pytest.mark.parametrize(
-        ("launcher", "sent", "exit_code"),
-        [
-            (TWO_RANKS, signal.SIGINT, None),  # Ctrl-C: the launcher passes it on, and ends with a code of its own
-            (TWO_RANKS, signal.SIGKILL, None),  # the launcher cannot pass this on: its ranks see that it is gone
-            (ONE_RANK, signal.SIGTERM, 143),
-        ],
-    )
-    def test_a_signal_ends_every_rank_and_leaves_no_half_run(
-        self,
-        start: Callable[..., subprocess.Popen[str]],
-        tmp_path: Path,
-        launcher: list[str],
-        sent: signal.Signals,
-        exit_code: int | None,
-    ) -> None:
+    def test_a_signal_ends_every_rank_and_leaves_no_half_run(self, tmp_path: Path) -> None:
+        """Ctrl-C: the launcher passes it on to both ranks, and ends with a code of its own."""
         metrics = tmp_path / "run" / ".unfinished" / "metrics.jsonl"
-        process = start(
-            *command(launcher, "--max_steps", "100000", "--logging_steps", "1", "--output_dir", tmp_path / "run")
-        )
-        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, START_AND_RUN_S)
-        process.send_signal(sent)
-        _, errors = process.communicate(timeout=START_AND_RUN_S)
+        flags = ("--max_steps", "100000", "--logging_steps", "1", "--output_dir", tmp_path / "run")
+        with started(*command(TWO_RANKS, *flags)) as process:
+            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, START_AND_RUN_S)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=START_AND_RUN_S)
         assert errors.count("interrupted at step ") == 1, errors
         assert 'launch/train.py", line' not in errors
-        assert exit_code is None or process.returncode == exit_code
         assert list((tmp_path / "run").iterdir()) == []
         wait_until(lambda: not processes_naming(str(tmp_path)), 60)
+
+    @pytest.mark.parametrize(
+        ("sent", "is_agent", "exit_code"),
+        [
+            (signal.SIGTERM, False, 143),
+            (signal.SIGINT, False, 130),
+            (signal.SIGKILL, True, -9),  # the agent cannot pass this on: its rank sees that it is gone
+        ],
+    )
+    def test_a_rank_cleans_up_says_how_far_it_was_and_ends(
+        self, tmp_path: Path, sent: signal.Signals, is_agent: bool, exit_code: int
+    ) -> None:
+        program = WATCHED.replace("SIGNALS", repr(signals.__file__))
+        mark = tmp_path / "mark"
+        with started(sys.executable, "-c", program, *([program] if is_agent else []), mark) as process:
+            wait_until(lambda: mark.exists() and mark.read_text() != "", 60)
+            process.send_signal(sent)
+            _, errors = process.communicate(timeout=60)  # the rank holds the pipe as long as it lives
+        assert (process.returncode, errors) == (exit_code, "\ninterrupted at step 7\n")
+        assert not mark.exists()
+
+
+@contextmanager
+def started(*words: str | Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [str(word) for word in words], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
@@ -367,7 +308,6 @@ class TestParts:
     def test_every_run_of_the_repository_is_one_that_could_start(self, file: Path) -> None:
         with fresh_accelerate(), mock.patch.dict(os.environ, {"WORLD_SIZE": "1"}):
             asked = read_arguments([str(file)])
-            train_deepspeed.settle_deepspeed(asked)
             _, _, made = make_arguments(asked)
         assert made.output_dir == f"runs/{file.stem}"
         assert file.read_text().startswith("# torchrun") and f"configs/runs/{file.name}" in file.read_text()
@@ -422,10 +362,10 @@ class TestParts:
                 parallelism_config=num_replicas and SimpleNamespace(dp_replicate_size=num_replicas),
             ),
         )
-        assert train_report.strategy_name(accelerator) == name
+        assert strategy_name(accelerator) == name
 
 
-def whole_results(directory: train_report.RunDirectory, mark: str) -> None:
+def whole_results(directory: RunDirectory, mark: str) -> None:
     """As `finish` leaves them before it moves anything."""
     for name in ("metrics.jsonl", "loss.png", "lr.png"):
         (directory.unfinished / name).write_text(mark)
@@ -454,7 +394,7 @@ def dies_after(number: int, name: str, calls: list[int]) -> Any:
 class TestRestart:
     @pytest.mark.parametrize("number", range(10))
     def test_a_kill_while_results_move_into_place_is_made_up_for(self, tmp_path: Path, number: int) -> None:
-        run = train_report.RunDirectory(str(tmp_path))
+        run = RunDirectory(str(tmp_path))
         for mark in ("old", "new"):
             run.claim(overwrite=True, resume=None)
             if mark == "old":
@@ -473,8 +413,8 @@ class TestRestart:
             except Killed:
                 run.discard()  # as a signal would
         assert len(calls) == min(number, 8), "the kill points are counted"
-        assert not train_report.RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(train_report.FINISHED_NAMES)
+        assert not RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FINISHED_NAMES)
         assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": "new"}
         for name in ("metrics.jsonl", "loss.png", "lr.png", "model/weights"):
             assert (tmp_path / name).read_text() == "new"
@@ -482,22 +422,16 @@ class TestRestart:
     def test_results_without_a_summary_are_gone_on_from_or_kept(self, tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()
         with pytest.raises(UsageError, match="already holds a run"):
-            train_report.RunDirectory(str(tmp_path)).claim(overwrite=False, resume=None)
-        assert train_report.RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
+            RunDirectory(str(tmp_path)).claim(overwrite=False, resume=None)
+        assert RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
 
-    def test_a_finished_run_started_again_has_nothing_to_do(self, one_rank_run: FinishedRun) -> None:
+    def test_a_finished_run_started_again_has_nothing_to_do(
+        self, one_rank: RankPool, one_rank_run: FinishedRun
+    ) -> None:
         before = one_rank_run.summary
-        done = run_script(
-            ONE_RANK,
-            *GALORE,
-            "--max_steps",
-            "1",
-            "--resume_from_checkpoint",
-            "last",
-            "--output_dir",
-            one_rank_run.output_dir,
-        )
-        assert done.returncode == 0 and "finished: there is nothing to do" in done.stdout, done.stderr
+        flags = ("--max_steps", "1", "--resume_from_checkpoint", "last", "--output_dir", one_rank_run.output_dir)
+        ((code, said),) = run_in(one_rank, *GALORE, *flags)
+        assert code == 0 and "finished: nothing to do" in said
         assert one_rank_run.summary == before
 
 

@@ -1,12 +1,35 @@
-"""Switches that launchers set in the environment."""
+"""What launchers say in the environment."""
 
 from __future__ import annotations
 
 import os
 
-__all__ = ["is_switched_on"]
+from dist_optim.errors import UsageError
+
+__all__ = ["is_switched_on", "num_ranks_asked_for", "refuse_lone_process"]
 
 
 def is_switched_on(name: str) -> bool:
     """Whether the variable is there and says yes, as accelerate reads its own."""
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def num_ranks_asked_for() -> int | str:
+    """The number of ranks; "several" where accelerate was asked for them and has started one process, without a GPU."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    return "several" if started_by_accelerate and "MASTER_ADDR" in os.environ else 1
+
+
+def refuse_lone_process() -> None:
+    """Without a GPU `accelerate launch --num_processes 2` starts one process, which would train alone without a word.
+
+    Raises:
+        UsageError: Several ranks were asked for, and this process is the only one.
+    """
+    if num_ranks_asked_for() == "several":
+        raise UsageError(
+            "accelerate launch was asked for several ranks and has started one process, as there is no GPU. Start CPU "
+            "ranks with torchrun --nproc_per_node N, or with distributed_type: MULTI_GPU in accelerate's configuration."
+        )

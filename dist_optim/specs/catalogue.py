@@ -31,6 +31,8 @@ def describe(spec: OptimizerSpec) -> dict[str, Any]:
         "needs": needs(spec),
         "traits": sorted(trait.value for trait in spec.traits),
         "state_bytes_per_parameter": spec.state_bytes,
+        "typical_state_bytes": typical_state_bytes(spec),
+        "inside_backward_only": {Trait.LOW_RANK, Trait.FUSED_BACKWARD} <= spec.traits,
         "fixed_arguments": dict(spec.forced),
         "refusal": spec.refusal or None,
     }
@@ -64,6 +66,19 @@ def _describe_record(record: Hyperparameter) -> dict[str, Any]:
 def needs(spec: OptimizerSpec) -> list[str]:
     """What must be there, or be given, besides the package."""
     return [*(["target_modules"] if Trait.LOW_RANK in spec.traits else []), *spec.needs]
+
+
+def typical_state_bytes(spec: OptimizerSpec, width: int = 4096) -> float | None:
+    """Bytes a parameter of a square fp32 matrix with the default rank, by the spec's text; None where that has none."""
+    formula = re.match(r"(?:for an m x n matrix[^:]*: )?(\d[\d.]*)?( ?\([^)]*[mn][^)]*\) / mn)?", spec.state_bytes)
+    factor, quotient = formula.groups() if formula else (None, None)
+    if factor is None and quotient is None:
+        return None
+    ranks = [record.default for record in spec.records() if record.name == "rank"]
+    sizes = {"m": width, "n": width, "r": ranks[0] if ranks else 1}
+    terms = re.findall(r"([\d.]*) ?([mnr]+)", (quotient or "").partition(")")[0])
+    total = sum(float(number or 1) * math.prod(sizes[letter] for letter in letters) for number, letters in terms)
+    return float(factor or 1) * (total / width**2 if quotient else 1.0)
 
 
 def is_non_commercial(licence: str) -> bool:

@@ -4,6 +4,11 @@ accelerate launch --config_file configs/accelerate/fsdp2.yaml launch/examples/ac
 accelerate launch --config_file configs/accelerate/fsdp2_cpu_2.yaml launch/examples/accelerate_loop.py
 """
 
+# ruff: noqa: E402
+from dist_optim.integrations.quiet import quieten_libraries
+
+quieten_libraries()  # their warnings of kernels and accelerators that are not there; leave it out at will
+
 from pathlib import Path
 
 import torch

@@ -3,6 +3,11 @@
 torchrun --nproc_per_node 2 launch/examples/deepspeed_engine.py
 """
 
+# ruff: noqa: E402
+from dist_optim.integrations.quiet import quieten_libraries
+
+quieten_libraries()  # their warnings of kernels and accelerators that are not there; leave it out at will
+
 from pathlib import Path
 
 import torch
@@ -12,8 +17,8 @@ from dist_optim.integrations.deepspeed import register
 
 if not torch.accelerator.is_available():
     cpu_rehearsal.choose_cpu_for_deepspeed()  # before DeepSpeed is imported
-import deepspeed  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+import deepspeed
+from transformers import AutoConfig, AutoModelForCausalLM
 
 register()  # from here on "type": "galore_adamw" is known to DeepSpeed
 configs = Path(__file__).parents[2] / "configs"
@@ -33,3 +38,4 @@ for step in range(10):
         print(f"step {step}: loss {loss.item():.3f}")
 engine.save_checkpoint("runs/deepspeed_engine")
 engine.destroy()
+torch.distributed.destroy_process_group()  # its threads must end before the interpreter does

@@ -3,6 +3,11 @@
 torchrun --nproc_per_node 2 launch/examples/torchrun_fsdp2.py
 """
 
+# ruff: noqa: E402
+from dist_optim.integrations.quiet import quieten_libraries
+
+quieten_libraries()  # their warnings of kernels and accelerators that are not there; leave it out at will
+
 from pathlib import Path
 
 import torch

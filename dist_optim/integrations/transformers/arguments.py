@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 import transformers
 from transformers.training_args import OptimizerNames
 
 from dist_optim.errors import HyperparameterError
+from dist_optim.integrations.environment import num_ranks_asked_for, refuse_lone_process
+from dist_optim.integrations.transformers.argument_ranges import check_ranges
 from dist_optim.integrations.transformers.rehearsal import prepare_deepspeed
 from dist_optim.specs.hyperparameters import parse_optim_args
 from dist_optim.specs.registry import OptimizerSpec, get_spec, names
@@ -49,6 +52,10 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
+        refuse_lone_process()
+        if num_ranks_asked_for() != 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or accelerate takes each rank for a job of its own
         wanted, self.optim_args = name_of(self.optim), read_optim_args(self.optim_args)
         if wanted not in [member.value for member in OptimizerNames]:
             get_spec(wanted)  # the nearest names, where it is unknown

@@ -33,6 +33,7 @@ from dist_optim.integrations.transformers.checks import (
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer, deferred_class
 from dist_optim.integrations.transformers.inside_backward import backward_of, settings_inside_backward
 from dist_optim.integrations.transformers.placing import is_sharded, place_alone
+from dist_optim.integrations.transformers.same_job import assert_same_job
 from dist_optim.integrations.transformers.schedules import (
     decide_after_evaluation,
     scheduler_for_trainer,
@@ -154,6 +155,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     def _prepare_for_training(self, max_steps: int, *others: Any, **named: Any) -> Any:
         """As in transformers, with the optimizer built on the placed model."""
         self._num_training_steps = max_steps
+        assert_same_job(self)
         check_strategy(self.accelerator)
         check_given_optimizer(self, *self._given)
         self._undo_preparation_for_evaluation()

@@ -50,6 +50,7 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
     decision: dict[str, Any] = {}
     recipe = resolve_schedule(name)
     if recipe.is_metric_driven:
+        _refuse_without_decisions(name, args, num_training_steps)
         decision = _decision_options(name, args)
     return build_scheduler(
         optimizer,
@@ -104,6 +105,15 @@ def decide_after_evaluation(lr_scheduler: Any, metrics: MutableMapping[str, Any]
     )
     if made is not None:
         metrics[key] = math.nan if made["metric"] is None else made["metric"]
+
+
+def _refuse_without_decisions(name: str, args: Any, num_training_steps: int) -> None:
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy == "steps" and args.eval_steps > num_training_steps:
+        raise ScheduleError(
+            f"lr_scheduler_type={name!r} decides after every eval_steps steps, and eval_steps {args.eval_steps} gives "
+            f"no decision in {num_training_steps} steps. Set eval_steps to a small part of them."
+        )
 
 
 def _decision_options(name: str, args: Any) -> dict[str, Any]:

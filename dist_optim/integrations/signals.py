@@ -1,4 +1,4 @@
-"""How a rank of `launch/train.py` ends when it is told to: SIGINT (Ctrl-C) or SIGTERM. Imports nothing heavy."""
+"""How a rank of a script ends when it is told to: SIGINT (Ctrl-C) or SIGTERM. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,0 +1,34 @@
+"""Other libraries' bars, and their warnings about what is not used here, silenced: for a script's own output."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+
+__all__ = ["quieten_libraries"]
+
+LOGGERS = ("DeepSpeed", "bitsandbytes", "torch.utils._pytree", "torchao")
+CALLED_BY_ENGINES = (
+    ".*(all_gather_into|reduce_scatter)_tensor.* is deprecated",
+    "FSDP.state_dict_type",
+    "Slicing a flattened dim from root mesh",
+)
+"""Deprecations of what accelerate and DeepSpeed call."""
+
+
+def quieten_libraries() -> None:
+    """Leave standard output and error to the script; errors still appear. Before the libraries are imported."""
+    import transformers
+
+    logging.disable(logging.NOTSET)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it finds by itself
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in CALLED_BY_ENGINES:
+        warnings.filterwarnings("ignore", message=text)

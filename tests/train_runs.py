@@ -1,0 +1,152 @@
+"""`launch/train.py` through a launcher, as users run it, and its `main` on the ranks of a pool, which wait already.
+
+A start through a launcher costs some ten seconds: it is for what the launcher and the process have a part in (signals,
+exit codes, files of configuration), and a pool for all else.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from trainers import fresh_accelerate
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import train
+import train_arguments
+import train_data
+from dist_optim.testing import RankPool
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "configs" / "accelerate"
+TWO_RANKS = [*(sys.executable, "-m", "accelerate.commands.launch"), *("--config_file", str(CONFIGS / "ddp_cpu_2.yaml"))]
+ONE_RANK = [sys.executable]
+LOW_RANK = ("--optim_target_modules", "attn", "mlp", "--optim_args", "rank=16,update_proj_gap=2")
+GALORE = ("--optim", "galore_adamw", *LOW_RANK)
+SMALL = ("--use_cpu", "--per_device_train_batch_size", "2", "--max_eval_samples", "6", "--block_size", "64")
+START_AND_RUN_S = 120
+
+SUMMARY_KEYS = {
+    *("optim", "strategy", "world_size", "steps", "tokens_per_second"),
+    *("train_loss_first", "train_loss_last", "eval_loss_first", "eval_loss_last"),
+    *("optimizer_state_bytes_per_rank", "adamw_state_bytes_per_rank", "peak_memory_bytes_per_rank"),
+}
+
+
+def command(launcher: list[str], *flags: str | Path) -> list[str]:
+    return [*launcher, str(REPOSITORY / "launch" / "train.py"), *SMALL, *(str(flag) for flag in flags)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
+
+
+def run_script(launcher: list[str], *flags: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(launcher, *flags),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=START_AND_RUN_S,
+    )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    output_dir: Path
+    output: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.output_dir / "summary.json").read_text())
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return rows_of(self.output_dir / "metrics.jsonl")
+
+    def exported_loss(self) -> float:
+        """The loss of the exported model on the validation blocks that the run evaluated."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(self.output_dir / "model")
+        tokenizer = AutoTokenizer.from_pretrained(self.output_dir / "model")
+        data = train_arguments.DataArguments(block_size=64, max_eval_samples=6)
+        _, blocks = train_data.load_blocks(data, tokenizer)
+        assert type(model).__name__ == "LlamaForCausalLM"
+        with torch.no_grad():
+            return model(input_ids=blocks.rows.long(), labels=blocks.rows.long()).loss.item()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def finished_run(launcher: list[str], output_dir: Path, *flags: str | Path, folder: Path | None = None) -> FinishedRun:
+    done = run_script(launcher, *flags, "--output_dir", output_dir, folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FinishedRun(output_dir, done.stdout + done.stderr)
+
+
+def launch_environment(config: Path) -> dict[str, str]:
+    """What ``accelerate launch --config_file`` gives to each rank, beyond what this process has."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "script.py"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if not arguments.use_deepspeed:
+        return dict(prepare_multi_gpu_env(arguments).items() - os.environ.items())
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return dict(prepare_deepspeed_cmd_env(arguments)[1].items() - os.environ.items())
+
+
+KEPT = {"is_initialized": dist.is_initialized, "barrier": dist.barrier, "destroy_process_group": mock.Mock()}
+
+
+def main_on_rank(argv: list[str], given: dict[str, str]) -> tuple[int, str]:
+    """(exit code, output) of this rank, whose process group and signals stay as they are."""
+    said, ended = io.StringIO(), 0
+    with (
+        fresh_accelerate(),
+        mock.patch.dict(os.environ, given),
+        mock.patch.object(train, "ignore_signals"),
+        mock.patch.object(train, "dist", SimpleNamespace(**KEPT)),
+        redirect_stdout(said),
+        redirect_stderr(said),
+    ):
+        try:
+            train.main(argv, mock.Mock())
+        except SystemExit as end:
+            ended = int(end.code or 0)
+        gc.collect()  # an engine and its configuration, which transformers finds by a weak reference
+        unset_hf_deepspeed_config()
+    return ended, said.getvalue()
+
+
+def run_in(pool: RankPool, *flags: str | Path, config: str = "") -> list[tuple[int, str]]:
+    """Every rank's (exit code, output), as torchrun, or `accelerate launch` with a file of configs/, would start it."""
+    given = {"LOCAL_RANK": "-1"} if pool.world_size == 1 else {}
+    launched = launch_environment(CONFIGS / f"{config}.yaml") if config else {}
+    given |= {
+        name: text for name, text in launched.items() if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))
+    }
+    return pool.run(main_on_rank, [*SMALL, *map(str, flags)], given)
+
+
+def finished_in(pool: RankPool, output_dir: Path, *flags: str | Path, config: str = "") -> FinishedRun:
+    ends = run_in(pool, *flags, "--output_dir", output_dir, config=config)
+    assert [code for code, _ in ends] == [0] * pool.world_size, ends
+    assert not any(said for _, said in ends[1:]), ends[1:]
+    return FinishedRun(output_dir, ends[0][1])
