@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity compat docs clean
+.PHONY: help demo test lint parity soak compat docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -47,6 +47,10 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 	@python tests/measure_resume.py
 	@echo "+ python tests/measure_situations.py"
 	@python tests/measure_situations.py
+
+soak: $(STAMP) ## 2,000 steps with evaluations, saves, freezing, failures and resumes, under three engines; writes docs/soak.json
+	@echo "+ python tests/measure_soak.py"
+	@python tests/measure_soak.py
 
 compat: $(STAMP) ## run a part of the tests with the oldest and newest Pythons and packages; writes docs/compat.md
 	@echo "+ python tests/measure_compat.py"

@@ -12,6 +12,7 @@ DistOptimError
 ├── MetricError             (ValueError)           no learning-rate decision can be taken from what ranks gave
 ├── CheckpointError         (RuntimeError)         a checkpoint cannot be written or read
 ├── WrongModeError          (RuntimeError)         step() while the weights for evaluation are in place
+├── NonFiniteGradientError  (ArithmeticError)      a gradient is infinite or NaN, and on_nonfinite="raise"
 ├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
 │   └── UnsupportedLayoutError                     a sharding that cannot be served
 ├── MissingPackageError     (ImportError)          the upstream package is not installed
@@ -30,6 +31,7 @@ __all__ = [
     "HyperparameterError",
     "MetricError",
     "MissingPackageError",
+    "NonFiniteGradientError",
     "ParameterError",
     "RankFailedError",
     "RankLostError",
@@ -88,6 +90,10 @@ class UsageError(DistOptimError, ValueError):
 
 class WrongModeError(DistOptimError, RuntimeError):
     """A step was asked for while the averaged weights for evaluation are in place."""
+
+
+class NonFiniteGradientError(DistOptimError, ArithmeticError):
+    """A gradient is infinite or not a number, and the optimizer was built with ``on_nonfinite="raise"``."""
 
 
 class UnsupportedError(DistOptimError, NotImplementedError):

@@ -53,6 +53,7 @@ _TRAINER, _ACCELERATOR = "transformers.trainer:Trainer", "accelerate.accelerator
 _ENGINE, _ZERO = "deepspeed.runtime.engine:DeepSpeedEngine", "deepspeed.runtime.zero"
 _FSDP1 = "torch.distributed.fsdp:FullyShardedDataParallel"
 _FLAT = "torch.distributed.fsdp._flat_param"
+_FSDP2 = "torch.distributed.fsdp._fully_shard._fsdp"
 _DDP, _C10D = "torch.nn.parallel:DistributedDataParallel", "torch.distributed"
 
 TABLE: dict[str, tuple[Override, ...]] = {
@@ -201,7 +202,10 @@ TABLE: dict[str, tuple[Override, ...]] = {
         *_rows("torch", f"{_FLAT}:_ShardParamInfo", "in_shard", "intra_param_end_idx", "intra_param_start_idx"),
     ),
     "FSDP2": (
-        *_rows("torch", "torch.distributed.fsdp:FSDPModule", reshard=()),
+        *_rows("torch", "torch.distributed.fsdp:FSDPModule", _get_fsdp_state=(), reshard=()),
+        *_rows("torch", f"{_FSDP2}_state:FSDPState", "_fsdp_param_group"),
+        *_rows("torch", f"{_FSDP2}_param_group:FSDPParamGroup", "fsdp_params"),
+        *_rows("torch", f"{_FSDP2}_param:FSDPParam", "_unsharded_param", "sharded_param", "sharded_state"),
         *_rows("torch", "torch.distributed.tensor:DTensor", "device_mesh", "placements", "to_local"),
     ),
     "torch.distributed.checkpoint": (
@@ -219,6 +223,7 @@ TABLE: dict[str, tuple[Override, ...]] = {
             "torch",
             _DDP,
             "_comm_hooks",
+            "_join_config",
             "find_unused_parameters",
             "logger",
             "mixed_precision",
@@ -227,8 +232,10 @@ TABLE: dict[str, tuple[Override, ...]] = {
             "static_graph",
             no_sync=(),
         ),
+        *_rows("torch", f"{_C10D}.algorithms.join:Join", "_joinables"),
+        *_rows("torch", f"{_C10D}.algorithms.join:_JoinConfig", "enable"),
         *_rows("torch", f"{_C10D}:Reducer", "_rebuild_buckets", "prepare_for_backward", "prepare_for_forward"),
-        *_rows("torch", f"{_C10D}:Logger", "set_error_and_log", "set_runtime_stats_and_log"),
+        *_rows("torch", f"{_C10D}:Logger", "_set_uneven_input_join", "set_error_and_log", "set_runtime_stats_and_log"),
     ),
 }
 """By the name that ``check`` takes."""

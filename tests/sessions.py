@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -121,15 +121,27 @@ class Session:
         name: Of the optimizer; "a + b" for a pair that divides the model's tensors.
         idle_until: The first step in which the idle layer takes part.
         differs: Whether each rank passes a batch of its own.
+        frozen: A layer that is frozen when the optimizer is built, and but for DDP when the engine wraps the model.
+        extra: More keywords of the optimizer.
     """
 
     dtype = torch.float32
     """Of the batches."""
 
-    def __init__(self, engine: Engine, *, idle_until: int = ALWAYS, differs: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        idle_until: int = ALWAYS,
+        differs: bool = False,
+        frozen: str = "",
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         self.engine = engine
         self.idle_until = idle_until
         self.differs = differs
+        self.frozen = frozen
+        self.extra = dict(extra or {})
 
     def loss(self, step: int) -> Tensor:
         raise NotImplementedError
@@ -165,6 +177,14 @@ class Session:
         """Inside, backward passes do not reduce gradients over the ranks."""
         raise NotImplementedError
 
+    def module(self) -> nn.Module:
+        """The model, as the engine shows it."""
+        raise NotImplementedError
+
+    def freeze(self, layer: str, is_frozen: bool = True) -> None:
+        """Or unfreeze."""
+        freeze(self.module(), layer, is_frozen)
+
     def train(self, steps: Sequence[int]) -> None:
         for step in steps:
             self.backward(step)
@@ -188,8 +208,17 @@ class Session:
         return inputs, targets, step >= self.idle_until
 
 
+def freeze(model: nn.Module, layer: str, is_frozen: bool = True) -> None:
+    for name, parameter in model.named_parameters():
+        if layer and layer in name.split("."):
+            parameter.requires_grad_(not is_frozen)
+
+
 class TorchSession(Session):
-    """Under torch's engines, or under none. ``mixed`` names the way of mixed precision; a string of its own or True."""
+    """Under torch's engines, or under none. ``mixed`` names the way of mixed precision; a string of its own or True.
+
+    ``is_listed``: all parameters are given to the optimizer in groups, in place of the model's own.
+    """
 
     def __init__(
         self,
@@ -199,15 +228,21 @@ class TorchSession(Session):
         group: dist.ProcessGroup | None = None,
         mixed: bool | str = False,
         unused: bool = False,
+        is_listed: bool = False,
+        is_wrapped_frozen: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(engine, **options)
+        self.is_listed = is_listed
         self.mixed = engine._precision() if mixed is True else mixed or ""
         self.group = group
         plain = Net()
         if self.mixed == "rounded copy":
             plain.bfloat16().float()
+        if engine.placement != "ddp" or is_wrapped_frozen:
+            freeze(plain, self.frozen)
         self.model = place(plain, engine.placement, **self._placing(unused))
+        freeze(self.model, self.frozen)
         self.copy = Net().bfloat16() if self.mixed.endswith("copy") and engine.placement == "none" else None
         self.dtype = torch.float32 if self.copy is None else torch.bfloat16
         self.optimizers: list[dist_optim.DistributedOptimizer] = []
@@ -228,8 +263,10 @@ class TorchSession(Session):
         names = name.split(" + ")
         matrices = [one.parameter for fqn, one in detect(self.model).items() if fqn in ("first.weight", "idle.weight")]
         rest = [p for p in self.model.parameters() if not any(p is matrix for matrix in matrices)]
-        for one, params in zip(names, [None] if len(names) == 1 else [matrices, rest], strict=True):
-            options = {**OPTIONS[one], "params": params, "process_group": self.group, "print_audit": False}
+        all_given = [{"params": list(self.model.parameters())}] if self.is_listed else None
+        for one, params in zip(names, [all_given] if len(names) == 1 else [matrices, rest], strict=True):
+            options = {**OPTIONS[one], **self.extra, "params": params, "process_group": self.group}
+            options["print_audit"] = False
             self.optimizers.append(dist_optim.build_optimizer(self.model, one, **options))
 
     def loss(self, step: int) -> Tensor:
@@ -271,6 +308,9 @@ class TorchSession(Session):
         reshard(self.model)
         return full_parameters(self.model)
 
+    def module(self) -> nn.Module:
+        return self.model
+
     def instances(self) -> list[UpstreamInstance]:
         return [instance for optimizer in self.optimizers for instance in optimizer.holdings.instances]
 
@@ -301,7 +341,8 @@ class ZeroSession(Session):
     """Under DeepSpeed's engine, which names the optimizer in its JSON."""
 
     def __init__(self, engine: Engine, name: str | None, *, mixed: bool = False, **options: Any) -> None:
-        options.pop("unused", None)
+        for key in ("unused", "is_listed", "is_wrapped_frozen"):
+            options.pop(key, None)
         super().__init__(engine, **options)
         assert name is not None
         chosen = f"dist_optim.{name}" if name == "muon" else name
@@ -310,13 +351,15 @@ class ZeroSession(Session):
             "gradient_clipping": 0.0,
             "steps_per_print": 10**9,
             "zero_optimization": {"stage": engine.stage},
-            "optimizer": {"type": chosen, "params": OPTIONS[name]},
+            "optimizer": {"type": chosen, "params": {**OPTIONS[name], **self.extra}},
             **({"bf16": {"enabled": True}} if mixed else {}),
         }
         self.dtype = torch.bfloat16 if mixed else torch.float32
         self.package = zero.deepspeed()
         leave_imports_to_live()
-        self.held = self.package.initialize(model=Net(), config=config)[0]
+        plain = Net()
+        freeze(plain, self.frozen)
+        self.held = self.package.initialize(model=plain, config=config)[0]
 
     def loss(self, step: int) -> Tensor:
         result: Tensor = self.held(*self.arguments(step))
@@ -344,6 +387,10 @@ class ZeroSession(Session):
         parameters = dict(self.held.module.named_parameters())
         with self.package.zero.GatheredParameters(list(parameters.values()), enabled=self.engine.stage == 3):
             return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def module(self) -> nn.Module:
+        module: nn.Module = self.held.module
+        return module
 
     def instances(self) -> list[UpstreamInstance]:
         return [instance for part in self.held.basic_optimizer.parts() for instance in part.holdings.instances]

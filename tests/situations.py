@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import math
 import re
 import shutil
 import tempfile
@@ -24,8 +26,21 @@ import torch
 import torch.distributed as dist
 from sessions import ENGINES, ONE_PROCESS, Engine, Session, TorchSession
 from torch import Tensor
+from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.errors import CheckpointError, DistOptimError, RanksDisagreeError, StepFailedError, UnsupportedError
+from dist_optim.errors import (
+    CheckpointError,
+    DistOptimError,
+    NonFiniteGradientError,
+    ParameterError,
+    RanksDisagreeError,
+    StateDictError,
+    StepFailedError,
+    UnsupportedError,
+)
+from dist_optim.layouts.detect import local_of
 from dist_optim.ranks.agreement import gather_objects
 
 RIGHT, REFUSED, NOT_APPLICABLE, DEFECT = "right", "refused", "does not apply", "defect"
@@ -319,11 +334,227 @@ def step_fails(engine: Engine, name: str, folder: Path) -> Outcome:
     outcome = refusal(StepFailedError, session.step)
     for patch in failing if is_last() else []:
         patch.stop()
+    refusal(CheckpointError, lambda: session.save(folder.with_name("half")))
+    if engine.is_zero:
+        refusal(CheckpointError, lambda: session.load(folder))
+        session.backward(2)
+        refusal(StepFailedError, session.step)
     resumed = engine.session(name)
     resumed.load(folder)
     for one in (resumed, alone):
         one.train(range(2, 4))
     compare("Resumed after the failed step", resumed, alone)
+    return outcome
+
+
+def upstream_fails_on_nan(engine: Engine, name: str, folder: Path) -> Outcome:
+    """The last rank's gradients turn into NaN, of which no SVD is taken; saved at once, then loaded in place."""
+    session, alone = engine.session(name), engine.alone(name)
+    for one in (session, alone):
+        one.train(range(2))
+    session.save(folder)
+    session.backward(2)
+    spoil(session)
+    outcome = refusal(StepFailedError, session.step)
+    refusal(CheckpointError, lambda: session.save(folder.with_name("half")))
+    assert isinstance(session, TorchSession)
+    refusal(StateDictError, session.optimizers[0].state_dict)
+    session.optimizers[0].zero_grad()
+    session.load(folder)
+    for one in (session, alone):
+        one.train(range(2, 4))
+    session.save(folder.with_name("whole"))
+    compare("Loaded after the failed step", session, alone)
+    return outcome
+
+
+def spoil(session: Session, value: float = math.nan, everywhere: bool = False) -> None:
+    """The first element of what the last rank holds of each gradient."""
+    for parameter in session.module().parameters():
+        part = None if parameter.grad is None else local_of(parameter.grad)
+        if part is not None and part.numel() and (everywhere or is_last()):
+            part.view(-1)[0] = value
+
+
+def refused_if_nonfinite(engine: Engine, name: str, folder: Path) -> Outcome:
+    """An infinite gradient on the last rank: nothing is changed, and a step by good gradients is right."""
+    if engine.is_zero:
+        return refusal(UnsupportedError, lambda: engine.session(name, extra={"on_nonfinite": "raise"}))
+    session, alone = engine.session(name, extra={"on_nonfinite": "raise"}), engine.alone(name)
+    assert isinstance(session, TorchSession)
+    for one in (session, alone):
+        one.train(range(2))
+    before = session.weights()
+    session.backward(2)
+    spoil(session, math.inf)
+    outcome = refusal(NonFiniteGradientError, session.step)
+    refusal(NonFiniteGradientError, lambda: session.optimizers[0].clip_grad_norm_(1.0))
+    unchanged(session, before)
+    session.optimizers[0].zero_grad()
+    for one in (session, alone):
+        one.train(range(2, 4))
+    compare("After the refused step", session, alone)
+    return outcome
+
+
+def skipped_if_nonfinite(engine: Engine, name: str, folder: Path) -> Outcome:
+    """Infinite gradients on the last rank in step 3, NaN in step 4: as if nobody had asked for these steps."""
+    if engine.is_zero:
+        return refusal(UnsupportedError, lambda: engine.session(name, extra={"on_nonfinite": "skip"}))
+    session, alone = engine.session(name, extra={"on_nonfinite": "skip"}), engine.alone(name)
+    assert isinstance(session, TorchSession)
+    for one in (session, alone):
+        one.train(range(2))
+    (optimizer,) = session.optimizers
+    for step, value in ((2, math.inf), (3, math.nan)):
+        session.backward(step)
+        spoil(session, value)
+        with logged("dist_optim") as lines:
+            if step == 3:
+                optimizer.clip_grad_norm_(1.0)
+            session.step()
+        if gather_objects(len(lines)) != [1] + [0] * (dist.get_world_size() - 1):
+            raise Defect("not logged once, on rank 0")
+    for one in (session, alone):
+        one.train(range(4, 6))
+    if set(gather_objects((optimizer.num_steps, optimizer.num_skipped_steps))) != {(4, 2)}:
+        raise Defect("steps are counted wrongly")
+    compare("After two steps that were left out", session, alone)
+    return Outcome(RIGHT)
+
+
+@contextmanager
+def logged(name: str) -> Iterator[list[str]]:
+    """What is logged under this name meanwhile, on this rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    logger.propagate = False
+    yield lines
+    logger.removeHandler(handler)
+    logger.propagate = True
+
+
+def scaled(engine: Engine, name: str, folder: Path, is_sharded: bool = False) -> Outcome:
+    """fp16's loss scaling; in step 3 one element overflows, in the last rank's part of the gradients."""
+    session, alone = engine.session(name), engine.alone(name)
+    assert isinstance(session, TorchSession)
+    (optimizer,) = session.optimizers
+    scaler: Any = ShardedGradScaler("cpu", 8.0) if is_sharded else torch.amp.GradScaler("cpu", 8.0)
+
+    def step(number: int) -> None:
+        scaler.scale(session.loss(number)).backward()
+        if number == 2:
+            is_here = engine.placement in ("none", "ddp") or dist.get_rank() % 2 == 1  # in HSDP's two replicas alike
+            spoil(session, math.inf, everywhere=is_here)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    if engine.placement == "fsdp1" and not is_sharded:
+        before = session.weights()
+        outcome = refusal(UnsupportedError, lambda: step(0))
+        unchanged(session, before)
+        return outcome
+    for number in range(5):
+        step(number)
+    alone.train([0, 1, 3, 4])
+    if set(gather_objects((optimizer.num_steps, scaler.get_scale()))) != {(4, 4.0)}:
+        raise Defect("ranks did not skip the same step")
+    compare("After an overflow", session, alone)
+    return Outcome(RIGHT)
+
+
+def joined(engine: Engine, name: str, folder: Path) -> Outcome:
+    """A step inside torch's Join is refused while all ranks are there; a forward pass inside it harms nothing."""
+    session, alone = engine.session(name), engine.alone(name)
+    assert isinstance(session, TorchSession) and isinstance(session.model, DistributedDataParallel)
+    before = session.weights()
+    with Join([session.model]):
+        session.backward(0)
+        outcome = refusal(UnsupportedError, session.step)
+    unchanged(session, before)
+    session.optimizers[0].zero_grad()
+    with Join([session.model]), torch.no_grad():
+        session.loss(0)
+    for one in (session, alone):
+        one.train(range(3))
+    compare("After Join", session, alone)
+    return outcome
+
+
+def toggled(engine: Engine, name: str, folder: Path) -> Outcome:
+    """Layers are frozen and unfrozen in turn, after building, and while the weights for evaluation are in place."""
+    session, alone = engine.session(name, unused=True), engine.alone(name)
+    for one in (session, alone):
+        one.train(range(1))
+        one.evaluate()
+        one.freeze("first")
+        one.train(range(1, 3))
+        one.freeze("idle")
+        one.evaluate()
+        one.freeze("first", False)
+        one.train(range(3, 5))
+        one.freeze("idle", False)
+        one.train(range(5, 7))
+    compare("After layers were frozen and unfrozen", session, alone)
+    return Outcome(RIGHT)
+
+
+def saved_while_frozen(engine: Engine, name: str, folder: Path) -> Outcome:
+    """Resumed with the layer frozen before building and after it, and trainable again later."""
+    session, alone = engine.session(name, unused=True), engine.alone(name)
+    for one in (session, alone):
+        one.train(range(2))
+        one.freeze("first")
+        one.train(range(2, 4))
+    session.save(folder)
+    resumed = engine.session(name, unused=True)
+    resumed.freeze("first")
+    resumed.load(folder)
+    for one in (session, alone, resumed):
+        one.train(range(4, 5))
+        one.freeze("first", False)
+        one.train(range(5, 7))
+    compare("After it was saved", session, alone)
+    compare("Resumed", resumed, alone)
+    return Outcome(RIGHT)
+
+
+def unfrozen_later(engine: Engine, name: str, folder: Path, is_listed: bool = True) -> Outcome:
+    """Frozen when the model was wrapped (under DDP after that) and the optimizer built."""
+    options: dict[str, Any] = {"frozen": "first", "is_listed": is_listed, "unused": True}
+    session, alone = engine.session(name, **options), engine.alone(name, **{**options, "is_listed": True})
+    for one in (session, alone):
+        one.train(range(2))
+    before = session.weights()
+    for one in (session, alone):
+        one.freeze("first", False)
+    if engine.is_zero or not is_listed:
+        outcome = refusal(ParameterError, lambda: session.train([2]))
+        unchanged(session, before)
+        return outcome
+    session.save(folder)
+    resumed = engine.session(name, **options)
+    resumed.load(folder)
+    resumed.freeze("first", False)
+    for one in (session, alone, resumed):
+        one.train(range(2, 4))
+    compare("After it was unfrozen", session, alone)
+    compare("Resumed, and unfrozen", resumed, alone)
+    return Outcome(RIGHT)
+
+
+def wrapped_frozen(engine: Engine, name: str, folder: Path) -> Outcome:
+    """DDP reduces no gradient of what was frozen when it wrapped the model."""
+    session = engine.session(name, frozen="first", is_listed=True, is_wrapped_frozen=True, differs=True, unused=True)
+    session.train(range(2))
+    before = session.weights()
+    session.freeze("first", False)
+    outcome = refusal(RanksDisagreeError, lambda: session.train([2]))
+    unchanged(session, before)
     return outcome
 
 
@@ -455,6 +686,7 @@ def zero(reason: str) -> dict[str, str]:
     return dict.fromkeys(ZERO, reason)
 
 
+SCALES = "DeepSpeed scales the loss itself"
 UNITS = "ranks must run the same layers: the engine's own collectives part otherwise"
 SITUATIONS = (
     Situation(
@@ -500,6 +732,33 @@ SITUATIONS = (
         step_fails,
         EVALUATING,
         {"one process": "there is one rank, and upstream's own error is raised"},
+    ),
+    Situation(
+        "upstream fails on a NaN gradient, and the run is saved",
+        upstream_fails_on_nan,
+        ("galore_adamw",),
+        {
+            "one process": "there is one rank, and upstream's own error is raised",
+            **zero("DeepSpeed leaves such a step out"),
+        },
+    ),
+    Situation("an infinite gradient on one rank, raised", refused_if_nonfinite, EVALUATING),
+    Situation("an infinite gradient on one rank, skipped", skipped_if_nonfinite, EVALUATING),
+    Situation("loss scaling, an overflow on one rank", scaled, not_for=zero(SCALES)),
+    Situation("loss scaling by ShardedGradScaler", partial(scaled, is_sharded=True), not_for=zero(SCALES)),
+    Situation(
+        "a step inside torch's Join",
+        joined,
+        not_for={engine.title: "Join takes DDP alone" for engine in ENGINES if engine.title != "DDP"},
+    ),
+    Situation("layers are frozen and unfrozen", toggled, EVALUATING),
+    Situation("saved and resumed while a layer is frozen", saved_while_frozen, EVALUATING),
+    Situation("frozen at building, in a group, unfrozen later", unfrozen_later, EVALUATING),
+    Situation("frozen at building, in no group, unfrozen later", partial(unfrozen_later, is_listed=False)),
+    Situation(
+        "frozen when DDP wrapped the model, unfrozen later",
+        wrapped_frozen,
+        not_for={engine.title: "the rows above" for engine in ENGINES if engine.title != "DDP"},
     ),
     Situation("one rank fails in a save", save_fails, EVALUATING),
     Situation("one rank fails in a load", load_fails, EVALUATING),

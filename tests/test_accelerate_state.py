@@ -43,9 +43,20 @@ def resume_by_accelerate_alone(name: str, strategy: str, directory: Path) -> Non
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_control_accelerates_own_way_loses_the_state(strategy: str, two_ranks: RankPool, tmp_path: Path) -> None:
+def test_accelerates_own_way_through_torchs_doors_keeps_the_state(
+    strategy: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(resume_by_accelerate_alone, "galore_adamw", strategy, tmp_path / "state")
+
+
+def resume_without_state(directory: Path) -> None:
+    with mock.patch("dist_optim.integrations.accelerate.state.install"):
+        resume("galore_adamw", "ddp", directory)
+
+
+def test_control_a_run_without_its_state_ends_elsewhere(two_ranks: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankFailure):
-        two_ranks.run(resume_by_accelerate_alone, "galore_adamw", strategy, tmp_path / "state")
+        two_ranks.run(resume_without_state, tmp_path / "state")
 
 
 class Killed(BaseException):

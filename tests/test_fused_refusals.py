@@ -12,12 +12,13 @@ import pytest
 import torch
 from placements import place
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
 from dist_optim import Trait
-from dist_optim.errors import DistOptimError, StateDictError, UnsupportedError, WrongModeError
+from dist_optim.errors import DistOptimError, HyperparameterError, StateDictError, UnsupportedError, WrongModeError
 from dist_optim.testing import RankPool
 
 LAYERWISE = [f"{name}_layerwise" for name in ("galore_adamw", "galore_adafactor", "galore_adamw_8bit", "apollo_adamw")]
@@ -133,6 +134,18 @@ def test_loss_scaling_is_refused() -> None:
         build(model().half(), fused_backward=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"), [("lomo", "fused_backward=False"), ("galore_adamw_layerwise", "galore_adamw")]
+)
+def test_looking_at_gradients_that_will_be_gone_is_refused(name: str, instead: str) -> None:
+    more = {"target_modules": "all-linear", "rank": 2} if "galore" in name else {}
+    with pytest.raises(UnsupportedError, match=f"Leave on_nonfinite out, or use {instead}, which stores gradients"):
+        build(model(), name, on_nonfinite="skip", **more)
+    assert build(model(), "lomo", on_nonfinite="skip", fused_backward=False).num_skipped_steps == 0
+    with pytest.raises(HyperparameterError, match="on_nonfinite is 'ignore'. Give 'raise'"):
+        build(model(), "adamw_torch", on_nonfinite="ignore")
+
+
 def test_what_is_not_stepped_tensor_by_tensor_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="grokadamw cannot step inside backward here: only elementwise"):
         build(model(), "grokadamw", fused_backward=True)
@@ -161,6 +174,8 @@ def refusals_on_several_ranks() -> dict[str, str]:
             "mixed": why(lambda: build(mixed, fused_backward=True)),
             "fsdp1 by default": str(build(place(model(), "fsdp1")).inside_backward),
             "no_sync": why(ddp.no_sync),  # type: ignore[arg-type]
+            "join": why(lambda: Join([ddp])),  # type: ignore[list-item]
+            "join the optimizer": why(lambda: Join([optimizer])),  # type: ignore[list-item]
         }
     assert optimizer.inside_backward is not None
     optimizer.inside_backward.remove()
@@ -177,6 +192,7 @@ def test_refusals_on_several_ranks(two_ranks: RankPool) -> None:
         assert "'2.weight' is not sharded" in found["mixed"]
         assert found["fsdp1 by default"] == "None"
         assert found["no_sync"].startswith("UnsupportedError: no_sync() accumulates gradients")
+        assert all("drop_last=True" in found[key] for key in ("join", "join the optimizer"))
         assert "Wrap the module anew" in found["removed"]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +139,9 @@ def test_one_mesh_axis_may_shard_and_two_are_refused_with_the_remedy(four_ranks:
 
 
 def another_model_is_told_from_a_wrapped_one() -> None:
-    for model in (nn.Linear(4, 4), DistributedDataParallel(nn.Linear(4, 4)), fully_shard(nn.Linear(4, 4))):
+    makers: tuple[Callable[[nn.Linear], Any], ...] = (lambda net: net, DistributedDataParallel, fully_shard)
+    for make in makers:
+        model = make(nn.Linear(4, 4))
         placed = list(detect(model).values())
         model(torch.ones(2, 4))  # FSDP2's root stays gathered
         assert_held_by(model, placed)

@@ -84,7 +84,7 @@ def test_every_private_attribute_of_an_engine_has_a_row() -> None:
     engines = [text for file, text in sources.items() if file.relative_to(PACKAGE).parts[0] in READERS]
     read, _ = private_names(engines)
     assert {"_handle", "_optimizers", "_config"} <= read - own, "or this test sees nothing"
-    assert not read - own - NAMES
+    assert not read - own - NAMES - {"_exit"}  # of os
     assert private_names(["engine._new_secret"])[0] - own - NAMES == {"_new_secret"}, "control"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -15,8 +16,11 @@ from measure_situations import PAGE, RESULTS, Row, as_row, defects, measure, pag
 from sessions import ENGINES, HAS_DEEPSPEED, Engine
 from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, SITUATIONS, Outcome, cell
 
+from dist_optim.checkpoint import optimizer_state
 from dist_optim.errors import CheckpointError
-from dist_optim.stepping import gradients, presence, step
+from dist_optim.stepping import before_step, gradients, optimizer, presence
+from dist_optim.stepping.holdings import Progress
+from dist_optim.stepping.parameter_guard import ParameterGuard
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 from dist_optim.testing import RankPool
 
@@ -85,13 +89,13 @@ _write_encoded_state = UpstreamInstance.write_encoded_state
 
 
 def agree_on_presence_alone(
-    self: presence.StepAgreement, names: Any, has: Any, lacks: Any, values: Any = (), *rest: Any
+    self: presence.StepAgreement, names: Any, has: Any, lacks: Any, values: Any = (), *rest: Any, **named: Any
 ) -> list[bool]:
-    return _before(self, names, has, lacks, (), *rest)
+    return _before(self, names, has, lacks, (), *rest, **named)
 
 
-def agree_on_own_gradients(self: presence.StepAgreement, names: Any, has: Any, *rest: Any) -> list[bool]:
-    return _before(self, names, has, [False] * len(has), *rest[1:])
+def agree_on_own_gradients(self: presence.StepAgreement, names: Any, has: Any, *rest: Any, **named: Any) -> list[bool]:
+    return _before(self, names, has, [False] * len(has), *rest[1:], **named)
 
 
 _before = presence.StepAgreement.before
@@ -105,6 +109,15 @@ def no_samples(self: gradients.GradientSamples, num_steps: int) -> list[int | No
     return [None] * (1 + self._num_parts)
 
 
+def no_trained_weights_of_what_is_frozen_now(optimizer: Any) -> Any:
+    placed = [replace(one, is_trained=one.parameter.requires_grad) for one in optimizer.holdings.placed]
+    with mock.patch.object(optimizer, "holdings", replace(optimizer.holdings, placed=tuple(placed))):
+        return _training_weights(optimizer)
+
+
+_training_weights = optimizer_state._training_weights
+
+
 BREAKS: dict[str, tuple[object, str, object]] = {
     # The package has a function of the module's name.
     "detect does not reshard": (import_module("dist_optim.layouts.detect"), "reshard", lambda model: None),
@@ -113,7 +126,16 @@ BREAKS: dict[str, tuple[object, str, object]] = {
     "failures are forgotten": (presence.StepAgreement, "after", forget),
     "rates are not compared": (presence.StepAgreement, "before", agree_on_presence_alone),
     "presence is not compared": (presence.StepAgreement, "before", agree_on_own_gradients),
-    "whole gradients on shards pass": (step, "odd_gradient", lambda placed: None),
+    "whole gradients on shards pass": (before_step, "odd_gradient", lambda placed: None),
+    "what is trained is asked anew": (
+        optimizer_state,
+        "_training_weights",
+        no_trained_weights_of_what_is_frozen_now,
+    ),
+    "half steps are saved": (Progress, "why_not_saved", lambda self: ""),
+    "gradients are not looked at": (before_step, "first_nonfinite", lambda placed: None),
+    "a plain scaler passes": (optimizer, "refuse_local_scaler", lambda held, caller: None),
+    "Join passes": (ParameterGuard, "_refuse_join", lambda self: None),
     "gradients are not sampled": (gradients.GradientSamples, "take", no_samples),
 }
 
@@ -146,9 +168,15 @@ CONTROLS = [
     ("presence is not compared", "a gradient is missing on one rank", "FSDP2"),
     ("gradients are not sampled", "gradients not reduced in a later step", "DDP"),
     ("gradients are not sampled", "a rank changes its reduced gradients", "HSDP"),
+    ("what is trained is asked anew", "saved and resumed while a layer is frozen", "FSDP2"),
+    ("half steps are saved", "one rank fails in the step", "DDP"),
+    ("half steps are saved", "upstream fails on a NaN gradient, and the run is saved", "FSDP2"),
+    ("gradients are not looked at", "an infinite gradient on one rank, raised", "DDP"),
+    ("gradients are not looked at", "an infinite gradient on one rank, skipped", "HSDP"),
+    ("a plain scaler passes", "loss scaling, an overflow on one rank", "FSDP1"),
+    ("Join passes", "a step inside torch's Join", "DDP"),
     ("whole gradients on shards pass", "gradients not reduced in a later step", "FSDP1"),
     *([("gradients are not sampled", "gradients not reduced in a later step", "ZeRO-0")] if HAS_DEEPSPEED else []),
-    ("gradients are not sampled", "resumed on several ranks without the engine", "FSDP2"),
 ]
 
 

@@ -21,6 +21,7 @@ from dist_optim.ranks.agreement import host_group, num_ranks, own_rank, reachabl
 from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import together
 from dist_optim.specs.registry import OptimizerSpec, Trait
+from dist_optim.stepping.nonfinite import check_choice
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 from dist_optim.stepping.parameter_guard import ParameterGuard
 from dist_optim.stepping.probe import prove_separable
@@ -28,6 +29,10 @@ from dist_optim.stepping.probe import prove_separable
 __all__ = ["build_optimizer"]
 
 ONE_BUCKET = 1 << 62
+_TOO_LATE = (
+    "{name}: on_nonfinite looks at all gradients before the first update, and inside backward updates are made before "
+    "the last gradients are there. Leave on_nonfinite out, or use {instead}, which stores gradients."
+)
 
 
 def build_optimizer(
@@ -41,6 +46,7 @@ def build_optimizer(
     fused_backward: bool | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     check_ranks_every: int = 0,
+    on_nonfinite: str | None = None,
     rank_timeout_s: float | None = None,
     print_audit: bool = True,
     **hyperparameters: Any,
@@ -57,7 +63,8 @@ def build_optimizer(
             or parts of module names, or regular expressions. Their weights go into param groups of their own, after
             the others, as transformers' Trainer arranges them.
         params: Parameters, or named ones, or param groups with hyperparameters of their own, instead of all of the
-            model's. A group that names ``rank`` itself is low-rank as it stands.
+            model's. A group that names ``rank`` itself is low-rank as it stands. Frozen parameters that are listed are
+            stepped once they are unfrozen, and have no state before.
         no_decay: Names of parameters that get ``weight_decay=0``, in a group of their own.
         process_group: The ranks that train the model together; the default group when None.
         fused_backward: Update each parameter inside backward, as soon as its reduced gradient is there, and free the
@@ -68,6 +75,9 @@ def build_optimizer(
             gradients that wait for each other.
         check_ranks_every: Every so many steps ranks compare fingerprints of all that they should hold alike (rates,
             counters, replicated parameters, state of replicas), and raise with the first difference; 0 for never.
+        on_nonfinite: What is done where a gradient is infinite or NaN on any rank: "raise" (all ranks raise in that
+            step, and nothing is changed), "skip" (no rank takes that step; ``num_skipped_steps`` counts, and rank 0
+            logs it), or None: it is given to upstream, as in one process. Costs one wait for the gradients a step.
         rank_timeout_s: Seconds after which a rank that is stopped or cut off is given up, and the others end with its
             name (``ranks.liveness``); None for DIST_OPTIM_RANK_TIMEOUT_S of the environment, or 120; 0 for no watch.
         print_audit: Whether rank 0 prints the route audit.
@@ -89,9 +99,12 @@ def build_optimizer(
             fused_backward=fused_backward,
             print_audit=print_audit,
         )
+        check_choice(on_nonfinite)
         spec = resolve(optimizer, inside_backward=fused_backward is not False)
         placed = detect(model, process_group)
         is_fused = _choose_fused(fused_backward, model, spec, placed, process_group)
+        if is_fused and on_nonfinite is not None:
+            raise UnsupportedError(_TOO_LATE.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
         groups, arguments = arrange(
             model, spec, placed, hyperparameters, params=params, no_decay=no_decay, target_modules=target_modules
         )
@@ -105,6 +118,7 @@ def build_optimizer(
             # Inside backward, what travels together is what was ready together: the plan only names owners.
             bucket_bytes=ONE_BUCKET if is_fused else bucket_bytes,
             check_ranks_every=check_ranks_every,
+            on_nonfinite=on_nonfinite,
             all_ranks=process_group,
             model_side=ParameterGuard(model, (one for group in groups for one in group["params"])),
         )

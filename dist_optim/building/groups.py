@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_optim.building.arguments import listed_names
@@ -22,6 +24,8 @@ GivenParameters = Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]] | 
 KEYS_OF_TORCH = ("initial_lr",)
 """What torch's own schedules write into param groups, and read when they are made again in the middle of a run."""
 
+STEPPED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def arrange(
     model: nn.Module,
@@ -32,8 +36,12 @@ def arrange(
     params: GivenParameters = None,
     no_decay: Iterable[str] = (),
     target_modules: str | Sequence[str] | None = None,
+    takes_idle: bool = True,
 ) -> tuple[list[ParamGroup], dict[str, Any]]:
     """Param groups of placed parameters, and upstream's constructor keywords; all values checked.
+
+    Frozen parameters that ``params`` lists are *idle*, where the optimizer could step them and ``takes_idle``: they are
+    stepped once they have a gradient. All other frozen ones only keep their positions.
 
     Raises:
         HyperparameterError, TargetModulesError, ParameterError: As ``build_optimizer``.
@@ -43,7 +51,27 @@ def arrange(
     groups = _make_groups(model, spec, values, placed, params, undecayed, target_modules)
     groups = _with_special_values(groups, model, spec, hyperparameters)
     arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
-    return groups, {**arguments, **spec.forced}
+    arguments = {**arguments, **spec.forced}
+    if params is not None and takes_idle:
+        groups = [{**group, "params": _with_idle(spec, group, arguments)} for group in groups]
+    return groups, arguments
+
+
+def _with_idle(spec: OptimizerSpec, group: ParamGroup, arguments: Mapping[str, Any]) -> list[PlacedParameter]:
+    """The members of a group that was given, with what is frozen for now marked so."""
+    values = {**arguments, **{key: value for key, value in group.items() if key != "params"}}
+
+    def is_idle(one: PlacedParameter) -> bool:
+        # Quantized weights, also those behind a tensor class that shows another dtype, are no parameters to be stepped.
+        is_plain = type(one.local()) in (Tensor, nn.Parameter) and one.dtype in STEPPED_DTYPES
+        return (
+            is_plain
+            and not one.is_trained
+            and not spec.driver.why_refused(one.shape, one.dtype, one.device, values)
+            and not spec.driver.why_not_divided(one.dtype, values)
+        )
+
+    return [replace(one, is_trained=True, is_idle=True) if is_idle(one) else one for one in group["params"]]
 
 
 def _make_groups(
@@ -72,7 +100,7 @@ def _make_groups(
     halves = [_split(group, targets, matrix_values) for group in groups]
     arranged = [rest for rest, _ in halves] + [low_rank for _, low_rank in halves]
     arranged = [group for group in arranged if group["params"]]
-    trained = [p for group in arranged if "rank" in group for p in group["params"] if p.parameter.requires_grad]
+    trained = [p for group in arranged if "rank" in group for p in group["params"] if p.is_trained]
     if not trained:
         raise TargetModulesError(
             f"target_modules={target_modules!r} selects only layers that are frozen or outside `params`, so "

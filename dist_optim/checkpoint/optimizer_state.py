@@ -38,6 +38,7 @@ __all__ = [
     "look_into",
     "optimizer_of",
     "read_state",
+    "refuse_half_step",
     "save_optimizer",
     "write_optimizer",
 ]
@@ -85,6 +86,7 @@ def save_optimizer(directory: str | Path, optimizer: Any) -> None:
     """
     inner, directory = optimizer_of(optimizer), Path(directory)
     inner.meet("save_optimizer()")
+    refuse_half_step(inner)
     with written_aside(directory, inner.holdings.all_ranks) as aside:
         write_optimizer(aside, inner)
 
@@ -156,6 +158,16 @@ def optimizer_of(optimizer: Any) -> DistributedOptimizer:
     return inner
 
 
+def refuse_half_step(optimizer: DistributedOptimizer) -> None:
+    """Nothing is saved between a step that failed half way, on all ranks alike, and a load.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    if reason := optimizer.progress.why_not_saved():
+        raise CheckpointError(reason)
+
+
 def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
     """Write record and tensors into an empty folder. Collective."""
     ranks, is_first = optimizer.holdings.all_ranks, own_rank(optimizer.holdings.all_ranks) == 0
@@ -211,7 +223,7 @@ def _memory_order(pieces: Pieces) -> list[int]:
 def _training_weights(optimizer: DistributedOptimizer) -> dict[str, Pieces]:
     if Trait.WEIGHT_SWAPPING not in optimizer.spec.traits or optimizer.mode != "train":
         return {}
-    return _weights([one for one in optimizer.holdings.placed if one.parameter.requires_grad])
+    return _weights([one for one in optimizer.holdings.placed if one.is_trained])
 
 
 def _weights(placed: Iterable[PlacedParameter]) -> dict[str, Pieces]:

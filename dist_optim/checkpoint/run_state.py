@@ -35,6 +35,7 @@ from dist_optim.checkpoint.optimizer_state import (
     look_into,
     optimizer_of,
     read_state,
+    refuse_half_step,
     write_optimizer,
 )
 from dist_optim.errors import CheckpointError, DistOptimError
@@ -65,6 +66,7 @@ def save_checkpoint(
     inner, directory = optimizer_of(optimizer), Path(directory)
     inner.meet("save_checkpoint()")
     ranks, rank = inner.holdings.all_ranks, own_rank(inner.holdings.all_ranks)
+    refuse_half_step(inner)
     with written_aside(directory, ranks) as aside:
         with exported_weights(inner):
             pieces = attempt(lambda: _pieces_of_model(model, ranks), directory, ranks)

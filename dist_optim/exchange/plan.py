@@ -31,7 +31,7 @@ __all__ = ["Bucket", "Item", "Plan", "Route", "assign_owners", "make_plan"]
 HOME_SHARE = 0.75
 """A rank that stores at least this part of a sharded tensor owns it: more than any even cut of two rows leaves."""
 
-_Kind = tuple[bool, torch.dtype, torch.device]
+_Kind = tuple[bool, torch.dtype, torch.device, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class Item:
     dtype: torch.dtype
     device: torch.device
     cost: float
+    is_idle: bool = False
+    """Frozen for now: dealt out after all others, and in rounds of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +156,10 @@ def make_plan(items: Sequence[Item], world_size: int, bucket_bytes: int) -> Plan
     owners = dict(zip([item.index for item in items], assign_owners(items, world_size), strict=True))
     queues: dict[_Kind, dict[int, deque[Item]]] = defaultdict(lambda: defaultdict(deque))
     for item in items:
-        queues[item.layout.is_replicated, item.dtype, item.device][owners[item.index]].append(item)
+        kind = item.layout.is_replicated, item.dtype, item.device, item.is_idle
+        queues[kind][owners[item.index]].append(item)
     buckets: list[Bucket] = []
-    for (is_replicated, dtype, device), by_owner in queues.items():
+    for (is_replicated, dtype, device, _), by_owner in queues.items():
         bucket_numel = bucket_bytes // dtype.itemsize
         while by_owner:
             # Replicated tensors come back into one buffer on every rank, sharded ones into a buffer of their owner.
@@ -172,29 +175,43 @@ def assign_owners(items: Sequence[Item], world_size: int) -> list[int]:
     """An owner for each item: longest first, each to the rank whose worse share (time or elements) is smallest.
 
     A tensor that lies (almost) whole on one rank is stepped there, since nothing then has to travel: ZeRO-1/2 and FSDP1
-    store most tensors so.
+    store most tensors so. Idle tensors go on top of the balance of the others, which they do not move.
 
     Args:
         items: The tensors to deal out.
         world_size: Ranks to deal to.
     """
-    total_cost = sum(item.cost for item in items) or 1.0
-    total_numel = sum(item.shape.numel() for item in items) or 1
+    counted = [item for item in items if not item.is_idle] or items
+    total_cost = sum(item.cost for item in counted) or 1.0
+    total_numel = sum(item.shape.numel() for item in counted) or 1
     shares = [(item.cost / total_cost, item.shape.numel() / total_numel) for item in items]
-    homes = [_home(item) for item in items]
-    owners = [0 if home is None else home for home in homes]
+    owners = [0] * len(items)
     time, size = [0.0] * world_size, [0.0] * world_size
-    for at, home in enumerate(homes):
+    for is_idle in (False, True):
+        homes = {at: _home(item) for at, item in enumerate(items) if item.is_idle is is_idle}
+        _deal_out(homes, shares, owners, time, size)
+    return owners
+
+
+def _deal_out(
+    homes: dict[int, int | None],
+    shares: Sequence[tuple[float, float]],
+    owners: list[int],
+    time: list[float],
+    size: list[float],
+) -> None:
+    """Give the tensors at these places their owners, and the owners' loads what they weigh."""
+    for at, home in homes.items():
         if home is not None:
+            owners[at] = home
             time[home], size[home] = time[home] + shares[at][0], size[home] + shares[at][1]
-    lightest = [(max(time[rank], size[rank]), time[rank] + size[rank], rank) for rank in range(world_size)]
+    lightest = [(max(time[rank], size[rank]), time[rank] + size[rank], rank) for rank in range(len(time))]
     heapq.heapify(lightest)
-    for at in sorted((at for at, home in enumerate(homes) if home is None), key=lambda at: (-max(shares[at]), at)):
+    for at in sorted((at for at, home in homes.items() if home is None), key=lambda at: (-max(shares[at]), at)):
         owner = lightest[0][2]
         owners[at] = owner
         time[owner], size[owner] = time[owner] + shares[at][0], size[owner] + shares[at][1]
         heapq.heapreplace(lightest, (max(time[owner], size[owner]), time[owner] + size[owner], owner))
-    return owners
 
 
 def _home(item: Item) -> int | None:

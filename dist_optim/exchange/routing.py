@@ -62,10 +62,10 @@ def plan_owners(
     process_group: dist.ProcessGroup | None,
 ) -> Plan:
     """Owners and rounds of the parameters that are stepped whole, given by position."""
-    items = []
+    items, world_size = [], num_ranks(process_group)
     for index, (placed, values) in members.items():
         cost = spec.driver.step_cost(placed.shape, values)
-        items.append(Item(index, placed.shape, placed.layout, placed.dtype, placed.device, cost))
-    world_size = num_ranks(process_group)
+        is_idle = placed.is_idle and world_size > 1
+        items.append(Item(index, placed.shape, placed.layout, placed.dtype, placed.device, cost, is_idle))
     # One process has nothing to overlap: all in one round.
     return make_plan(items, world_size, bucket_bytes if world_size > 1 else 1 << 62)

@@ -23,6 +23,7 @@ from dist_optim.errors import UnsupportedError, WrongModeError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.overrides import check
 from dist_optim.ranks.agreement import num_ranks
+from dist_optim.stepping.parameter_guard import NO_JOIN
 
 __all__ = ["BucketReduction", "retire_reducer", "why_not_this_ddp"]
 
@@ -53,7 +54,9 @@ class BucketReduction:
         self._deliver = deliver
         self._came: dict[int, None] = {}  # in order; a step that measures norms meets each twice
         self._is_order_known = False
-        self._make_buckets(sorted(indices, key=lambda index: placed[index].position, reverse=True))
+        # What is frozen for now comes last: it would hold up the buckets after it.
+        order = sorted(indices, key=lambda index: (not placed[index].is_idle, placed[index].position), reverse=True)
+        self._make_buckets(order)
 
     def _make_buckets(self, order: Sequence[int]) -> None:
         """Cut the order into buckets of one dtype and device; a bucket's turn comes when its last member was met."""
@@ -186,6 +189,10 @@ class _RetiredLogger:
 
     def set_error_and_log(self, message: str) -> None:
         pass
+
+    def _set_uneven_input_join(self) -> NoReturn:
+        """Called by DDP's ``join_hook``, before ranks part."""
+        raise UnsupportedError(f"Join was given a model that is updated inside backward. {NO_JOIN}")
 
 
 def why_not_this_ddp(ddp: DistributedDataParallel, process_group: dist.ProcessGroup | None) -> str:

@@ -37,7 +37,7 @@ def why_not_fused(
         return (
             "only elementwise optimizers and those made for it are stepped inside backward. Leave fused_backward out."
         )
-    trained = [one for one in placed.values() if one.parameter.requires_grad]
+    trained = [one for one in placed.values() if one.is_trained]
     if any(one.dtype is torch.float16 for one in trained):
         return (
             "fp16 gradients need loss scaling, and an overflow is known only when updates are made. Use bfloat16 or "

@@ -87,7 +87,7 @@ class FusedBackward:
         self._name = optimizer.spec.name
         self._placed = optimizer.placed_parameters()
         self._shards = shards or Shards()
-        trained = [index for index, placed in enumerate(self._placed) if placed.parameter.requires_grad]
+        trained = optimizer.holdings.trained
         self._refuse_leftovers()
         self._steps = optimizer.training_step
         self._has_begun = False
@@ -140,7 +140,10 @@ class FusedBackward:
             if fused is not None:
                 fused._on_gradient(index)
 
+        is_frozen = not parameter.requires_grad
+        parameter.requires_grad_(True)  # torch takes no hook otherwise, and keeps it
         handle = parameter.register_post_accumulate_grad_hook(on_gradient)
+        parameter.requires_grad_(not is_frozen)
 
         def remove() -> None:
             handle.remove()
@@ -249,8 +252,8 @@ class FusedBackward:
             return None
         return WrongModeError(
             f"{self._name}: {stored!r} has a stored gradient at step(), but this optimizer updates inside backward. It "
-            "was set by hand, or the parameter was frozen when the optimizer was built. Build the optimizer after "
-            "unfreezing, or with fused_backward=False."
+            "was set by hand, or the parameter was frozen when the optimizer was built, and no group named it. Let it "
+            "be trainable when the optimizer is built, and freeze it after that; or build with fused_backward=False."
         )
 
     def _refuse_leftovers(self) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dist_optim.errors import ParameterError, UnsupportedLayoutError
 from dist_optim.layouts.detect_fsdp1 import places_by_parameter
 from dist_optim.layouts.detect_fsdp1 import reshard as reshard_fsdp1
+from dist_optim.layouts.freezing_fsdp2 import keep_freezing
 from dist_optim.layouts.layout import DimShard, Layout, Replicated
 from dist_optim.overrides import check
 from dist_optim.ranks.agreement import own_rank
@@ -38,6 +39,10 @@ class PlacedParameter:
     process_group: dist.ProcessGroup | None
     position: int = 0
     """Place in ``model.parameters()``."""
+    is_trained: bool = True
+    """Whether an optimizer steps it when it has a gradient. Fixed when it is built, whatever is frozen later."""
+    is_idle: bool = False
+    """Frozen when the optimizer was built, and named in a group: it is stepped from its first gradient on."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +127,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
             shape, layout, group = place.shape, place.layout, place.process_group
         elif isinstance(parameter, DTensor):
             layout, group = _layout_of_dtensor(name, parameter)
-        placed[name] = PlacedParameter(name, parameter, shape, layout, group, len(placed))
+        placed[name] = PlacedParameter(name, parameter, shape, layout, group, len(placed), parameter.requires_grad)
     return placed
 
 
@@ -146,6 +151,7 @@ def reshard(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            keep_freezing(module)
             module.reshard()
     reshard_fsdp1(model)
 

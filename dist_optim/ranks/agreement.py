@@ -127,7 +127,7 @@ def host_group(process_group: ProcessGroup | None = None) -> ProcessGroup | None
         process_group: The ranks; the default group when None.
     """
     world = dist.group.WORLD if num_ranks(process_group) > 1 else None
-    if world is None:
+    if world is None or dist.get_backend(process_group) == "fake":  # torch's stand-in for ranks that are not there
         return process_group
     ranks = tuple(dist.get_process_group_ranks(process_group or world))
     made = _host_groups.setdefault(world, {})

@@ -24,7 +24,7 @@ def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
     placed = iter(held.placed)
     for number, group in enumerate(held.groups):
         members = [next(placed) for _ in group["params"]]
-        trained = [member for member in members if member.parameter.requires_grad]
+        trained = [member for member in members if member.is_trained]
         route = f"low rank {group['rank']}" if matrix_keys and "rank" in group else "full rank"
         lines.append(
             f"  group {number} ({route}, lr {_number(group.get('lr'))}, weight decay "
@@ -32,6 +32,8 @@ def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
         )
         if len(trained) < len(members):
             lines[-1] += f"; {len(members) - len(trained)} frozen"
+        if idle := sum(member.is_idle for member in members):
+            lines[-1] += f"; {idle} of these tensors frozen for now"
     lines += _owner_lines(held)
     if is_inside_backward:
         lines.append("  updates are made inside backward: each gradient is freed when it is applied")
@@ -59,6 +61,8 @@ def _owner_lines(held: Holdings) -> list[str]:
     tensors: Counter[int] = Counter()
     placed = held.placed
     for index, owner in held.plan.owners.items():
+        if placed[index].is_idle:
+            continue
         owned[owner] += placed[index].shape.numel()
         tensors[owner] += 1
     total = sum(owned.values())
@@ -68,8 +72,8 @@ def _owner_lines(held: Holdings) -> list[str]:
         lines.append(f"  stepped whole by their owners, in {len(held.plan.buckets)} rounds: {'; '.join(shares)}")
     if held.num_replicas > 1:
         lines.append(f"  the {held.num_replicas} replicas of the shards all step the same: repeated work, no traffic")
-    trainable = [p for p in placed if p.parameter.requires_grad]
-    local = [p for i, p in enumerate(placed) if p.parameter.requires_grad and i not in held.plan.owners]
+    trainable = [p for p in placed if p.is_trained]
+    local = [p for i, p in enumerate(placed) if p.is_trained and i not in held.plan.owners]
     if local:
         lines.append(f"  stepped on local slices: {len(local)} of {len(trainable)} tensors")
     return lines

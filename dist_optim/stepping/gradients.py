@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.errors import UnsupportedError
+from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.ranks.fingerprints import fingerprint
 
-__all__ = ["GradientSamples", "assert_gradients_reduced", "odd_gradient"]
+__all__ = ["GradientSamples", "assert_gradients_reduced", "odd_gradient", "unfrozen"]
 
 NUM_SAMPLED = 4
 """Tensors a step. Gradients that were not reduced differ almost everywhere."""
@@ -29,6 +29,11 @@ OF_OTHERS = (
     "mesh the same batch."
 )
 UNCHANGED = "No parameter was changed."
+OF_IDLE = (
+    "It was frozen when the optimizer was built: DistributedDataParallel reduces no gradient of what was frozen when "
+    "it wrapped the model. Wrap it while all that will ever be trained is trainable (find_unused_parameters=True), and "
+    "freeze after that; or wrap again and build again when you unfreeze."
+)
 LAG = 2
 """Steps until a sample on a GPU is read: it has arrived by then, and reading waits for nothing."""
 
@@ -50,7 +55,7 @@ class GradientSamples:
         process_group: dist.ProcessGroup | None,
         all_ranks: dist.ProcessGroup | None,
     ) -> None:
-        trained = [one for one in placed if one.parameter.requires_grad]
+        trained = [one for one in placed if one.is_trained]
         self._num_parts = num_ranks(process_group) if num_ranks(all_ranks) > num_ranks(process_group) else 0
         self._part = own_rank(process_group)
         self._whole = [one for one in trained if one.layout.is_replicated] if num_ranks(all_ranks) > 1 else []
@@ -124,10 +129,30 @@ def _why_odd(one: PlacedParameter, gradient: Tensor) -> str:
     return ""
 
 
-def assert_gradients_reduced(placed: Sequence[PlacedParameter], ranks: dist.ProcessGroup | None) -> None:
+def unfrozen(placed: Sequence[PlacedParameter]) -> ParameterError | None:
+    """The first parameter with a gradient that was frozen at building and listed nowhere; None without any. Local."""
+    for one in placed:
+        if one.parameter.grad is not None and not one.is_trained:
+            return ParameterError(
+                f"Parameter {one.fqn!r} has a gradient, but was frozen (requires_grad=False) when the optimizer was "
+                "built, and no group named it, so that nobody steps it. Let it be trainable when the model is wrapped "
+                "and the optimizer built, and freeze it after that; or list it in params=[{'params': [...]}] of "
+                "build_optimizer, frozen as it is; or leave it frozen."
+            )
+    return None
+
+
+def assert_gradients_reduced(
+    placed: Sequence[PlacedParameter], ranks: dist.ProcessGroup | None, *, are_idle: bool = False
+) -> None:
     """Raise on all ranks when gradients of replicated parameters are not equal, naming one. Collective.
 
-    It reads every gradient: worth it once a run, and to explain a sample that differs.
+    It reads every gradient: worth it once for each parameter, and to explain a sample that differs.
+
+    Args:
+        placed: Parameters, the same on every rank.
+        ranks: All ranks that train the model.
+        are_idle: Whether all of them were frozen when the optimizer was built.
     """
     if num_ranks(ranks) == 1:
         return
@@ -138,5 +163,8 @@ def assert_gradients_reduced(placed: Sequence[PlacedParameter], ranks: dist.Proc
     ]
     is_engines = any(not one.layout.is_replicated for one in placed)
     assert_ranks_equal(
-        "Gradients differ between ranks", marks, f"{OF_OTHERS if is_engines else OF_ALL} {UNCHANGED}", ranks
+        "Gradients differ between ranks",
+        marks,
+        f"{OF_IDLE if are_idle else OF_OTHERS if is_engines else OF_ALL} {UNCHANGED}",
+        ranks,
     )

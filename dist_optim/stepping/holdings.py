@@ -25,6 +25,20 @@ class Progress:
     num_steps: int = 0
     mode: str = "train"
     """``"eval"`` while the averaged weights are in place, for optimizers that swap weights."""
+    num_skipped: int = 0
+    """Steps that were left out since the optimizer was built, with ``on_nonfinite="skip"``."""
+    failed_step: int | None = None
+    """The step that failed half way, until something is loaded: weights and state are of no step at all."""
+
+    def why_not_saved(self) -> str:
+        """Why what is held now must not be saved, and what to do; empty where it may be."""
+        if self.failed_step is None:
+            return ""
+        return (
+            f"Step {self.failed_step} failed after a part of its updates was made: the weights are half of a step, and "
+            "would be saved so. Load the last checkpoint into model and optimizer, or build both anew, and go on from "
+            "there."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,8 +85,8 @@ class Holdings:
 
     @property
     def trained(self) -> list[int]:
-        """Indices of what was trainable when the optimizer was built."""
-        return [index for index, one in enumerate(self.placed) if one.parameter.requires_grad]
+        """Indices of what is stepped when it has a gradient: fixed when the optimizer was built."""
+        return [index for index, one in enumerate(self.placed) if one.is_trained]
 
     @property
     def local_indices(self) -> list[int]:

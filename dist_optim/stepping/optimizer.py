@@ -7,8 +7,9 @@ else, round by round: full tensors to their owners, the upstream step there, upd
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ from dist_optim.specs.hyperparameters import Scope, problem_of
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping import audit, rank_state
 from dist_optim.stepping.holdings import Holdings, Progress
+from dist_optim.stepping.loss_scaling import refuse_local_scaler
 from dist_optim.stepping.own_methods import OwnMethods
+from dist_optim.stepping.parameter_guard import NO_JOIN
 from dist_optim.stepping.presence import StepAgreement
 from dist_optim.stepping.state_view import StateView
 from dist_optim.stepping.step import TrainingStep
@@ -85,6 +88,7 @@ class DistributedOptimizer(Optimizer):
         all_ranks: All ranks that train the model: also the replicas of a shard group (HSDP).
         model_side: The model; None for an engine that looks after it itself.
         agreement: What all ranks agree on around a step; one that is shared where an engine steps a model in parts.
+        on_nonfinite: What is done where a gradient is infinite or NaN: "raise", "skip", or None for nothing.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class DistributedOptimizer(Optimizer):
         all_ranks: dist.ProcessGroup | None = None,
         model_side: ModelSide | None = None,
         agreement: StepAgreement | None = None,
+        on_nonfinite: str | None = None,
     ) -> None:
         self.spec = spec
         self.inside_backward: InsideBackward | None = None  # set by inside_backward.install
@@ -107,7 +112,7 @@ class DistributedOptimizer(Optimizer):
         # One entry a parameter, in group order: the index that everything below counts by.
         placed = tuple(one for group in groups for one in group["params"])
         values = [{**arguments, **_without_params(group)} for group in groups for _ in group["params"]]
-        members = {index: (one, values[index]) for index, one in enumerate(placed) if one.parameter.requires_grad}
+        members = {index: (one, values[index]) for index, one in enumerate(placed) if one.is_trained}
         refuse_misfits(spec, list(members.values()), is_divided=num_ranks(all_ranks) > 1)
         if spec.driver.needs_total_norm(arguments) and any(isinstance(one.layout, Elsewhere) for one in placed):
             raise UnsupportedError(
@@ -152,6 +157,7 @@ class DistributedOptimizer(Optimizer):
             agreement or StepAgreement(all_ranks),
             bucket_bytes=bucket_bytes,
             check_ranks_every=check_ranks_every,
+            on_nonfinite=on_nonfinite,
         )
 
     def agree_on_plan(self) -> None:
@@ -165,7 +171,7 @@ class DistributedOptimizer(Optimizer):
             items += [(f"group {number}, {key}", value) for key, value in values.items() if not callable(value)]
         round_of = {item.index: bucket.index for bucket in self.plan.buckets for item in bucket.items}
         for index, one in enumerate(self.holdings.placed):
-            described = (tuple(one.shape), one.dtype, one.layout, one.parameter.requires_grad)
+            described = (tuple(one.shape), one.dtype, one.layout, one.is_trained, one.is_idle)
             travel = ("owner", self.plan.owners.get(index), "round", round_of.get(index))
             items.append((f"parameter {one.fqn!r}", (*described, *travel)))
         assert_ranks_equal(
@@ -198,7 +204,10 @@ class DistributedOptimizer(Optimizer):
                 gradients of replicated parameters are not equal. Nothing was changed.
             ParameterError: A parameter that was frozen when the optimizer was built has a gradient, or the model trains
                 other parameters than the optimizer's. Nothing was changed.
-            UnsupportedError: A gradient is sparse, or of another dtype than its sharded parameter. Nothing was changed.
+            UnsupportedError: A gradient is sparse, or of another dtype than its sharded parameter, or the step is taken
+                inside torch's ``Join``. Nothing was changed.
+            NonFiniteGradientError: A gradient is infinite or NaN, with ``on_nonfinite="raise"``. Nothing was changed.
+                With "skip" it is as if ``step`` had not been called; ``num_skipped_steps`` counts.
             StepFailedError: Upstream's step failed on one rank; others are updated.
         """
         loss = None
@@ -210,7 +219,8 @@ class DistributedOptimizer(Optimizer):
             self.inside_backward.finish_step(problem)
             return loss
         self.training_step.begin(problem=problem)
-        self._update_and_end()
+        if not self.training_step.is_skipped:
+            self._update_and_end()
         return loss
 
     def _look_at_model(self) -> DistOptimError | None:
@@ -265,6 +275,8 @@ class DistributedOptimizer(Optimizer):
         present = self.training_step.agree_on_gradients(self._look_at_model(), "clip_grad_norm_()")
         self.training_step.measure(self._local_gradients(present), norm_as_clipping(norm_type))
         total = self.training_step.total(norm_type)
+        if self.training_step.is_skipped:
+            return total  # step() finds the same gradients, and names whose they are
         coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for one in self.holdings.placed:
             gradient = one.local_gradient()
@@ -283,9 +295,14 @@ class DistributedOptimizer(Optimizer):
         torch.autograd.backward(loss)
         return None
 
+    def join_hook(self, **kwargs: Any) -> NoReturn:
+        """Refused: asked for by torch's ``Join`` before ranks part."""
+        raise UnsupportedError(f"{self.spec.name}: Join was given this optimizer. {NO_JOIN}")
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Read by torch's GradScaler before it looks for gradients to unscale."""
+        refuse_local_scaler(self.holdings, sys._getframe(1))
         if self.inside_backward is not None:
             raise UnsupportedError(
                 f"{self.spec.name}: GradScaler found out too late for this backward: its scaled gradients were applied "
@@ -414,6 +431,11 @@ class DistributedOptimizer(Optimizer):
         return self.progress.num_steps
 
     @property
+    def num_skipped_steps(self) -> int:
+        """Calls of ``step`` that all ranks left out, since the optimizer was built, with ``on_nonfinite="skip"``."""
+        return self.progress.num_skipped
+
+    @property
     def mode(self) -> str:
         """``"train"``, or ``"eval"`` while the averaged weights are in place."""
         return self.progress.mode
@@ -445,7 +467,8 @@ class DistributedOptimizer(Optimizer):
         if getattr(self, "_is_built", False):
             raise UnsupportedError(
                 "add_param_group after building would change owners and positions in the middle of a run. Pass all "
-                "groups at once: build_optimizer(model, name, params=[{'params': [...]}, ...])."
+                "groups when you build: build_optimizer(model, name, params=[{'params': [...]}, ...]). List what is "
+                "frozen until later in them too: it has no state before its first gradient."
             )
         super().add_param_group(param_group)
 

@@ -6,22 +6,31 @@ optimizer that was built before would go on stepping the old ones, and the loss 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.join import Join, Joinable
 
-from dist_optim.errors import ParameterError
+from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter, reshard
+from dist_optim.layouts.freezing_fsdp2 import GatheredFreezing
 
-__all__ = ["ParameterGuard"]
+__all__ = ["NO_JOIN", "ParameterGuard"]
 
 REMEDY = (
     "Build the optimizer last, on the model as it will be trained: wrap, shard and move the model first, then "
     "dist_optim.build_optimizer(model, ...); with accelerate, give the plain model to "
     "dist_optim.integrations.accelerate.prepare(accelerator, model, optimizer_name, ...), which does both in order."
+)
+NO_JOIN = (
+    "Inside torch's Join (accelerate's join_uneven_inputs) ranks that ran out of batches answer for the engine alone, "
+    "and nobody would answer for the exchange of the optimizer. Give every rank the same number of batches, without "
+    "Join: drop_last=True in the data loader, a sampler that pads (torch's DistributedSampler), or accelerate's "
+    "even_batches=True."
 )
 
 
@@ -37,16 +46,26 @@ class ParameterGuard:
         self._model = weakref.ref(model)
         self._placed = list(placed)
         self._as_built = [_look_of(one.parameter) for one in self._placed]
+        self._freezing = GatheredFreezing(model)
+        self._left_join: object = None
+        self._joinable = [weakref.ref(module) for module in model.modules() if isinstance(module, Joinable)]
 
     def reshard(self) -> None:
         """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
         model = self._model()
         if model is not None:
+            self._freezing.carry_over()
             reshard(model)
 
     def problem(self, groups: Iterable[Mapping[str, Any]]) -> ParameterError | None:
         """The first parameter that is not what it was, if any. Local; call ``reshard`` before: a unit that is gathered
-        shows other parameters."""
+        shows other parameters.
+
+        Raises:
+            UnsupportedError: The step is taken inside torch's ``Join``. Raised at once, and not together: every rank is
+                inside, or waits for what the engine alone sends.
+        """
+        self._refuse_join()
         model = self._model()
         if model is None:
             return None
@@ -69,6 +88,16 @@ class ParameterGuard:
                     f"{_words(look)}: the model was sharded, moved or converted after that. {REMEDY}"
                 )
         return None
+
+    def _refuse_join(self) -> None:
+        for reference in self._joinable:
+            module = reference()
+            config = None if module is None else module._join_config
+            if config is None or not config.enable or config is self._left_join:
+                continue
+            if any(type(one) is Join and module in one._joinables for one in gc.get_objects()):
+                raise UnsupportedError(f"step() was called inside Join. {NO_JOIN} No parameter was changed.")
+            self._left_join = config  # torch leaves it as it was inside: who evaluates so goes on training after it
 
 
 Look = tuple[torch.Size, torch.dtype, torch.device]

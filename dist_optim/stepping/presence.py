@@ -32,6 +32,9 @@ class StepAgreement:
         ranks: All ranks that train the model, replicas of shard groups included.
     """
 
+    is_skipping = False
+    """Whether ranks have agreed to leave out the step that ``before`` was last asked for."""
+
     def __init__(self, ranks: dist.ProcessGroup | None) -> None:
         self._ranks = ranks
         self._group = host_group(ranks)
@@ -48,6 +51,7 @@ class StepAgreement:
         problem: DistOptimError | None = None,
         explain: Callable[[], None] = lambda: None,
         call: str = "step()",
+        skips: bool = False,
     ) -> list[bool]:
         """Which parameters have a gradient, the same answer on every rank. Collective.
 
@@ -60,6 +64,8 @@ class StepAgreement:
             problem: Why this rank cannot take the step.
             explain: Collective; raises with what exactly differs, when samples do.
             call: What the user has called, on every rank.
+            skips: Whether this rank leaves the step out: then all do, ``is_skipping`` says so, and nothing else is
+                compared.
 
         Raises:
             DistOptimError: On all ranks, what was a problem on any.
@@ -68,24 +74,31 @@ class StepAgreement:
         if self._is_alone:
             if problem is not None:
                 raise problem
+            self.is_skipping = skips
             return list(has)
         digests = [_digest([("call", call), *values]), *samples]
         mine = [bit for digest in digests for bit in _bits(digest)]
         others = [not bit for bit in mine]
         silent = [digest is None for digest in digests for _ in range(DIGEST_BITS)]
         mine, others = ([bit and not mute for bit, mute in zip(row, silent, strict=True)] for row in (mine, others))
+        first = [problem is not None, skips]
 
         def wait(work: dist.Work) -> None:
             waited_for(work, call, self._ranks)
 
-        some, not_all = agree_on_bits([problem is not None, *has, *mine], [False, *lacks, *others], self._group, wait)
-        if some[0]:
+        bits = [*first, *has, *mine], [False, False, *lacks, *others]
+        some, not_all = agree_on_bits(*bits, self._group, wait)
+        has_problem, self.is_skipping, *some = some
+        not_all = not_all[len(first) :]
+        if has_problem:
             raise_together(problem, self._ranks)
-        end = 1 + len(names)
+        end = len(names)
+        if self.is_skipping:
+            return some[:end]
         differs = [here and there for here, there in zip(some[end:], not_all[end:], strict=True)]
         if any(differs[:DIGEST_BITS]):
             _raise_on_values(call, values, self._ranks)
-        for name, is_present, is_lacking in zip(names, some[1:end], not_all[1:end], strict=True):
+        for name, is_present, is_lacking in zip(names, some[:end], not_all[:end], strict=True):
             if is_present and is_lacking:
                 raise RanksDisagreeError(
                     f"Parameter {name!r} has a gradient on some ranks and none on others. All must hold the mean over "
@@ -101,7 +114,7 @@ class StepAgreement:
                 "end gradient accumulation with a synchronised backward pass (outside no_sync()), train the model "
                 "through its engine, and change gradients on all ranks alike. No parameter was changed."
             )
-        return some[1:end]
+        return some[:end]
 
     def note(self, error: Exception) -> None:
         """Keep the first error of this step until the exchange that other ranks wait for is done."""

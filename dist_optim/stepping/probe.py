@@ -110,7 +110,7 @@ def _tiny_groups(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
         taken: dict[int, list[PlacedParameter]] = {}
         for placed in group["params"]:
             alike = taken.setdefault(len(placed.shape), [])
-            if len(alike) < PER_KIND and placed.parameter.requires_grad:
+            if len(alike) < PER_KIND and placed.is_trained:
                 alike.append(placed)
         members = [_tiny(placed, generator) for alike in taken.values() for placed in alike]
         tiny.append({**group, "params": members})

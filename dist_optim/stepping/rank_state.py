@@ -31,7 +31,12 @@ _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 def read(held: Holdings, progress: Progress) -> dict[str, Any]:
-    """All state where parameters are replicated, else this rank's share. Collective in the first case, after step 0."""
+    """All state where parameters are replicated, else this rank's share. Collective in the first case, after step 0.
+
+    Raises:
+        StateDictError: The last step failed half way: on all ranks alike.
+    """
+    _refuse_half_step(progress)
     if not is_replicated(held):
         return read_share(held, progress)
     state = gathered(held) if progress.num_steps else own_state(held)
@@ -40,7 +45,13 @@ def read(held: Holdings, progress: Progress) -> dict[str, Any]:
 
 def read_share(held: Holdings, progress: Progress) -> dict[str, Any]:
     """This rank's share; tensors are the live ones, as torch's ``state_dict`` returns them. Not a collective."""
+    _refuse_half_step(progress)
     return _state_dict(held, progress, own_state(held), _place(held))
+
+
+def _refuse_half_step(progress: Progress) -> None:
+    if reason := progress.why_not_saved():
+        raise StateDictError(reason)
 
 
 def _state_dict(held: Holdings, progress: Progress, state: StateByName, place: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +120,7 @@ def install(
     own = [{key: group[key] for key in counters if key in group} for group in held.groups]
     for instance in held.instances:
         instance.write_counters(own)
-    progress.num_steps, progress.mode = num_steps, mode
+    progress.num_steps, progress.mode, progress.failed_step = num_steps, mode, None
 
 
 def _refuse_others(given: Any) -> None:

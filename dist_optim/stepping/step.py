@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_optim.errors import DistOptimError, ParameterError, WrongModeError
+from dist_optim.errors import DistOptimError, WrongModeError
 from dist_optim.exchange.norms import NormOf, combine_norms, norm_in_fp32, norm_task
 from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
 from dist_optim.ranks.agreement import num_ranks
-from dist_optim.stepping.gradients import GradientSamples, assert_gradients_reduced, odd_gradient
+from dist_optim.stepping.before_step import BeforeStep
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.own_methods import one_result
-from dist_optim.stepping.presence import StepAgreement, hyperparameters_of
+from dist_optim.stepping.presence import StepAgreement
 from dist_optim.stepping.sentinel import compare_ranks
 from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
 
@@ -45,6 +45,7 @@ class TrainingStep:
         agreement: Of all ranks; one that is shared where an engine steps a model in parts.
         bucket_bytes: Of the rounds in which gradients that are stepped on slices travel to be measured.
         check_ranks_every: Steps between two comparisons of what ranks should hold alike; 0 for none.
+        on_nonfinite: What is done where a stored gradient is infinite or NaN: "raise", "skip", or None for nothing.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TrainingStep:
         *,
         bucket_bytes: int,
         check_ranks_every: int = 0,
+        on_nonfinite: str | None = None,
     ) -> None:
         self._held = holdings
         self._progress = progress
@@ -62,14 +64,12 @@ class TrainingStep:
         self._check_ranks_every = check_ranks_every
         self._bucket_bytes = bucket_bytes
         self._group = holdings.process_group
-        self._trained = set(holdings.trained)
+        self._before = BeforeStep(holdings, progress, agreement, on_nonfinite)
         self._rounds = {bucket.index: bucket for bucket in holdings.plan.buckets}
         self._round_of = {item.index: bucket.index for bucket in holdings.plan.buckets for item in bucket.items}
         self._parts: dict[tuple[int, tuple[int, ...]], tuple[Bucket, Route]] = {}
-        self._samples = GradientSamples(holdings.placed, holdings.process_group, holdings.all_ranks)
         self._norm_round_of: dict[int, int] | None = None
         self.present: Sequence[bool] = ()
-        self._agreed: list[tuple[str, object]] = []
         self._norms: dict[int, Tensor] = {}
         self._norm_dtypes: dict[int, torch.dtype] = {}
         self._total: Tensor | None = None
@@ -96,14 +96,21 @@ class TrainingStep:
             RanksDisagreeError: A gradient is there on some ranks and missing on others, a hyperparameter differs, or
                 gradients of replicas are not equal.
             ParameterError: A parameter that was frozen when the optimizer was built has a gradient.
+            NonFiniteGradientError: A gradient is infinite or NaN, with ``on_nonfinite="raise"``; with "skip" nothing is
+                raised, and ``is_skipped`` says that the step is not to be taken.
         """
         problem = problem or self.wrong_mode()
         self._is_one_by_one = before_backward
         if present is None:
-            self._agreed = hyperparameters_of(self._held.groups, self._held.pushed_keys)
-            present = self._agree([], problem, "backward()") if before_backward else self.agree_on_gradients(problem)
-            if self._progress.num_steps == 0 and not before_backward:
-                assert_gradients_reduced(self._held.placed, self._held.all_ranks)
+            self._before.read_hyperparameters()
+            if before_backward:
+                present = self._before.agree_without_gradients(problem, "backward()")
+            else:
+                present = self.agree_on_gradients(problem)
+                if self.is_skipped:
+                    self._before.note_skip()
+                    return
+                self._before.meet(present)
         elif problem is not None:
             raise problem
         self.present = present
@@ -112,45 +119,16 @@ class TrainingStep:
 
     def agree_on_gradients(self, problem: DistOptimError | None = None, call: str = "step()") -> list[bool]:
         """Which parameters have a stored gradient, the same answer on every rank; what else ``begin`` raises for."""
-        placed = self._held.placed
-        problem = problem or odd_gradient(placed) or self._unfrozen()
-        has = [one.parameter.grad is not None for one in placed]
-        return self._agree(has, problem, call)
+        return self._before.agree_on_gradients(problem, call)
 
-    def _agree(self, has: Sequence[bool], problem: DistOptimError | None, call: str) -> list[bool]:
-        placed = self._held.placed[: len(has)]
-        return self.agreement.before(
-            [one.fqn for one in placed],
-            has,
-            [not has[at] and one.local().numel() > 0 for at, one in enumerate(placed)],
-            self._agreed,
-            self._samples.take(self._progress.num_steps) if has else (),
-            problem,
-            self._explain_samples,
-            call,
-        )
-
-    def _explain_samples(self) -> None:
-        assert_gradients_reduced(self._held.placed, self._held.all_ranks)
+    @property
+    def is_skipped(self) -> bool:
+        """Whether ranks have agreed that this step is not taken: it is as if nobody had asked for it."""
+        return self._before.is_skipped()
 
     def wrong_mode(self) -> WrongModeError | None:
         """Why no step can be taken now, where the weights for evaluation are in place."""
-        if self._progress.mode != "eval":
-            return None
-        return WrongModeError(
-            f"{self._held.spec.name}: step() or backward() was called after eval(), while the averaged weights are in "
-            "place. Their gradients belong to other weights than upstream would step. Call optimizer.train() on all "
-            "ranks before the forward pass of each training phase, and optimizer.eval() before evaluating."
-        )
-
-    def _unfrozen(self) -> ParameterError | None:
-        for index, one in enumerate(self._held.placed):
-            if one.parameter.grad is not None and index not in self._trained:
-                return ParameterError(
-                    f"Parameter {one.fqn!r} has a gradient, but was frozen (requires_grad=False) when the optimizer "
-                    "was built. Build the optimizer after unfreezing, or leave the parameter frozen."
-                )
-        return None
+        return self._before.wrong_mode()
 
     # Updating -----------------------------------------------------------------------------------------------------
 
@@ -353,19 +331,22 @@ class TrainingStep:
             for instance in held.instances:
                 instance.tick(held.pushed_keys)
         self._total = None
-        self.agreement.after(held.spec.name, progress.num_steps)
+        try:
+            self.agreement.after(held.spec.name, progress.num_steps)
+        except Exception:
+            progress.failed_step = progress.num_steps + 1
+            raise
         self.publish_counters()
         progress.num_steps += 1
         if self._check_ranks_every and progress.num_steps % self._check_ranks_every == 0:
             compare_ranks(held, progress)
 
     def _note_changed_values(self) -> None:
-        now = hyperparameters_of(self._held.groups, self._held.pushed_keys)
-        changed = [name for (name, old), (_, new) in zip(self._agreed, now, strict=True) if old != new]
-        if changed:
+        changed = self._before.changed_value()
+        if changed is not None:
             self.agreement.note(
                 WrongModeError(
-                    f"{self._held.spec.name}: {changed[0]} was changed between backward and step(), after the updates "
+                    f"{self._held.spec.name}: {changed} was changed between backward and step(), after the updates "
                     "were made. Change hyperparameters after step(), as schedulers do: scheduler.step() follows "
                     "optimizer.step()."
                 )

@@ -79,7 +79,7 @@ class UpstreamInstance:
         # The true number of dimensions: some optimizers check it. Without dims a tensor has one element.
         shape = (0, *placed.shape[1:]) if placed.shape else ()
         ghost = torch.zeros(shape, dtype=placed.dtype, device=placed.device)
-        self.ghosts[index] = nn.Parameter(ghost, requires_grad=placed.parameter.requires_grad)
+        self.ghosts[index] = nn.Parameter(ghost, requires_grad=placed.is_trained)
         return self.ghosts[index]
 
     def step(

@@ -147,4 +147,5 @@ def _joined(value: Any, dtype: torch.dtype, placed: PlacedParameter, held: Holdi
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     """The storage of a contiguous tensor: every dtype travels alike."""
-    return tensor.reshape(-1).view(torch.uint8)
+    flat = tensor.reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # one element may have any stride, and be contiguous

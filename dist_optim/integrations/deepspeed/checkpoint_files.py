@@ -31,12 +31,19 @@ def fail_together(engine: Any) -> None:
     @functools.wraps(save)
     def save_checkpoint(*args: Any, **options: Any) -> Any:
         meet("engine.save_checkpoint()")
+        if reason := engine.basic_optimizer.why_not_saved():  # on all ranks alike
+            raise CheckpointError(reason)
         with nullcontext() if engine.checkpoint_engine.is_decoupled() else _noted(engine):
             return save(*args, **options)
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **options: Any) -> Any:
         meet("engine.load_checkpoint()")
+        if engine.basic_optimizer.why_not_saved():
+            raise CheckpointError(
+                "A step of this engine failed half way, and DeepSpeed keeps gradients of it. Call deepspeed.initialize "
+                "anew, and load into the new engine."
+            )
         if not engine.load_universal_checkpoint():
             tag = _found_together(engine, load_dir, tag)
         with _read_together(engine):
@@ -105,7 +112,7 @@ def _read_together(engine: Any) -> Iterator[None]:
     def reading(read: Callable[..., Any]) -> Callable[..., Any]:
         def read_together(path: Any, *args: Any, **options: Any) -> Any:
             return together(
-                lambda: read(path, *args, **options),
+                lambda: _fitting(engine, read(path, *args, **options)),
                 doing="Reading DeepSpeed's checkpoint",
                 remedy="Model and optimizer are partly loaded: load again, or load another checkpoint.",
                 otherwise=CheckpointError,
@@ -115,6 +122,24 @@ def _read_together(engine: Any) -> Iterator[None]:
 
     with _replaced(engine.checkpoint_engine, "load", reading):
         yield
+
+
+def _fitting(engine: Any, content: Any) -> Any:
+    """What was read of a file, when it has the frozen weights that DeepSpeed will look for in it.
+
+    Raises:
+        CheckpointError: More is frozen than when it was saved: DeepSpeed would end with a KeyError in the middle.
+    """
+    saved = content.get("frozen_param_fragments") if isinstance(content, dict) else None
+    if saved is None:
+        return content
+    frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
+    if missing := [name for name in frozen if name not in saved]:
+        raise CheckpointError(
+            f"{missing[0]!r} is frozen now, and was not when DeepSpeed's checkpoint was saved. Freeze what was frozen "
+            "then before you load, and freeze the rest after it. Nothing was changed."
+        )
+    return content
 
 
 @contextmanager

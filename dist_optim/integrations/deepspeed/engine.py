@@ -177,6 +177,7 @@ def build_optimizer_for_engine(
     print_audit: bool = True,
     rank_timeout_s: float | None = None,
     fused_backward: bool | None = None,
+    on_nonfinite: str | None = None,
     **hyperparameters: Any,
 ) -> ZeroOptimizer:
     """The optimizer over the model before DeepSpeed flattens it: a client optimizer for ``deepspeed.initialize``.
@@ -188,6 +189,7 @@ def build_optimizer_for_engine(
         target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``,
             ``rank_timeout_s``, hyperparameters.
         fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
+        on_nonfinite: Refused: DeepSpeed's engine looks for such gradients itself.
 
     Raises:
         DistOptimError: As ``dist_optim.build_optimizer``, on this rank alone.
@@ -198,8 +200,16 @@ def build_optimizer_for_engine(
             f"{spec.name}: fused_backward=True updates inside backward, and DeepSpeed's engine steps after it. Leave "
             "it out; ZeRO divides the gradients over the ranks already."
         )
+    if on_nonfinite is not None:
+        raise UnsupportedError(
+            f"{spec.name}: on_nonfinite={on_nonfinite!r} looks at gradients before a step, which DeepSpeed's engine "
+            "does itself: ZeRO stages 1 to 3 leave such a step out on all ranks (engine.skipped_steps counts; in bf16 "
+            'as "bf16": {"check_grad_overflow": ...} says, which is true where it is not set). Leave on_nonfinite out.'
+        )
     placed = {
-        fqn: PlacedParameter(fqn, parameter, logical_shape(parameter), Replicated(), None, position)
+        fqn: PlacedParameter(
+            fqn, parameter, logical_shape(parameter), Replicated(), None, position, parameter.requires_grad
+        )
         for position, (fqn, parameter) in enumerate(named_parameters(model))
     }
     chosen: Any = None if params is None else list(params)
@@ -207,7 +217,14 @@ def build_optimizer_for_engine(
     if chosen is not None and {id(one) for one in chosen} == trainable:
         chosen = None  # a plain list of all that is trained: frozen parameters keep their positions, as in one process
     groups, arguments = arrange(
-        model, spec, placed, hyperparameters, params=chosen, no_decay=no_decay, target_modules=target_modules
+        model,
+        spec,
+        placed,
+        hyperparameters,
+        params=chosen,
+        no_decay=no_decay,
+        target_modules=target_modules,
+        takes_idle=False,
     )
     return ZeroOptimizer(spec, groups, arguments, print_audit=print_audit, rank_timeout_s=rank_timeout_s)
 

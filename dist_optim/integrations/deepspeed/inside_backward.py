@@ -79,6 +79,7 @@ def build_fused_optimizer(
             params=_of_stand_ins(params, stand_ins),
             no_decay=no_decay,
             target_modules=target_modules,
+            takes_idle=False,
         )
         if spec.driver.needs_total_norm(arguments):
             raise UnsupportedError(
@@ -140,7 +141,7 @@ def _place(name: str, parameter: Any, position: int) -> PlacedParameter:
     layout = FlatRange.cut(numel, size, num_ranks(group))
     own = parameter.ds_tensor.data[: layout.numel_on(parameter.ds_shape, own_rank(group))]
     view = nn.Parameter(own, requires_grad=parameter.requires_grad)
-    return PlacedParameter(name, view, parameter.ds_shape, layout, group, position)
+    return PlacedParameter(name, view, parameter.ds_shape, layout, group, position, parameter.requires_grad)
 
 
 class _ZeroShards(Shards):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import ParameterError, StateDictError, UnsupportedError, WrongModeError
+from dist_optim.errors import ParameterError, StateDictError, StepFailedError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
 from dist_optim.integrations.deepspeed.checkpoint_files import fail_together
@@ -93,7 +93,7 @@ class ZeroOptimizer(Optimizer):
         outer: list[ParamGroup] = []
         for number, group in enumerate(groups):
             own = {key: value for key, value in group.items() if key != "params"}
-            trained = [placed.parameter for placed in group["params"] if placed.parameter.requires_grad]
+            trained = [placed.parameter for placed in group["params"] if placed.is_trained]
             if trained:
                 outer.append({**arguments, **own, "params": trained, GROUP_NUMBER: number})
         if not outer:
@@ -129,7 +129,7 @@ class ZeroOptimizer(Optimizer):
         self._engine = engine
         group = engine.seq_data_parallel_group
         by_group: list[list[tuple[str, nn.Parameter]]] = [
-            [(placed.fqn, placed.parameter) for placed in members["params"] if placed.parameter.requires_grad]
+            [(placed.fqn, placed.parameter) for placed in members["params"] if placed.is_trained]
             for members in self._groups
         ]
         host_group(group)  # where one has to be made, all ranks make it now, before any of them can fail
@@ -193,6 +193,7 @@ class ZeroOptimizer(Optimizer):
             UnsupportedError: The engine would feed its schedule a wrong metric, or clip by a stale gradient.
             HyperparameterError: On all ranks: a param group holds a value that is not allowed.
             RanksDisagreeError: On all ranks: a hyperparameter differs.
+            ParameterError: On all ranks: what was frozen in ``deepspeed.initialize`` is trainable now.
             StepFailedError: On all ranks, in the last call of the training step: upstream's step failed on one.
         """
         shown = [live for group in self.param_groups for live in group["params"]]
@@ -209,7 +210,17 @@ class ZeroOptimizer(Optimizer):
         for placed in part.holdings.placed:
             placed.parameter.grad = None
         if part is self._parts[-1]:
-            self._agreement.after(self.spec.name, self.num_steps - 1)
+            self._end_training_step()
+
+    def _end_training_step(self) -> None:
+        num_steps = self.num_steps - 1
+        try:
+            self._agreement.after(self.spec.name, num_steps)
+        except Exception:
+            for part in self._parts:
+                part.progress.failed_step = num_steps + 1
+            self.param_groups = self._outer  # DeepSpeed shows one at a time, and does not come back to the others
+            raise
 
     def _refuse_real_gradients(self, shown: Sequence[Tensor]) -> None:
         if any(live.grad is not None and bool(live.grad.any()) for live in shown):
@@ -221,6 +232,8 @@ class ZeroOptimizer(Optimizer):
 
     def _begin_training_step(self) -> None:
         """Agree on which parameters got a gradient: DeepSpeed itself shows zeros, or at stage 3 a stale gradient."""
+        if reason := self.why_not_saved():  # on all ranks alike; DeepSpeed adds to the gradients of the failed step
+            raise StepFailedError(f"{self.spec.name}: no step follows one that failed. {reason}")
         if self.num_steps == 0:
             _refuse_metric_schedule(self._engine)
         names = [placed.fqn for placed in self._trainable()]
@@ -234,7 +247,8 @@ class ZeroOptimizer(Optimizer):
             hyperparameters_of(self._outer, held.pushed_keys),
             self._sampled(),
             problem=self._parts[0].training_step.wrong_mode()
-            or problem_of(self.spec.name, self.spec.records(), self._outer),
+            or problem_of(self.spec.name, self.spec.records(), self._outer)
+            or self._unfrozen(),
         )
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
         stale = sorted(self._had_gradient - self._present)
@@ -244,6 +258,17 @@ class ZeroOptimizer(Optimizer):
                 'in the norm that it clips by. Set "gradient_clipping": 0.0, use ZeRO-2, or freeze the parameter.'
             )
         self._had_gradient |= self._present
+
+    def _unfrozen(self) -> ParameterError | None:
+        every = (placed for group in self._groups for placed in group["params"])
+        name = next((one.fqn for one in every if one.parameter.requires_grad and not one.is_trained), None)
+        if name is None:
+            return None
+        return ParameterError(
+            f"Parameter {name!r} is trainable now, and was frozen (requires_grad=False) in deepspeed.initialize, which "
+            "divides what is trainable then, so that nobody steps it. Let it be trainable there, and freeze it after "
+            "that; or leave it frozen."
+        )
 
     def _sampled(self) -> Sequence[int | None]:
         """Digests of gradients that all ranks hold: they differ when the engine has not reduced them."""
@@ -265,7 +290,7 @@ class ZeroOptimizer(Optimizer):
             if placed.fqn in call.slices:
                 parameter.data = call.slices[placed.fqn].weight()
                 parameter.grad = call.slices[placed.fqn].gradient() if is_present else None
-            elif parameter.requires_grad:
+            elif placed.is_trained:
                 parameter.grad = torch.empty_like(parameter) if is_present else None
 
     def _push_hyperparameters(self, part: DistributedOptimizer) -> None:
@@ -280,7 +305,7 @@ class ZeroOptimizer(Optimizer):
             outer.update({key: value for key, value in inner.items() if key not in self._counters})
 
     def _trainable(self) -> list[PlacedParameter]:
-        return [p for group in self._groups for p in group["params"] if p.parameter.requires_grad]
+        return [p for group in self._groups for p in group["params"] if p.is_trained]
 
     # Weights for evaluation ---------------------------------------------------------------------------------------
 
@@ -346,6 +371,16 @@ class ZeroOptimizer(Optimizer):
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds."""
         return sum(part.optimizer_state_bytes() for part in self._parts)
+
+    def why_not_saved(self) -> str:
+        """Why what is held now must not be saved, and what to do; empty where it may be."""
+        failed = self._parts[0].progress.failed_step if self._parts else None
+        if failed is None:
+            return ""
+        return (
+            f"Step {failed} failed after a part of its updates was made: the weights are half of a step, and DeepSpeed "
+            "keeps its gradients. Call deepspeed.initialize anew, load the last checkpoint, and go on from there."
+        )
 
     def parts(self) -> list[DistributedOptimizer]:
         """The optimizers underneath, one for each ``step()`` call of a training step."""

@@ -22,10 +22,11 @@ def place(placed: PlacedParameter, call: Call) -> PlacedParameter:
     first = next(iter(call.slices.values()))
     if part is not None:
         view = nn.Parameter(part.weight())
-        return PlacedParameter(placed.fqn, view, part.shape, part.layout, part.process_group, placed.position)
+        return PlacedParameter(placed.fqn, view, part.shape, part.layout, part.process_group, placed.position, True)
     empty = torch.empty(0, dtype=first.live.dtype, device=first.live.device)
-    parameter = nn.Parameter(empty, requires_grad=placed.parameter.requires_grad)
-    return PlacedParameter(placed.fqn, parameter, placed.shape, Elsewhere(), first.process_group, placed.position)
+    parameter = nn.Parameter(empty, requires_grad=placed.is_trained)
+    where = (Elsewhere(), first.process_group, placed.position, placed.is_trained)
+    return PlacedParameter(placed.fqn, parameter, placed.shape, *where)
 
 
 def where_it_is(places: Sequence[PlacedParameter]) -> PlacedParameter:
