@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity soak compat docs clean
+.PHONY: help demo test lint parity soak compat trainer-suite docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -15,7 +15,7 @@ DEMO = accelerate launch --config_file configs/accelerate/ddp_cpu_2.yaml launch/
 	--learning_rate 2e-3 --max_steps 240 --output_dir runs/demo --overwrite_output_dir
 
 help: ## list the targets
-	@grep -E "^[a-z]+:.*##" Makefile | sed -E "s/:.*## /\t/" | expand -t 8
+	@grep -E "^[a-z-]+:.*##" Makefile | sed -E "s/:.*## /\t/" | expand -t 16
 
 demo: $(STAMP) ## train a small Llama with galore_adamw on two CPU ranks, about 3 minutes; output in runs/demo
 	@printf '+ %s\n' '$(DEMO)'
@@ -55,6 +55,10 @@ soak: $(STAMP) ## 2,000 steps with evaluations, saves, freezing, failures and re
 compat: $(STAMP) ## run a part of the tests with the oldest and newest Pythons and packages; writes docs/compat.md
 	@echo "+ python tests/measure_compat.py"
 	@python tests/measure_compat.py
+
+trainer-suite: $(STAMP) ## run transformers' own Trainer tests with ours; writes docs/trainer_suite.json and docs/trainer.md
+	@echo "+ python tests/measure_trainer_suite.py"
+	@python tests/measure_trainer_suite.py
 
 docs: $(STAMP) ## write the tables of docs/optimizers from the registry
 	@echo "+ python tests/optimizer_pages.py"

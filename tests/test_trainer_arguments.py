@@ -16,8 +16,9 @@ from transformers.training_args import OptimizerNames
 import dist_optim
 from dist_optim.errors import HyperparameterError, UnknownOptimizerError
 from dist_optim.integrations.transformers import TrainingArguments
-from dist_optim.integrations.transformers.arguments import registered_name, values_for
+from dist_optim.integrations.transformers.arguments import values_for
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer
+from dist_optim.integrations.transformers.names import registered_name
 
 
 @pytest.fixture(autouse=True)

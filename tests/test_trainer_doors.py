@@ -91,14 +91,33 @@ def test_lomo_obeys_clipping_and_accumulation(two_ranks: RankPool, tmp_path: Pat
     two_ranks.run(lomo_obeys, str(tmp_path))
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2}])
-def test_layerwise_names_refuse_what_needs_gradients(settings: dict[str, Any], tmp_path: Path) -> None:
-    low_rank = {"optim_target_modules": ["attn", "mlp"], "max_grad_norm": 1.0}
-    with pytest.raises(UnsupportedError, match="max_grad_norm=0 .* or use galore_adamw"):
-        train(Job("galore_adamw_layerwise", {**low_rank, **settings}), "alone", tmp_path)
+def test_layerwise_names_refuse_to_accumulate(tmp_path: Path) -> None:
+    settings = {"optim_target_modules": ["attn", "mlp"], "gradient_accumulation_steps": 2}
+    with pytest.raises(UnsupportedError, match="gradient_accumulation_steps=1 .* or use galore_adamw"):
+        train(Job("galore_adamw_layerwise", settings), "alone", tmp_path)
 
 
-def test_a_layerwise_name_is_the_plain_one_without_clipping(tmp_path: Path) -> None:
-    low_rank = {"optim_target_modules": ["attn", "mlp"], "optim_args": "rank=8, update_proj_gap=3"}
-    layerwise = train(Job("galore_adamw_layerwise", low_rank), "alone", tmp_path / "layerwise")
-    assert gap_between(layerwise, train(Job("galore_adamw"), "alone", tmp_path / "plain")) == 0
+CLIPPED = {"optim_target_modules": ["attn", "mlp"], "optim_args": "rank=8, update_proj_gap=3", "max_grad_norm": 0.5}
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "apollo_adamw"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_a_layerwise_name_is_the_plain_one(name: str, max_grad_norm: float, tmp_path: Path) -> None:
+    settings = {**CLIPPED, "max_grad_norm": max_grad_norm, "lr_scheduler_type": "cosine"}
+    layerwise = train(Job(f"{name}_layerwise", settings), "alone", tmp_path / "layerwise")
+    plain = train(Job(name, settings), "alone", tmp_path / "plain")
+    assert gap_between(layerwise, plain) == 0
+    assert layerwise.all("learning_rate") == plain.all("learning_rate")
+    if max_grad_norm:
+        assert layerwise.all("grad_norm") == plain.all("grad_norm") and min(plain.all("grad_norm")) > max_grad_norm
+
+
+def layerwise_clips(directory: str) -> None:
+    plain = train(Job("galore_adamw", CLIPPED), "fsdp2", Path(directory) / "plain")
+    for strategy in ("ddp", "fsdp2"):
+        layerwise = train(Job("galore_adamw_layerwise", CLIPPED), strategy, Path(directory) / strategy)
+        assert gap_between(layerwise, plain) < 1e-6, strategy
+
+
+def test_layerwise_names_clip_on_ranks(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(layerwise_clips, str(tmp_path))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 
 __all__ = [
+    "CLIP_GRAD_NORM",
     "adafactor_hyperparameters",
     "betas",
     "epsilon",
     "factored_moment",
     "flag",
     "learning_rate",
+    "limit",
     "weight_decay",
 ]
 
@@ -114,3 +116,22 @@ def adafactor_hyperparameters(default_rate: float | None) -> tuple[Hyperparamete
         flag("relative_step", False, "compute the rate from the number of steps, in place of lr"),
         flag("warmup_init", False, "let relative steps grow from 1e-6"),
     )
+
+
+def limit(name: str, meaning: str) -> Hyperparameter:
+    """A bound of gradients, which there need not be."""
+    return Hyperparameter(
+        name=name,
+        kind="float",
+        default=None,
+        minimum=0.0,
+        minimum_open=True,
+        optional=True,
+        scope=Scope.CONSTRUCTOR,
+        meaning=meaning,
+    )
+
+
+CLIP_GRAD_NORM = limit(
+    "clip_grad_norm", "largest norm of all gradients together; inside backward it costs a second backward pass"
+)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.optimizers.common import factored_moment, learning_rate, weight_decay
+from dist_optim.optimizers.common import CLIP_GRAD_NORM, factored_moment, learning_rate, limit, weight_decay
 from dist_optim.specs.driver import UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
@@ -189,22 +189,9 @@ class AdaLomoDriver(LomoDriver):
         return 4.0 * shape.numel()
 
 
-def _limit(name: str, meaning: str) -> Hyperparameter:
-    return Hyperparameter(
-        name=name,
-        kind="float",
-        default=None,
-        minimum=0.0,
-        minimum_open=True,
-        optional=True,
-        scope=Scope.CONSTRUCTOR,
-        meaning=meaning,
-    )
-
-
 _CLIPS = (
-    _limit("clip_grad_norm", "largest norm of all gradients together; inside backward it costs a second backward pass"),
-    _limit("clip_grad_value", "largest absolute value of a gradient's element"),
+    CLIP_GRAD_NORM,
+    limit("clip_grad_value", "largest absolute value of a gradient's element"),
 )
 _COMMON: dict[str, Any] = {"package": "dist-optim", "licence": "Apache-2.0"}
 

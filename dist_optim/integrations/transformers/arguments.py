@@ -19,14 +19,12 @@ from transformers.training_args import OptimizerNames
 from dist_optim.errors import HyperparameterError
 from dist_optim.integrations.environment import num_ranks_asked_for, refuse_lone_process
 from dist_optim.integrations.transformers.argument_ranges import check_ranges
+from dist_optim.integrations.transformers.names import name_of
 from dist_optim.integrations.transformers.rehearsal import prepare_deepspeed
 from dist_optim.specs.hyperparameters import parse_optim_args
-from dist_optim.specs.registry import OptimizerSpec, get_spec, names
+from dist_optim.specs.registry import OptimizerSpec, get_spec
 
-__all__ = ["ALIASES", "TrainingArguments", "name_of", "read_optim_args", "registered_name", "values_for"]
-
-ALIASES = {"adamw_8bit": "adamw_bnb_8bit"}
-"""transformers' second names for what is registered."""
+__all__ = ["TrainingArguments", "read_hyperparameters", "read_optim_args", "values_for"]
 
 
 @dataclass
@@ -90,16 +88,10 @@ def read_optim_args(given: str | Mapping[str, Any] | None) -> Any:
     return given
 
 
-def name_of(optim: Any) -> str:
-    """The text of ``args.optim``, which is a member of transformers' enumeration where that has the name."""
-    return str(getattr(optim, "value", optim))
-
-
-def registered_name(optim: Any) -> str | None:
-    """The registered name that ``args.optim`` stands for; None where transformers alone knows it."""
-    name = name_of(optim)
-    name = ALIASES.get(name, name)
-    return name if name in names() else None
+def read_hyperparameters(arguments: Any) -> dict[str, Any]:
+    """``optim_args``, in any of its forms, as a dict."""
+    text = arguments.optim_args
+    return dict(text) if isinstance(text, Mapping) else parse_optim_args(text)
 
 
 def values_for(spec: OptimizerSpec, arguments: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -113,9 +105,7 @@ def values_for(spec: OptimizerSpec, arguments: Any, given: Mapping[str, Any] | N
     Raises:
         HyperparameterError: Two settings contradict each other, or the optimizer has nothing to set.
     """
-    if given is None:
-        text = arguments.optim_args
-        given = dict(text) if isinstance(text, Mapping) else parse_optim_args(text)
+    given = read_hyperparameters(arguments) if given is None else given
     known = {record.name for record in spec.records()}
     values = dict(given)
     offered = {

@@ -10,14 +10,15 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.integrations.accelerate.placing import refuse_unserved_strategy
-from dist_optim.integrations.transformers.arguments import name_of
+from dist_optim.integrations.transformers.placing import is_sharded
+from dist_optim.integrations.transformers.ties import refuse_parted_ties
 from dist_optim.layouts.detect import detect
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.ranks.together import together
-from dist_optim.specs.registry import Trait, names, spec_of_class
+from dist_optim.specs.registry import Trait, spec_of_class
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["check_given_optimizer", "check_made_by_hand", "check_strategy", "refuse_unregistered"]
+__all__ = ["check_given_optimizer", "check_made_by_hand", "check_strategy"]
 
 INSTEAD = (
     "Name the optimizer instead, so that it is built when the model is in place: TrainingArguments(optim=..., "
@@ -25,30 +26,23 @@ INSTEAD = (
 )
 
 
-def check_strategy(accelerator: Any) -> None:
-    """Refuse a strategy, or a setting of it, that is not served. Collective.
+def check_strategy(accelerator: Any, model: nn.Module) -> None:
+    """Refuse a strategy, or a setting of it, that is not served, or that parts what the model ties. Collective.
 
     Raises:
         UnsupportedError: On all ranks together.
     """
-    _check_together(lambda: refuse_unserved_strategy(accelerator))
+
+    def check() -> None:
+        refuse_unserved_strategy(accelerator)
+        if accelerator.distributed_type.value == "FSDP" and not is_sharded(model):
+            refuse_parted_ties(model, accelerator.state.fsdp_plugin)
+
+    _check_together(check)
 
 
 def _check_together(check: Callable[[], None]) -> None:
     together(check, doing="Checking the Trainer's arguments", remedy=INSTEAD)
-
-
-def refuse_unregistered(trainer: Any) -> None:
-    """Refuse, where parameters are sharded, an optimizer that transformers alone knows.
-
-    Raises:
-        UnsupportedError: With the names that are served.
-    """
-    if trainer.optimizer_cls_and_kwargs is None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise UnsupportedError(
-            f"optim={name_of(trainer.args.optim)!r} is transformers' own, and nobody "
-            f"has shown that it trains alike on sharded parameters. Use one of: {', '.join(names())}."
-        )
 
 
 def check_given_optimizer(trainer: Any, given: Any, schedule: Any) -> None:

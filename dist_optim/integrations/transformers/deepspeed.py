@@ -11,8 +11,8 @@ from typing import Any
 
 from dist_optim.errors import HyperparameterError, UnsupportedError
 from dist_optim.integrations.deepspeed.engine import PREFIX, build_optimizer_for_engine, is_ours, register
-from dist_optim.integrations.transformers.arguments import name_of, registered_name
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer
+from dist_optim.integrations.transformers.names import name_of, registered_name
 from dist_optim.ranks.together import together
 
 __all__ = ["build_deferred", "settings_from_json"]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.building.build import build_optimizer
-from dist_optim.errors import WrongModeError
+from dist_optim.errors import HyperparameterError, WrongModeError
 from dist_optim.specs.registry import get_spec
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
@@ -78,12 +78,38 @@ def _group_defaults(choice: str | type[Optimizer], hyperparameters: dict[str, An
     return defaults
 
 
-def deferred_class(choice: str | type[Optimizer]) -> type[DeferredOptimizer]:
-    """A class that takes ``(param_groups, **hyperparameters)`` like any optimizer, and defers ``choice``."""
+class _StandIn(type):
+    """The type of classes that stand for one of upstream's: equal to it, as scripts compare them."""
 
-    class Chosen(DeferredOptimizer):
+    stands_for: type | None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (other is not None and other is cls.stands_for)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls) if cls.stands_for is None else hash(cls.stands_for)
+
+
+def deferred_class(
+    choice: str | type[Optimizer], stands_for: type | None = None, by_name: Mapping[str, Any] | None = None
+) -> type[DeferredOptimizer]:
+    """A class that takes ``(param_groups, **hyperparameters)`` like any optimizer, and defers ``choice``.
+
+    Args:
+        choice: A registered name or an optimizer class.
+        stands_for: The class that transformers would have given: this one is equal to it.
+        by_name: Keywords of that class that follow from the name, and are taken if they are as they were.
+    """
+
+    class Chosen(DeferredOptimizer, metaclass=_StandIn):
         def __init__(self, params: Iterable[Any], **hyperparameters: Any) -> None:
+            for key, value in (by_name or {}).items():
+                if hyperparameters.pop(key, value) != value:
+                    raise HyperparameterError(
+                        f"{choice} has {key}={value!r} by its name. Leave {key!r} as it is, or choose another name."
+                    )
             super().__init__(params, choice, **hyperparameters)
 
+    Chosen.stands_for = stands_for
     Chosen.__name__ = Chosen.__qualname__ = choice if isinstance(choice, str) else choice.__name__
     return Chosen

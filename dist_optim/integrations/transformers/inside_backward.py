@@ -1,8 +1,8 @@
 """Updates inside backward, in the Trainer: LOMO, AdaLomo and the layerwise names.
 
 transformers' loop clips and accumulates stored gradients, of which a fused backward leaves none. So ``max_grad_norm``
-becomes LOMO's own ``clip_grad_norm`` (a first backward for the norm, a second for the updates), LOMO that accumulates
-keeps its gradients after all, and layerwise names refuse both.
+becomes ``clip_grad_norm`` (a first backward for the norm, a second for the updates), LOMO that accumulates keeps its
+gradients after all, and layerwise names refuse to.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dist_optim.errors import HyperparameterError, UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer
 from dist_optim.layouts.detect import detect
+from dist_optim.ranks.agreement import own_rank
 from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec, spec_of_class
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
@@ -31,15 +32,15 @@ def settings_inside_backward(deferred: DeferredOptimizer, model: nn.Module, argu
         arguments: The ``TrainingArguments``.
 
     Raises:
-        UnsupportedError: A layerwise name, with clipping or accumulation.
+        UnsupportedError: A layerwise name, with accumulation.
         HyperparameterError: ``clip_grad_norm`` and ``max_grad_norm`` differ.
     """
     spec = get_spec(deferred.choice) if isinstance(deferred.choice, str) else spec_of_class(deferred.choice)
     if Trait.FUSED_BACKWARD not in spec.traits:
         return {}
     if spec.instead:
-        _refuse_what_needs_gradients(spec, arguments)
-        return {}
+        _refuse_accumulation(spec, arguments)
+        return _clipping(spec, deferred.hyperparameters.get("clip_grad_norm"), float(arguments.max_grad_norm))
     keeps_gradients = arguments.gradient_accumulation_steps > 1 or arguments.fp16
     if keeps_gradients or deferred.hyperparameters.get("fused_backward") is False:
         return {"fused_backward": False}
@@ -48,12 +49,12 @@ def settings_inside_backward(deferred: DeferredOptimizer, model: nn.Module, argu
     return _clipping(spec, deferred.hyperparameters.get("clip_grad_norm"), float(arguments.max_grad_norm))
 
 
-def _refuse_what_needs_gradients(spec: OptimizerSpec, arguments: Any) -> None:
-    if arguments.max_grad_norm > 0 or arguments.gradient_accumulation_steps > 1:
+def _refuse_accumulation(spec: OptimizerSpec, arguments: Any) -> None:
+    if arguments.gradient_accumulation_steps > 1:
         raise UnsupportedError(
-            f"{spec.name} frees each gradient inside backward: there is nothing left to clip or to accumulate. Set "
-            f"max_grad_norm=0 (it is {arguments.max_grad_norm}) and gradient_accumulation_steps=1 (it is "
-            f"{arguments.gradient_accumulation_steps}), or use {spec.instead}, which stores its gradients."
+            f"{spec.name} frees each gradient inside backward: there is nothing left to accumulate. Set "
+            f"gradient_accumulation_steps=1 (it is {arguments.gradient_accumulation_steps}), or use {spec.instead}, "
+            "which stores its gradients."
         )
 
 
@@ -63,7 +64,14 @@ def _clipping(spec: OptimizerSpec, own: float | None, max_grad_norm: float) -> d
             f"{spec.name}: clip_grad_norm={own} and max_grad_norm={max_grad_norm} (1.0 where it is not set) are two "
             "bounds of one norm. Set max_grad_norm=0, or the same."
         )
-    return {"clip_grad_norm": max_grad_norm} if own is None and max_grad_norm > 0 else {}
+    if own is not None or max_grad_norm == 0:
+        return {}
+    if own_rank() == 0:
+        print(
+            f"{spec.name} clips to max_grad_norm={max_grad_norm} (1.0 where it is not set): each step makes one "
+            "backward pass for the norm, and one for the updates. max_grad_norm=0 saves the first."
+        )
+    return {"clip_grad_norm": max_grad_norm}
 
 
 def backward_of(

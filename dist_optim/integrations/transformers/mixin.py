@@ -22,16 +22,17 @@ from torch.optim import Optimizer
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.transformers import deepspeed as trainer_deepspeed
 from dist_optim.integrations.transformers import rehearsal as trainer_rehearsal
-from dist_optim.integrations.transformers.arguments import registered_name, values_for
 from dist_optim.integrations.transformers.checkpoint import CheckpointingMixin
 from dist_optim.integrations.transformers.checks import (
     check_given_optimizer,
     check_made_by_hand,
     check_strategy,
-    refuse_unregistered,
 )
+from dist_optim.integrations.transformers.choosing import choice_of, class_and_keywords, keywords_of
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer, deferred_class
+from dist_optim.integrations.transformers.generation import reading_whole_parameters
 from dist_optim.integrations.transformers.inside_backward import backward_of, settings_inside_backward
+from dist_optim.integrations.transformers.loss import LossOfRanksMixin
 from dist_optim.integrations.transformers.placing import is_sharded, place_alone
 from dist_optim.integrations.transformers.same_job import assert_same_job
 from dist_optim.integrations.transformers.schedules import (
@@ -41,14 +42,15 @@ from dist_optim.integrations.transformers.schedules import (
 )
 from dist_optim.layouts.detect import reshard
 from dist_optim.ranks.agreement import gather_objects, num_ranks
-from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec, spec_of_class
+from dist_optim.schedulers import metric_scheduler_in
+from dist_optim.specs.registry import Trait, get_spec, spec_of_class
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["DistOptimTrainerMixin"]
 
 
-class DistOptimTrainerMixin(CheckpointingMixin):
+class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
     """The Trainer's methods that make, clip by, evaluate by and save an optimizer.
 
     Strategies: one process, DDP, FSDP 1 and 2 (``fsdp`` + ``fsdp_config``, or accelerate's configuration), DeepSpeed.
@@ -104,14 +106,12 @@ class DistOptimTrainerMixin(CheckpointingMixin):
             trained = [parameter for parameter in placed.parameters() if parameter.requires_grad]
             self.optimizer = deferred_class(name)(trained, **settings)
             return self.optimizer
-        choice = self._choice()
+        choice, given = choice_of(self, placed)
         if choice is None:
-            refuse_unregistered(self)
             return super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
         spec = get_spec(choice) if isinstance(choice, str) else spec_of_class(choice)
-        given = None if self.optimizer_cls_and_kwargs is None else dict(self.optimizer_cls_and_kwargs[1])
         groups = (given or {}).pop("params", None)
-        values = _keywords(spec, self.args, given)
+        values = keywords_of(spec, self.args, given)
         decay = values.pop("weight_decay", None)
         if groups is None:
             # transformers gives GaLore and APOLLO no decay at all: unset, it is the optimizer's own.
@@ -120,14 +120,6 @@ class DistOptimTrainerMixin(CheckpointingMixin):
             values["weight_decay"] = decay
         self.optimizer = deferred_class(choice)(groups, **values)
         return self.optimizer
-
-    def _choice(self) -> str | type[Optimizer] | None:
-        """A registered name or a class; None for what transformers alone can make (its own names, factories)."""
-        if self.optimizer_cls_and_kwargs is None:
-            return registered_name(self.args.optim)
-        chosen = self.optimizer_cls_and_kwargs[0]
-        is_class = isinstance(chosen, type) and issubclass(chosen, Optimizer)
-        return chosen if is_class or isinstance(chosen, str) else None
 
     def _groups(self, model: nn.Module, decay: float | None) -> list[dict[str, Any]]:
         """As the Trainer groups parameters: those that decay, then those that do not."""
@@ -142,13 +134,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
         """A class and its keywords: ``cls(param_groups, **keywords)`` makes what ``create_optimizer`` may return."""
-        name = registered_name(args.optim)
-        if name is None:
-            from transformers import Trainer
-
-            found: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
-            return found
-        return deferred_class(name), _keywords(get_spec(name), args, None)
+        return class_and_keywords(args, model)
 
     # Building -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +142,7 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         """As in transformers, with the optimizer built on the placed model."""
         self._num_training_steps = max_steps
         assert_same_job(self)
-        check_strategy(self.accelerator)
+        check_strategy(self.accelerator, self.model)
         check_given_optimizer(self, *self._given)
         self._undo_preparation_for_evaluation()
         if self._is_fsdp_rehearsed and not is_sharded(self.model):
@@ -179,6 +165,11 @@ class DistOptimTrainerMixin(CheckpointingMixin):
         if self.accelerator.is_fsdp2 and not is_sharded(self.model):
             place_alone(self)
         return super().evaluation_loop(*positional, **named)  # type: ignore[misc]
+
+    def prediction_step(self, *positional: Any, **named: Any) -> Any:
+        """As in transformers; what is generated under FSDP1 leaves the parameters as they are."""
+        with reading_whole_parameters(self.args, self.model):
+            return super().prediction_step(*positional, **named)  # type: ignore[misc]
 
     @contextmanager
     def _optimizers_built_after_placement(self) -> Iterator[None]:
@@ -248,10 +239,10 @@ class DistOptimTrainerMixin(CheckpointingMixin):
             self.lr_scheduler = shared_schedule(self.args, self.optimizer, self.lr_scheduler)
         return self.lr_scheduler
 
-    def _evaluate(self, *positional: Any, **named: Any) -> Any:
-        metrics = super()._evaluate(*positional, **named)  # type: ignore[misc]
-        skips = named.get("skip_scheduler", len(positional) > 2 and positional[2])
-        if not skips:
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        skips = skip_scheduler or metric_scheduler_in(self.lr_scheduler) is not None
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skips)  # type: ignore[misc]
+        if not skip_scheduler:
             decide_after_evaluation(self.lr_scheduler, metrics, self.args, self.state.global_step)
         return metrics
 
@@ -284,12 +275,3 @@ class DistOptimTrainerMixin(CheckpointingMixin):
             return None
         self.accelerator.unscale_gradients()
         return optimizer.clip_grad_norm_(max_norm)
-
-
-def _keywords(spec: OptimizerSpec, arguments: Any, given: dict[str, Any] | None) -> dict[str, Any]:
-    """All of ``build_optimizer``'s keywords, ``weight_decay`` and ``target_modules`` among them."""
-    given = None if given is None else dict(given)
-    own = {} if given is None else {"target_modules": given.pop("target_modules", None)}
-    values = values_for(spec, arguments, given)
-    targets = own.get("target_modules") or arguments.optim_target_modules
-    return {**values, "target_modules": targets} if targets is not None else values

@@ -52,13 +52,14 @@ def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) ->
     if recipe.is_metric_driven:
         _refuse_without_decisions(name, args, num_training_steps)
         decision = _decision_options(name, args)
-    return build_scheduler(
+    built = build_scheduler(
         optimizer,
         name,
         num_training_steps=num_training_steps,
         num_warmup_steps=0 if _is_optimizers_own_warmup(recipe, optimizer) else args.warmup_steps,
         **{**decision, **options},
     )
+    return _as_upstream(built)
 
 
 def shared_schedule(args: Any, optimizer: Any, given: Any) -> Any:
@@ -69,7 +70,29 @@ def shared_schedule(args: Any, optimizer: Any, given: Any) -> Any:
     """
     if not takes_metric(given):
         return given
-    return build_scheduler(optimizer, given, **_decision_options(type(given).__name__, args))
+    return _as_upstream(build_scheduler(optimizer, given, **_decision_options(type(given).__name__, args)))
+
+
+class _UpstreamsInTheTrainer(MetricScheduler):
+    """In the Trainer also an instance of upstream's class, with its attributes: transformers and callbacks ask for it.
+
+    Elsewhere it must be none: accelerate would wrap it (see ``MetricScheduler``). The Trainer prepares no schedule.
+    """
+
+    @property  # type: ignore[misc]  # as proxies have it: isinstance asks for it
+    def __class__(self) -> Any:
+        return type(self.scheduler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # not there yet, while it is copied
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
+
+
+def _as_upstream(built: Any) -> Any:
+    if type(built) is MetricScheduler:
+        built.__class__ = _UpstreamsInTheTrainer
+    return built
 
 
 def decide_after_evaluation(lr_scheduler: Any, metrics: MutableMapping[str, Any], args: Any, step: int) -> None:
