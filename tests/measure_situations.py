@@ -15,7 +15,8 @@ from pathlib import Path
 from failing_backward import HAS_WATCH, TITLE, outcomes
 from rich.progress import track
 from sessions import ENGINES, ONE_PROCESS, Engine
-from situations import ALONE, DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, SITUATIONS, Outcome, Situation, cell
+from situations import ALONE, DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, Situation, cell
+from situations_alone import EVERY_ROW
 
 from dist_optim.testing import RankFailure, RankPool
 
@@ -36,7 +37,7 @@ a rank fails in backward, it raises its own error, and the others end with the o
 apply: its letter says why. DDP, FSDP and ZeRO run on two ranks, HSDP on two times two.
 
 `make soak` lets it happen at random: runs of 2,000 steps under DDP, FSDP2 and ZeRO-2 that are evaluated, saved, frozen,
-fail and are resumed, and end on every bit of one process ([soak.json](soak.json)).
+fail and are resumed, and end on every bit of one process. It writes `docs/soak.json`.
 """
 
 
@@ -64,7 +65,7 @@ def as_row(outcomes: dict[str, Outcome]) -> Row:
 
 def measure_all(chosen: Sequence[str], pool_of: Callable[[int], RankPool]) -> dict[str, Row]:
     """Rows by title; columns in the order of the engines."""
-    situations = [situation for situation in SITUATIONS if situation.title in chosen]
+    situations = [situation for situation in EVERY_ROW if situation.title in chosen]
     found: dict[str, dict[str, Outcome]] = {situation.title: {} for situation in situations}
     for engine in ENGINES:
         for situation in track(situations, description=engine.title):
@@ -77,7 +78,7 @@ def measure_all(chosen: Sequence[str], pool_of: Callable[[int], RankPool]) -> di
 
 def titles() -> list[str]:
     """Of all rows, in order."""
-    return [*(situation.title for situation in SITUATIONS), *([TITLE] if HAS_WATCH else [])]
+    return [*(situation.title for situation in EVERY_ROW), *([TITLE] if HAS_WATCH else [])]
 
 
 def defects(rows: dict[str, Row]) -> list[str]:

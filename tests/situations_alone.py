@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch.distributed as dist
 from sessions import ENGINES, Engine, Session, TorchSession
-from situations import ALONE, REFUSED, RIGHT, Defect, Outcome, Situation, compare, without_paths, zero
+from situations import ALONE, REFUSED, RIGHT, SITUATIONS, Defect, Outcome, Situation, compare, without_paths, zero
 from torch.distributed.checkpoint import state_dict as torch_doors
 
 from dist_optim.errors import RanksDisagreeError
@@ -114,3 +114,5 @@ ROWS = (
         },
     ),
 )
+EVERY_ROW = (*SITUATIONS, *ROWS)
+"""Of the table."""

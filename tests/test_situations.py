@@ -14,7 +14,8 @@ import pytest
 from failing_backward import HAS_WATCH, TITLE, outcomes
 from measure_situations import PAGE, RESULTS, Row, as_row, defects, measure, page, titles
 from sessions import ENGINES, HAS_DEEPSPEED, Engine
-from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, SITUATIONS, Outcome, cell
+from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, cell
+from situations_alone import EVERY_ROW
 
 from dist_optim.checkpoint import optimizer_state
 from dist_optim.errors import CheckpointError
@@ -25,7 +26,7 @@ from dist_optim.stepping.upstream_instance import UpstreamInstance
 from dist_optim.testing import RankPool
 
 MEASURE = "run `make parity` and commit what it writes"
-BY_TITLE = {situation.title: situation for situation in SITUATIONS}
+BY_TITLE = {situation.title: situation for situation in EVERY_ROW}
 BY_ENGINE = {engine.title: engine for engine in ENGINES}
 
 
@@ -47,7 +48,7 @@ def test_every_situation_ends_as_recorded(
     if engine.is_zero and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
     pool = pool_of[engine.num_ranks]
-    found = {one.title: as_row({engine.title: measure(one, engine, pool)}) for one in SITUATIONS}
+    found = {one.title: as_row({engine.title: measure(one, engine, pool)}) for one in EVERY_ROW}
     assert not defects(found)
     assert found == {title: {engine.title: results[title][engine.title]} for title in found}, MEASURE
 

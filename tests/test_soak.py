@@ -30,6 +30,7 @@ def test_sixty_steps_end_on_the_bits_of_one_process(title: str, name: str, two_r
     assert all(done[kind] > 1 for kind in kinds) and done["steps with repetitions"] > done["steps"]
 
 
+@pytest.mark.skipif(not RESULTS.exists(), reason="not measured yet: run `make soak` and commit what it writes")
 def test_the_recorded_soak_is_what_would_be_measured() -> None:
     recorded: dict[str, Any] = json.loads(RESULTS.read_text())
     runs = recorded.pop("runs")

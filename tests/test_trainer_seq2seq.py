@@ -51,7 +51,8 @@ BERT_LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_
 
 
 def assert_that_of_one_process(found: Outcome, one_process: Outcome) -> None:
-    assert gap_between(found, one_process) < 1e-5
+    kept = {name: found.weights[name] for name in one_process.weights}  # FSDP1 saves both ends of a tie
+    assert gap_between(replace(found, weights=kept), one_process) < 1e-5
     for key in ("loss", "eval_loss"):
         assert found.all(key) == pytest.approx(one_process.all(key), rel=1e-4)
 
@@ -65,14 +66,14 @@ def test_a_loss_that_is_a_mean_already_stays_it_on_ranks(
         assert_that_of_one_process(found, one_process)
 
 
-def sharded_bert(directory: str, version: int) -> Outcome:
-    config = {**BERT_LAYERS, "version": version}
-    return train(Job("sgd", EVALUATED, make_model=make_bert), "fsdp2", directory, fsdp_config=config)
+def sharded_bert(directory: str) -> Outcome:
+    config = {**BERT_LAYERS, "version": 1}
+    return train(Job("sgd", EVALUATED, make_model=make_bert), "fsdp1", directory, fsdp_config=config)
 
 
 def test_a_tied_bert_is_sharded_as_the_refusal_says(two_ranks: RankPool, tmp_path: Path) -> None:
     one_process = by_sgd(make_bert, "alone", str(tmp_path / "alone"))
-    for found in two_ranks.run(sharded_bert, str(tmp_path / "fsdp2"), 2):
+    for found in two_ranks.run(sharded_bert, str(tmp_path / "fsdp1")):
         assert_that_of_one_process(found, one_process)
 
 
@@ -87,9 +88,10 @@ def refusals(directory: str) -> dict[str, str]:
 
 def test_ties_that_fsdp_would_part_are_refused_before_the_first_step(two_ranks: RankPool, tmp_path: Path) -> None:
     for found in two_ranks.run(refusals, str(tmp_path)):
-        assert "'transformer_layer_cls_to_wrap': ['BertLayer']" in found["make_bert fsdp1"].replace('"', "'")
-        assert found["make_bert fsdp2"] == found["make_bert fsdp1"]
-        assert '"version": 1' in found["make_t5 fsdp2"] and "'decoder.embed_tokens'" in found["make_t5 fsdp2"]
+        assert found["make_bert fsdp1"].endswith("\"transformer_layer_cls_to_wrap\": ['BertLayer'].")
+        assert "['BertLayer']" in found["make_bert fsdp2"] and '"version": 1' in found["make_bert fsdp2"]
+        assert found["make_t5 fsdp2"].endswith('Set in fsdp_config: "version": 1.')
+        assert "'decoder.embed_tokens'" in found["make_t5 fsdp2"]
 
 
 def test_control_as_transformers_has_it_is_seen(two_ranks: RankPool, tmp_path: Path) -> None:

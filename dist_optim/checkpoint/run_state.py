@@ -39,7 +39,7 @@ from dist_optim.checkpoint.optimizer_state import (
     write_optimizer,
 )
 from dist_optim.errors import CheckpointError, DistOptimError
-from dist_optim.layouts.detect import clean_name, detect
+from dist_optim.layouts.detect import assert_held_by, clean_name, detect
 from dist_optim.ranks.agreement import num_ranks, own_rank
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -67,6 +67,7 @@ def save_checkpoint(
     inner.meet("save_checkpoint()")
     ranks, rank = inner.holdings.all_ranks, own_rank(inner.holdings.all_ranks)
     refuse_half_step(inner)
+    attempt(lambda: assert_held_by(model, inner.holdings.placed), directory, ranks)
     with written_aside(directory, ranks) as aside:
         with exported_weights(inner):
             pieces = attempt(lambda: _pieces_of_model(model, ranks), directory, ranks)
@@ -100,6 +101,7 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
     ranks = inner.holdings.all_ranks
 
     def look() -> tuple[dict[str, Pieces], Incoming, Any, Any]:
+        assert_held_by(model, inner.holdings.placed)
         pieces = _pieces_of_model(model, ranks)
         about = _checked(directory, pieces)
         check_files(directory / "model", own_rank(ranks), num_ranks(ranks))

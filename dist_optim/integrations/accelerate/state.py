@@ -21,6 +21,7 @@ from dist_optim.checkpoint import exported_weights, save_optimizer
 from dist_optim.checkpoint.directory import attempt, opened
 from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, optimizer_of, read_state
 from dist_optim.integrations.accelerate.guards import served_optimizers
+from dist_optim.ranks.meeting import meet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +44,7 @@ def serve_state(accelerator: Accelerator) -> None:
 
 def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str]) -> Callable[..., str]:
     def save_state(*args: Any, **options: Any) -> str:
+        meet("save_state()")
         ours = served_optimizers(accelerator)
         given = args[0] if args else options.get("output_dir")
         if given is not None:
@@ -63,6 +65,7 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
 
 def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., None]) -> Callable[..., None]:
     def load_state(*args: Any, **options: Any) -> None:
+        meet("load_state()")
         ours = served_optimizers(accelerator)
         given = args[0] if args else options.get("input_dir")
         found: list[Incoming] = []

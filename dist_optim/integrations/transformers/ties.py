@@ -18,28 +18,30 @@ __all__ = ["refuse_parted_ties"]
 
 
 def refuse_parted_ties(model: nn.Module, plugin: Any) -> None:
-    """Refuse, before anything is placed, a tie that this FSDP would part.
+    """Refuse, before anything is placed, ties that this FSDP would part.
 
     Raises:
-        UnsupportedError: With the setting that keeps it whole.
+        UnsupportedError: With the settings that keep them whole.
     """
     wrapped = _wrapped_classes(model, plugin)
+    parted: list[list[str]] = []
+    settings: dict[str, Any] = {}
     for ends in _ties(model).values():
         units = {_unit_of(name, model, wrapped) for name in ends}
-        names = ", ".join(repr(name) for name in ends)
         if len(units) > 1:
             kinds = {type(model.get_submodule(unit)).__name__ for unit in units if unit}
-            kept = [kind for kind in wrapped if kind not in kinds]
-            raise UnsupportedError(
-                f"{names} share one weight, and FSDP would put them into different units ({', '.join(sorted(kinds))} "
-                f'is wrapped). Set fsdp_config={{"transformer_layer_cls_to_wrap": {kept}, ...}}, or untie them '
-                "(config.tie_word_embeddings=False)."
-            )
-        if getattr(plugin, "fsdp_version", 1) == 2 and _is_more_than_a_pair(model, ends):
-            raise UnsupportedError(
-                f"{names} share one weight, and accelerate places only the input and the output embedding together "
-                'under FSDP2. Set fsdp_config={"version": 1, ...}, or untie them (config.tie_word_embeddings=False).'
-            )
+            left = settings.get("transformer_layer_cls_to_wrap", wrapped)
+            settings["transformer_layer_cls_to_wrap"] = [kind for kind in left if kind not in kinds]
+            parted.append(ends)
+        if getattr(plugin, "fsdp_version", 1) == 2 and _is_parted_by_fsdp2(model, ends):
+            settings["version"] = 1
+            parted.append(ends)
+    if parted:
+        changes = ", ".join(f'"{key}": {value!r}' for key, value in settings.items())
+        raise UnsupportedError(
+            f"{', '.join(repr(name) for name in parted[0])} share one weight, and FSDP would put them into different "
+            f"units. Set in fsdp_config: {changes}."
+        )
 
 
 def _ties(model: nn.Module) -> dict[int, list[str]]:
@@ -69,8 +71,8 @@ def _unit_of(name: str, model: nn.Module, wrapped: list[str]) -> str:
     return ""
 
 
-def _is_more_than_a_pair(model: nn.Module, ends: list[str]) -> bool:
-    """Whether the tie of input and output embedding has further ends."""
+def _is_parted_by_fsdp2(model: nn.Module, ends: list[str]) -> bool:
+    """accelerate gives input and output embedding a unit of their own: a tie lies in it with all ends, or with none."""
     pair = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    modules = [model.get_submodule(name) for name in ends]
-    return all(any(one is module for module in modules) for one in pair) and len(modules) > 2
+    inside = [any(model.get_submodule(name) is one for one in pair) for name in ends]
+    return any(inside) and not all(inside)
