@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks
 
-__all__ = ["assert_alike", "described"]
+__all__ = ["COMPARED_PACKAGES", "assert_alike", "described", "version_of"]
 
 COMPARED_PACKAGES = ("dist-optim", "torch", "transformers", "accelerate", "deepspeed")
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
+from dist_optim.building.alike import COMPARED_PACKAGES, version_of
 from dist_optim.specs.registry import get_spec, names
 
 __all__ = ["versions"]
 
-FRAMEWORKS = ("dist-optim", "torch", "transformers", "accelerate", "deepspeed")
-
 
 def versions(optimizer: str) -> list[tuple[str, str]]:
     """(package, version) of Python, of the frameworks, and of what this optimizer is made of, where it is a name."""
-    found = [("python", platform.python_version())]
-    for package in (*FRAMEWORKS, *([get_spec(optimizer).package] if optimizer in names() else [])):
-        try:
-            found.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            found.append((package, "not installed"))
-    return list(dict(found).items())
+    own = [get_spec(optimizer).package] if optimizer in names() else []
+    packages = dict.fromkeys((*COMPARED_PACKAGES, *own))
+    return [("python", platform.python_version()), *((package, version_of(package)) for package in packages)]
