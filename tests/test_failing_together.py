@@ -135,3 +135,20 @@ def test_together_raises_every_exception_everywhere(two_ranks: RankPool) -> None
         "[from rank 1] Looking up failed with KeyError: 'nothing'. Do not. (NoneType)",
         "Looking up failed with KeyError: 'nothing'. Do not. (KeyError)",
     ]
+
+
+def test_a_gradient_of_a_failed_step_is_not_stepped_by_later() -> None:
+    model = net()
+    optimizer = dist_optim.build_optimizer(model, "adamw_torch", lr=1e-2, print_audit=False)
+    state = optimizer.state_dict()
+    model(torch.ones(2, 6)).square().mean().backward()
+    fail_in_upstream(model, optimizer)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.load_state_dict(state)
+    for instance in optimizer.holdings.instances:
+        del instance.optimizer.step
+    first, *others = model.parameters()
+    before, first.grad = first.detach().clone(), None
+    optimizer.step()
+    assert torch.equal(first, before) and all(parameter.grad is not None for parameter in others)

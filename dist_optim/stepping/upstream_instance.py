@@ -101,9 +101,11 @@ class UpstreamInstance:
         if self.driver.ghosts_have_gradients:
             for index, ghost in self.ghosts.items():
                 ghost.grad = torch.zeros_like(ghost) if present[index] and ghost.requires_grad else None
-        self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
-        for index in gradients:
-            self.shadows[index].grad = None
+        try:
+            self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
+        finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
+            for index in gradients:
+                self.shadows[index].grad = None
         return {index: self.shadows[index].data for index in parameters}
 
     def step_each(
