@@ -235,7 +235,10 @@ def test_layerwise_names_are_their_plain_algorithms(name: str) -> None:
     spec = dist_optim.get_spec(name)
     plain = dist_optim.get_spec(spec.instead)
     assert name == f"{plain.name}_layerwise" and Trait.FUSED_BACKWARD in spec.traits
-    assert spec.records() == plain.records() and spec.paper and spec.licence and spec.state_bytes
+    own, others = (  # they clip in two backward passes
+        [record for record in one.records() if record.name != "clip_grad_norm"] for one in (spec, plain)
+    )
+    assert own == others and spec.paper and spec.licence and spec.state_bytes
     with pytest.raises(UnsupportedError, match=f"steps each parameter inside backward.*Use {plain.name},"):
         build(model(), name, fused_backward=False, target_modules="all-linear", rank=2)
 

@@ -195,6 +195,7 @@ def steps_taken_with(config: dict[str, Any]) -> int:
     filled = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
     config = {"optimizer": {"type": "galore_adamw", "params": {"lr": 1e-3, **zero.GALORE}}, **config}
     config |= {key: value for key, value in filled.items() if config[key] == "auto"}
+    config |= {"gradient_clipping": 1.0, "bf16": {"enabled": False}}  # what transformers fills in besides
     engine = zero.deepspeed().initialize(model=run.make_model(), config=config)[0]
     zero.train_engine(engine, run, range(2))
     return engine.basic_optimizer.num_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -48,6 +49,7 @@ class Engine:
     def __init__(self, fails_at: str = "") -> None:
         self.checkpoint_engine = Files(fails_at)
         self.latest = "before"
+        self.basic_optimizer = mock.Mock(why_not_saved=lambda: "")
 
     def load_universal_checkpoint(self) -> bool:
         return False

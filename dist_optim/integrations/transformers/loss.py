@@ -46,17 +46,10 @@ class LossOfRanksMixin:
 
     def _first_loss(self, model: nn.Module, inputs: Any, return_outputs: bool, count: Tensor) -> Any:
         """The loss of a batch, and with it whether it depends on the count. Collective, as any forward pass."""
-        watched = count.detach().float().requires_grad_(torch.is_grad_enabled())
-        kept = dict(inputs)  # label smoothing takes the labels out
-        result = self._loss(model, inputs, watched, return_outputs)
-        loss = result[0] if return_outputs else result
-        uses_it: bool | None = _is_in_graph(watched, loss) or None
-        if gather_objects(uses_it).count(None):
-            uses_it = self._depends_on_count(model, kept, count)
-        self._settle(model, next((one for one in gather_objects(uses_it) if one is not None), None))
-        if self._ignores_count:
-            loss = loss / self._factor()
-        return (loss, result[1]) if return_outputs else loss
+        # Before the forward pass that backward goes through: FSDP1 frees what another one would leave behind.
+        uses_it = gather_objects(self._depends_on_count(model, dict(inputs), count))
+        self._settle(model, next((one for one in uses_it if one is not None), None))
+        return self._loss(model, inputs, None if self._ignores_count else count, return_outputs)
 
     def _factor(self) -> int:
         """What transformers multiplies by; every rank of a tensor-parallel group sees the same batch."""
@@ -82,17 +75,3 @@ class LossOfRanksMixin:
                 f"whatever num_items_in_batch is. transformers multiplies it by the {self._factor()} ranks, and all "
                 "gradients with it; here it stays the mean over ranks, as in one process."
             )
-
-
-def _is_in_graph(leaf: Tensor, result: Tensor) -> bool:
-    """Whether autograd would come from the result to the leaf."""
-    waiting, seen = [result.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if getattr(node, "variable", None) is leaf:
-            return True
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
-    return False
