@@ -18,7 +18,7 @@ from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, cell
 from situations_alone import EVERY_ROW
 
 from dist_optim.checkpoint import optimizer_state
-from dist_optim.errors import CheckpointError
+from dist_optim.errors import CheckpointError, ParameterError
 from dist_optim.stepping import before_step, gradients, optimizer, presence
 from dist_optim.stepping.holdings import Progress
 from dist_optim.stepping.parameter_guard import ParameterGuard
@@ -153,7 +153,7 @@ def cell_of_broken_code(name: str, title: str, engine: Engine) -> Outcome:
     try:
         with broken(name):
             return cell(BY_TITLE[title], engine)
-    except CheckpointError as error:
+    except (CheckpointError, ParameterError) as error:
         return Outcome(DEFECT, str(error))
 
 
