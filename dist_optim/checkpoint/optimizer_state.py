@@ -30,6 +30,7 @@ from dist_optim.specs.registry import Trait
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping import rank_state
 from dist_optim.stepping.optimizer import DistributedOptimizer
+from dist_optim.stepping.whole_state import is_slice, memory_order
 
 __all__ = [
     "Incoming",
@@ -195,12 +196,12 @@ def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str,
     scalars: dict[str, dict[str, Any]] = {}
     everything = optimizer.holdings.placed
     for instance, index in optimizer.holdings.stepped_here():
-        placed, is_slice = everything[index], instance is optimizer.holdings.local_instance
+        placed = everything[index]
         scalars[placed.fqn] = {}
         for key, value in instance.encoded_state(index).items():
             if not isinstance(value, Tensor):
                 scalars[placed.fqn][key] = value
-            elif is_slice and value.ndim and value.shape == placed.local().shape:
+            elif is_slice(optimizer.holdings, instance, index, value):
                 pieces[f"state/{placed.fqn}/{key}"] = _part(value, placed)
             else:
                 pieces[f"state/{placed.fqn}/{key}"] = Pieces.whole(value)
@@ -217,7 +218,7 @@ def _memory_order(pieces: Pieces) -> list[int]:
     (tensor, *others) = pieces.blocks.values() or [torch.empty(0)]
     if others or tensor.shape != pieces.shape or tensor.is_contiguous():
         return []
-    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return list(memory_order(tensor))
 
 
 def _training_weights(optimizer: DistributedOptimizer) -> dict[str, Pieces]:
@@ -284,11 +285,11 @@ def _allocate(
     pieces: dict[str, Pieces] = {}
     everything = optimizer.holdings.placed
     for instance, index in optimizer.holdings.stepped_here():
-        placed, is_slice = everything[index], instance is optimizer.holdings.local_instance
+        placed, is_local = everything[index], instance is optimizer.holdings.local_instance
         values = dict(record["scalars"].get(placed.fqn, {}))
         for key in keys_of.get(placed.fqn, []):
             name = f"state/{placed.fqn}/{key}"
-            is_cut = is_slice and stored[name].shape == placed.shape and placed.shape != torch.Size()
+            is_cut = is_local and stored[name].shape == placed.shape and placed.shape != torch.Size()
             shape = placed.local().shape if is_cut else stored[name].shape
             order = None if is_cut else record["memory_orders"].get(name)
             values[key] = torch.empty_permuted(shape, order or list(range(len(shape))), dtype=stored[name].dtype)

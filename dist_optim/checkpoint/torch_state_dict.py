@@ -57,14 +57,16 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
     has_shards = any(not one.layout.is_replicated for one in held.placed)
     if full or not has_shards or not as_dtensors:
         state = gathered(held, mine)
+        if on_rank_0 and own_rank(held.all_ranks):
+            return {}
         if on_rank_0:
-            state = {fqn: _on_host(own) for fqn, own in state.items()} if own_rank(held.all_ranks) == 0 else {}
+            state = {fqn: _on_host(own) for fqn, own in state.items()}
     else:
         state = _with_dtensors(optimizer, mine)
     groups = rank_state.plain_groups(held)
     if groups:
         groups[0] |= {rank_state.STEPS: progress.num_steps, rank_state.MODE: progress.mode}
-    return {} if on_rank_0 and own_rank(held.all_ranks) else {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": groups}
 
 
 def from_torch(optimizer: DistributedOptimizer, given: Mapping[str, Any], *, from_rank_0: bool = False) -> None:
@@ -80,11 +82,17 @@ def from_torch(optimizer: DistributedOptimizer, given: Mapping[str, Any], *, fro
     """
     optimizer.meet("loading its state by torch.distributed.checkpoint")
     given = _unflattened(optimizer, _of_rank_0(optimizer, given) if from_rank_0 else given)
-    own_names = {one.fqn for one in optimizer.holdings.placed}
-    state = {fqn: _plain(optimizer, fqn, own) for fqn, own in given["state"].items() if fqn in own_names and own}
+    held = optimizer.holdings
+    parameters = {one.fqn: one.parameter for one in held.placed}
+    cut = {held.placed[index].fqn for index in held.local_indices}
+    state = {
+        fqn: _plain(own, parameters[fqn].data if fqn in cut else None)
+        for fqn, own in given["state"].items()
+        if fqn in parameters and own
+    }
     together(
         lambda: optimizer.load_state_dict({"state": state, "param_groups": _own_groups(optimizer, given)}),
-        optimizer.holdings.all_ranks,
+        held.all_ranks,
         doing="Loading the optimizer's state",
         otherwise=StateDictError,
     )
@@ -98,11 +106,10 @@ def _of_rank_0(optimizer: DistributedOptimizer, given: Mapping[str, Any]) -> Map
 
 def _own_groups(optimizer: DistributedOptimizer, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of all groups those of this optimizer: torch's functions give the groups of several optimizers together."""
-    own_names = [set(names) for names in optimizer.holdings.names_by_group()]
+    own = optimizer.holdings.names_by_group()
     saved = {frozenset(group["params"]): group for group in given["param_groups"]}
-    order = optimizer.holdings.names_by_group()
-    if all(frozenset(names) in saved for names in own_names):
-        return [{**saved[frozenset(names)], "params": order[at]} for at, names in enumerate(own_names)]
+    if all(frozenset(names) in saved for names in own):
+        return [{**saved[frozenset(names)], "params": names} for names in own]
     return [dict(group) for group in given["param_groups"]]
 
 
@@ -122,20 +129,22 @@ def _with_dtensors(optimizer: DistributedOptimizer, mine: StateByName) -> StateB
     return made
 
 
-def _plain(optimizer: DistributedOptimizer, fqn: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Without DTensors: the local part where this rank steps that part, else the whole tensor. Collective for those."""
-    held = optimizer.holdings
-    placed = next(one for one in held.placed if one.fqn == fqn)
-    local = held.local_instance
-    cut = local is not None and any(held.placed[index] is placed for index in local.shadows)
+def _plain(own: Mapping[str, Any], weight: Tensor | None) -> dict[str, Any]:
+    """Without DTensors: the local part of what is cut like the weight, else the whole tensor. Collective for those.
+
+    Args:
+        own: State of one parameter.
+        weight: The parameter's, where each rank steps its part of it.
+    """
 
     def plain(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        parameter = placed.parameter
-        own = parameter.data if cut else None
-        alike = isinstance(own, DTensor) and (own.placements, own.device_mesh) == (value.placements, value.device_mesh)
-        return value.to_local() if alike else value.full_tensor()
+        is_alike = isinstance(weight, DTensor) and (weight.placements, weight.device_mesh) == (
+            value.placements,
+            value.device_mesh,
+        )
+        return value.to_local() if is_alike else value.full_tensor()
 
     return {key: plain(value) for key, value in own.items()}
 

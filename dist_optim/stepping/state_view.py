@@ -53,7 +53,7 @@ class StateView(Mapping[Tensor, dict[str, Any]]):
         return sum(1 for _ in self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("clear", "pop", "popitem", "setdefault", "update", "__setitem__", "__delitem__"):
+        if name in ("clear", "pop", "popitem", "setdefault", "update"):
             return _ReadOnly()._refuse
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -26,6 +26,7 @@ class TorchContract(Optimizer):
     holdings: Holdings
     progress: Progress
     _is_built = False
+    _view: StateView | None = None
 
     def meet(self, call: str) -> None:
         """Wait for all ranks to make this call, of which each has to: see ``ranks.meeting``. Collective.
@@ -43,7 +44,9 @@ class TorchContract(Optimizer):
     @property  # type: ignore[override]
     def state(self) -> StateView:
         """This rank's state by parameter, to look at: see ``StateView``. Not a collective."""
-        return StateView(self.holdings)
+        if self._view is None:
+            self._view = StateView(self.holdings)
+        return self._view
 
     @state.setter
     def state(self, value: Any) -> None:
