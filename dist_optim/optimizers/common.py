@@ -119,7 +119,7 @@ def adafactor_hyperparameters(default_rate: float | None) -> tuple[Hyperparamete
 
 
 def limit(name: str, meaning: str) -> Hyperparameter:
-    """A bound of gradients, which there need not be."""
+    """A bound that there need not be, of gradients say; the constructor alone takes it."""
     return Hyperparameter(
         name=name,
         kind="float",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
+from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, limit, weight_decay
 from dist_optim.specs.driver import ParamGroup, UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
@@ -60,16 +60,7 @@ SPECS = (
                 "weight decay by (lr / max_lr) * weight_decay, whatever the learning rate",
                 scope=Scope.CONSTRUCTOR,
             ),
-            Hyperparameter(
-                name="max_lr",
-                kind="float",
-                default=None,
-                minimum=0.0,
-                minimum_open=True,
-                optional=True,
-                scope=Scope.CONSTRUCTOR,
-                meaning="largest learning rate of the schedule, for decouple_lr; None takes lr",
-            ),
+            limit("max_lr", "largest learning rate of the schedule, for decouple_lr; None takes lr"),
             Hyperparameter(
                 name="kahan_sum",
                 kind="bool",
