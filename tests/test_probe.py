@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from parity import Case, differences, full_parameters, make_model, place, reference_run, take_step
 from torch import Tensor
@@ -78,21 +77,6 @@ def test_unknown_class_equals_itself_in_one_process(two_ranks: RankPool) -> None
 
 def build(optimizer_class: type[torch.optim.Optimizer], **options: Any) -> None:
     dist_optim.build_optimizer(torch.nn.Linear(5, 7), optimizer_class, lr=1e-2, print_audit=False, **options)
-
-
-@pytest.mark.parametrize(
-    ("optimizer_class", "reason"),
-    [
-        (ClipsGlobally, "not separable per tensor"),
-        (DrawsNoise, "not separable per tensor"),
-        (torch.optim.LBFGS, "needs a closure"),
-    ],
-)
-def test_class_that_couples_tensors_is_refused_on_many_ranks(
-    optimizer_class: type[torch.optim.Optimizer], reason: str, two_ranks: RankPool
-) -> None:
-    with pytest.raises(AssertionError, match=reason):
-        two_ranks.run(build, optimizer_class)
 
 
 def test_class_that_couples_tensors_is_served_in_one_process(one_rank: RankPool) -> None:

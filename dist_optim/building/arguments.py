@@ -71,6 +71,7 @@ def check_settings(
     check_ranks_every: Any,
     fused_backward: Any = None,
     print_audit: Any = True,
+    independent: Any = None,
 ) -> None:
     """Refuse settings of ``build_optimizer`` that say nothing.
 
@@ -87,6 +88,7 @@ def check_settings(
     for name, value, allowed in (
         ("fused_backward", fused_backward, (True, False, None)),
         ("print_audit", print_audit, (True, False)),
+        ("independent", independent, (True, False, None)),
     ):
         if not any(value is one for one in allowed):
             raise HyperparameterError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}. Pass one of them.")

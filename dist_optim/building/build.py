@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from dist_optim.building.alike import assert_alike
 from dist_optim.building.arguments import check_model, check_process_group, check_settings
 from dist_optim.building.choice import resolve
 from dist_optim.building.groups import GivenParameters, arrange
+from dist_optim.building.verdicts import with_verdict
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.inside_backward.handle import install
@@ -20,11 +22,12 @@ from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.ranks.agreement import host_group, num_ranks, own_rank, reachable_devices
 from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import together
+from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, Trait
+from dist_optim.stepping.division import divide, starting_values
 from dist_optim.stepping.nonfinite import check_choice
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 from dist_optim.stepping.parameter_guard import ParameterGuard
-from dist_optim.stepping.probe import prove_separable
 
 __all__ = ["build_optimizer"]
 
@@ -48,6 +51,7 @@ def build_optimizer(
     check_ranks_every: int = 0,
     on_nonfinite: str | None = None,
     rank_timeout_s: float | None = None,
+    independent: bool | None = None,
     print_audit: bool = True,
     **hyperparameters: Any,
 ) -> DistributedOptimizer:
@@ -80,6 +84,10 @@ def build_optimizer(
             logs it), or None: it is given to upstream, as in one process. Costs one wait for the gradients a step.
         rank_timeout_s: Seconds after which a rank that is stopped or cut off is given up, and the others end with its
             name (``ranks.liveness``); None for DIST_OPTIM_RANK_TIMEOUT_S of the environment, or 120; 0 for no watch.
+        independent: Of a class without a name here: whether each of its tensors is stepped by itself, so that ranks may
+            share them. None: proven at start-up (``dist_optim.testing.prove``); where it cannot be, rank 0 steps all of
+            them, which is exact, and not sharded. True is the user's word for it, and nothing is tried or watched;
+            False lets rank 0 step all of them.
         print_audit: Whether rank 0 prints the route audit.
         **hyperparameters: ``lr``, ``weight_decay``, and everything else under upstream's own names.
 
@@ -91,13 +99,14 @@ def build_optimizer(
     check_process_group(process_group)
     host_group(process_group)  # where one has to be made, all ranks make it now, before any of them can fail
 
-    def build() -> tuple[DistributedOptimizer, bool]:
+    def prepare() -> _Prepared:
         check_model(model)
         check_settings(
             bucket_bytes=bucket_bytes,
             check_ranks_every=check_ranks_every,
             fused_backward=fused_backward,
             print_audit=print_audit,
+            independent=independent,
         )
         check_choice(on_nonfinite)
         spec = resolve(optimizer, inside_backward=fused_backward is not False)
@@ -108,40 +117,76 @@ def build_optimizer(
         groups, arguments = arrange(
             model, spec, placed, hyperparameters, params=params, no_decay=no_decay, target_modules=target_modules
         )
-        if spec.is_undescribed and num_ranks(process_group) > 1:
-            spec = prove_separable(spec, groups, arguments)
-        built = DistributedOptimizer(
+        # Inside backward, what travels together is what was ready together: the plan only names owners.
+        return _Prepared(
             spec,
             groups,
             arguments,
-            process_group=_one_process_group(placed.values(), process_group),
-            # Inside backward, what travels together is what was ready together: the plan only names owners.
-            bucket_bytes=ONE_BUCKET if is_fused else bucket_bytes,
+            is_fused,
+            _one_process_group(placed.values(), process_group),
+            ONE_BUCKET if is_fused else bucket_bytes,
+        )
+
+    doing = "Building the optimizer"
+    remedy = "Check the arguments of build_optimizer; the error that this one comes from says where it happened."
+    prepared = together(prepare, process_group, doing=doing, remedy=remedy)
+    settings = {
+        "fused_backward": prepared.is_fused,
+        "bucket_bytes": bucket_bytes,
+        "check_ranks_every": check_ranks_every,
+        "independent": independent,
+    }
+    asked = {"optimizer": prepared.spec.name, **settings, "target_modules": target_modules, **hyperparameters}
+    asked |= {f"the group of {one.fqn!r}": at for at, group in enumerate(prepared.groups) for one in group["params"]}
+    assert_alike(asked, process_group, [prepared.spec.package])
+    spec = with_verdict(prepared.spec, prepared.groups, prepared.arguments, process_group, independent)
+    division = together(
+        lambda: divide(
+            spec,
+            prepared.groups,
+            prepared.arguments,
+            process_group=prepared.process_group,
+            all_ranks=process_group,
+            bucket_bytes=prepared.bucket_bytes,
+        ),
+        process_group,
+        doing=doing,
+        remedy=remedy,
+    )
+    division.agree()
+    watch_ranks(process_group, rank_timeout_s)
+    values = starting_values(division)
+    built = together(
+        lambda: DistributedOptimizer(
+            division,
+            values,
             check_ranks_every=check_ranks_every,
             on_nonfinite=on_nonfinite,
-            all_ranks=process_group,
-            model_side=ParameterGuard(model, (one for group in groups for one in group["params"])),
-        )
-        return built, is_fused
-
-    built, is_fused = together(
-        build,
+            model_side=ParameterGuard(model, division.placed),
+        ),
         process_group,
-        doing="Building the optimizer",
-        remedy="Check the arguments of build_optimizer; the error that this one comes from says where it happened.",
+        doing=doing,
+        remedy=remedy,
     )
-    settings = {"fused_backward": is_fused, "bucket_bytes": bucket_bytes, "check_ranks_every": check_ranks_every}
-    asked = {"optimizer": built.spec.name, **settings, "target_modules": target_modules, **hyperparameters}
-    groups_of = {name: at for at, names in enumerate(built.holdings.names_by_group()) for name in names}
-    asked |= {f"the group of {name!r}": number for name, number in groups_of.items()}
-    assert_alike(asked, process_group, [built.spec.package])
-    built.agree_on_plan()
-    watch_ranks(process_group, rank_timeout_s)
-    if is_fused:
+    built.share_groups()
+    if prepared.is_fused:
         together(lambda: install(built, model, bucket_bytes=bucket_bytes), process_group)
     if print_audit and own_rank(process_group) == 0:
         print(built.route_audit(), flush=True)
     return built
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What the arguments say, checked."""
+
+    spec: OptimizerSpec
+    groups: list[ParamGroup]
+    arguments: dict[str, Any]
+    is_fused: bool
+    process_group: dist.ProcessGroup | None
+    """The ranks that share the work."""
+    bucket_bytes: int
 
 
 def _choose_fused(

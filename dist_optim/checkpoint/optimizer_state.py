@@ -26,6 +26,7 @@ from dist_optim.errors import CheckpointError, StateDictError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
+from dist_optim.specs.driver import STRUCTURE
 from dist_optim.specs.registry import Trait
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping import rank_state
@@ -70,6 +71,8 @@ class Incoming:
     """The same room, and that of tensors in the groups, as blocks to be read."""
     weights: dict[str, Pieces]
     """The model's own storage, for training weights that the folder holds; ``install`` reads into it."""
+    extras: dict[str, Any]
+    """What upstream keeps that is no parameter's, for a rank that has it; its tensors are room too."""
 
 
 def save_optimizer(directory: str | Path, optimizer: Any) -> None:
@@ -138,6 +141,7 @@ def install(optimizer: DistributedOptimizer, incoming: Incoming) -> None:
             state=incoming.state,
             groups=decoded(record["param_groups"], incoming.room),
             counters=record["counters"],
+            extras=incoming.extras,
             num_steps=record["num_steps"],
             mode=record["mode"],
         ),
@@ -172,10 +176,11 @@ def refuse_half_step(optimizer: DistributedOptimizer) -> None:
 def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
     """Write record and tensors into an empty folder. Collective."""
     ranks, is_first = optimizer.holdings.all_ranks, own_rank(optimizer.holdings.all_ranks) == 0
-    pieces, scalars, groups = attempt(lambda: _held(optimizer), directory, ranks)
+    pieces, scalars, groups, structure = attempt(lambda: _held(optimizer), directory, ranks)
     write_pieces(directory / "tensors", pieces, ranks)
     memory_orders = {name: order for name, piece in pieces.items() if (order := _memory_order(piece))}
-    gathered = gather_objects((scalars, memory_orders), ranks)
+    gathered = gather_objects((scalars, memory_orders, structure), ranks)
+    verdict = optimizer.spec.verdict
     record = {
         "format": FORMAT,
         "optimizer": optimizer.spec.name,
@@ -184,14 +189,18 @@ def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
         "counters": optimizer.holdings.counter_keys(),
         "param_groups": groups,
         "shapes": {placed.fqn: list(placed.shape) for placed in optimizer.holdings.placed},
-        "scalars": {fqn: values for one, _ in gathered for fqn, values in one.items()},
-        "memory_orders": {name: order for _, one in gathered for name, order in one.items()},
+        "scalars": {fqn: values for one, _, _ in gathered for fqn, values in one.items()},
+        "memory_orders": {name: order for _, one, _ in gathered for name, order in one.items()},
     }
+    if structures := [one for _, _, one in gathered if one]:
+        record["extras"] = structures[0]
+    if verdict is not None:
+        record["stepped"] = {"independent": verdict.is_independent, "reason": verdict.reason}
     attempt(lambda: write_json(directory / RECORD, record) if is_first else None, directory, ranks)
 
 
-def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]], list[Any]]:
-    """This rank's tensors, by logical name, its scalars, by parameter, and the param groups."""
+def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]], list[Any], str]:
+    """This rank's tensors, by logical name, its scalars, by parameter, the param groups, and what extras look like."""
     pieces: dict[str, Pieces] = {}
     scalars: dict[str, dict[str, Any]] = {}
     everything = optimizer.holdings.placed
@@ -206,8 +215,11 @@ def _held(optimizer: DistributedOptimizer) -> tuple[dict[str, Pieces], dict[str,
             else:
                 pieces[f"state/{placed.fqn}/{key}"] = Pieces.whole(value)
     pieces |= _training_weights(optimizer)
+    extras: dict[str, Any] = optimizer.holdings.extras() if optimizer.holdings.rank == 0 else {}
+    pieces |= {f"extras/{key}": Pieces.whole(value) for key, value in extras.items() if key != STRUCTURE}
     groups = rank_state.plain_groups(optimizer.holdings)
-    return pieces, scalars, [encoded(group, f"groups/{at}", pieces) for at, group in enumerate(groups)]
+    encoded_groups = [encoded(group, f"groups/{at}", pieces) for at, group in enumerate(groups)]
+    return pieces, scalars, encoded_groups, extras.get(STRUCTURE, "")
 
 
 def _memory_order(pieces: Pieces) -> list[int]:
@@ -300,4 +312,9 @@ def _allocate(
         if name.startswith("groups/"):
             pieces[name] = Pieces.whole(torch.empty(stored[name].shape, dtype=stored[name].dtype))
     weights = {name: weight for name, weight in _weights(everything).items() if name in stored}
-    return Incoming(tensors, record, state, pieces, weights)
+    extras: dict[str, Any] = {}
+    if record.get("extras") and any(instance.extras for instance in optimizer.holdings.instances):
+        rooms = {name: torch.empty(one.shape, dtype=one.dtype) for name, one in stored.items() if name[:7] == "extras/"}
+        pieces |= {name: Pieces.whole(room) for name, room in rooms.items()}
+        extras = {name[7:]: room for name, room in rooms.items()} | {STRUCTURE: record["extras"]}
+    return Incoming(tensors, record, state, pieces, weights, extras)

@@ -34,6 +34,7 @@ from dist_optim.ranks.together import together
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping import rank_state
 from dist_optim.stepping.fresh_state import state_after_a_step
+from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.stepping.whole_state import StateByName, gathered, is_slice, own_state
 
@@ -52,6 +53,7 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
     """
     held, progress = optimizer.holdings, optimizer.progress
     optimizer.meet("reading its state by torch.distributed.checkpoint")
+    together(lambda: _refuse_extras(held), held.all_ranks)
     mine = own_state(held) if progress.num_steps else state_after_a_step(held)
     as_dtensors = all(isinstance(one.parameter, DTensor) for one in held.placed if not one.layout.is_replicated)
     has_shards = any(not one.layout.is_replicated for one in held.placed)
@@ -67,6 +69,14 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
     if groups:
         groups[0] |= {rank_state.STEPS: progress.num_steps, rank_state.MODE: progress.mode}
     return {"state": state, "param_groups": groups}
+
+
+def _refuse_extras(held: Holdings) -> None:
+    if held.extras():
+        raise StateDictError(
+            f"{held.spec.name} keeps more than state of its parameters, for which torch.distributed.checkpoint has no "
+            "place. Save it with dist_optim.save_checkpoint, or with state_dict() on every rank."
+        )
 
 
 def from_torch(optimizer: DistributedOptimizer, given: Mapping[str, Any], *, from_rank_0: bool = False) -> None:

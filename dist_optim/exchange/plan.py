@@ -142,7 +142,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(items: Sequence[Item], world_size: int, bucket_bytes: int) -> Plan:
+def make_plan(items: Sequence[Item], world_size: int, bucket_bytes: int, sole_owner: int | None = None) -> Plan:
     """Deal the tensors out to owners and cut the rounds.
 
     Deterministic in its arguments: ranks that describe the same model make the same plan.
@@ -152,8 +152,10 @@ def make_plan(items: Sequence[Item], world_size: int, bucket_bytes: int) -> Plan
         world_size: Ranks to deal to.
         bucket_bytes: The most that a rank's buffer for one field of a round takes, at any number of ranks; a larger
             tensor has a round of its own.
+        sole_owner: The rank that owns everything, where tensors are not dealt out.
     """
-    owners = dict(zip([item.index for item in items], assign_owners(items, world_size), strict=True))
+    dealt = assign_owners(items, world_size) if sole_owner is None else [sole_owner] * len(items)
+    owners = dict(zip([item.index for item in items], dealt, strict=True))
     queues: dict[_Kind, dict[int, deque[Item]]] = defaultdict(lambda: defaultdict(deque))
     for item in items:
         kind = item.layout.is_replicated, item.dtype, item.device, item.is_idle

@@ -60,12 +60,13 @@ def plan_owners(
     members: Mapping[int, tuple[PlacedParameter, Mapping[str, Any]]],
     bucket_bytes: int,
     process_group: dist.ProcessGroup | None,
+    sole_owner: int | None = None,
 ) -> Plan:
-    """Owners and rounds of the parameters that are stepped whole, given by position."""
+    """Owners and rounds of the parameters that are stepped whole, given by position; one rank's, where one is named."""
     items, world_size = [], num_ranks(process_group)
     for index, (placed, values) in members.items():
         cost = spec.driver.step_cost(placed.shape, values)
         is_idle = placed.is_idle and world_size > 1
         items.append(Item(index, placed.shape, placed.layout, placed.dtype, placed.device, cost, is_idle))
     # One process has nothing to overlap: all in one round.
-    return make_plan(items, world_size, bucket_bytes if world_size > 1 else 1 << 62)
+    return make_plan(items, world_size, bucket_bytes if world_size > 1 else 1 << 62, sole_owner)

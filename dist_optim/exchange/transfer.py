@@ -84,7 +84,7 @@ def scatter_from_owner(
     """Write the owners' full tensors into every rank's parts.
 
     Collective, like ``gather_to_owner``. Yields once, while the collective is in flight: an all-to-all for sharded
-    tensors, an all-gather for replicated ones.
+    tensors, an all-gather for replicated ones, a broadcast where one rank owns them all.
 
     Args:
         bucket: The tensors that travel together.
@@ -96,6 +96,8 @@ def scatter_from_owner(
     if num_ranks(process_group) == 1:
         yield
         _write_back({item.index: full[item.index] for item in bucket.items}, local)
+    elif bucket.is_replicated and sum(map(bool, bucket.owned)) == 1:
+        yield from _broadcast(bucket, full, local, process_group)
     elif bucket.is_replicated:
         yield from _all_gather(bucket, full, local, process_group)
     else:
@@ -185,6 +187,26 @@ def _all_gather(
             _write_back({item.index: full[item.index] for item in items}, local)
         else:
             _unpack(received[owner * share :], [local[item.index] for item in items])
+
+
+def _broadcast(
+    bucket: Bucket, full: Mapping[int, Tensor], local: Mapping[int, Tensor], process_group: dist.ProcessGroup | None
+) -> Task[None]:
+    """From the one rank that owns all of the bucket."""
+    (owner,) = [rank for rank, items in enumerate(bucket.owned) if items]
+    is_mine = owner == own_rank(process_group)
+    if is_mine:
+        buffer = _pack([full[item.index] for item in bucket.items], bucket)
+    else:
+        numel = sum(item.shape.numel() for item in bucket.items)
+        buffer = torch.empty(numel, dtype=bucket.dtype, device=bucket.device)
+    work = dist.broadcast(buffer, group=process_group, group_src=owner, async_op=True)
+    yield
+    work.wait()
+    if is_mine:
+        _write_back({item.index: full[item.index] for item in bucket.items}, local)
+    else:
+        _unpack(buffer, [local[item.index] for item in bucket.items])
 
 
 def _pack(parts: list[Tensor], bucket: Bucket) -> Tensor:

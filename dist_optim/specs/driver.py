@@ -7,6 +7,7 @@ family's file under ``dist_optim/optimizers/``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import StateDictError
+from dist_optim.specs.state_codec import Leaves, decode, encode, is_plain
 
-__all__ = ["ParamGroup", "UpstreamDriver", "tensors_in"]
+__all__ = ["STRUCTURE", "ParamGroup", "UpstreamDriver", "tensors_in"]
+
+STRUCTURE = "(structure)"
+"""Key of the text that says how the nested parts of a state belong together."""
 
 ParamGroup = dict[str, Any]
 
@@ -89,18 +93,29 @@ class UpstreamDriver:
         optimizer.state.pop(parameter, None)
 
     def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Upstream's state of one parameter as a flat dict of plain tensors, numbers, strings and None."""
-        for key, value in state.items():
-            if not isinstance(value, (Tensor, int, float, str, bool, type(None))):
-                raise StateDictError(
-                    f"State {key!r} is a {type(value).__name__}, which cannot be saved as plain tensors. "
-                    "Register the optimizer with a driver whose encode_state and decode_state translate it."
-                )
-        return dict(state)
+        """Upstream's state of one parameter as a flat dict of plain tensors, numbers, strings and None.
+
+        Lists, dicts and objects become tensors of their own, and one text that says how they belong together.
+
+        Raises:
+            StateDictError: There is something in it that is no data.
+        """
+        nested = {key: value for key, value in state.items() if not (isinstance(key, str) and is_plain(value))}
+        if not nested:
+            return dict(state)
+        leaves: Leaves = {}
+        tree = encode(nested, "nested", leaves)
+        plain = {key: value for key, value in state.items() if key not in nested}
+        return {**plain, **leaves, STRUCTURE: json.dumps(tree)}
 
     def decode_state(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of ``encode_state``; ``group`` is the parameter's upstream group."""
-        return dict(encoded)
+        if STRUCTURE not in encoded:
+            return dict(encoded)
+        tree = json.loads(encoded[STRUCTURE])
+        leaves = {key: value for key, value in encoded.items() if key.startswith("nested.")}
+        plain = {key: value for key, value in encoded.items() if key != STRUCTURE and key not in leaves}
+        return {**plain, **decode(tree, leaves)}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from dist_optim.errors import HyperparameterError, MissingPackageError, UnknownOptimizerError
 from dist_optim.specs.driver import UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope, check_hyperparameters
+from dist_optim.specs.verdict import Verdict
 
 __all__ = ["OptimizerSpec", "Trait", "UpstreamClass", "get_spec", "names", "register", "spec_of_class"]
 
@@ -55,6 +56,8 @@ class Trait(Enum):
     """``train()`` and ``eval()`` exchange training and averaged weights."""
     STORAGE_REPLACING = "replaces parameter storage"
     """``step()`` rebinds ``parameter.data``."""
+    COUPLED = "tensors depend on each other"
+    """Tensors are stepped together by one rank: a norm or a step size over all of them, random draws, an order."""
     FUSED_BACKWARD = "steps inside backward"
     """The update happens while gradients are produced, one parameter at a time."""
 
@@ -95,6 +98,8 @@ class OptimizerSpec:
     """Why building this optimizer is refused, and what to use; empty when it is served."""
     forced: Mapping[str, Any] = field(default_factory=dict)
     """Constructor keywords that are always passed (``fused=True`` of the fused variant)."""
+    verdict: Verdict | None = None
+    """What was shown of a class that nobody described; None before that, and in one process."""
 
     def load_class(self) -> type[Optimizer]:
         """The upstream class.
@@ -136,6 +141,19 @@ class OptimizerSpec:
     def is_undescribed(self) -> bool:
         """Nobody listed its hyperparameters or needs: it must prove at start-up that tensors can be stepped apart."""
         return self.hyperparameters is None
+
+    @property
+    def is_coupled(self) -> bool:
+        """Its tensors depend on each other, or nobody has shown that they do not: one rank steps them all."""
+        return Trait.COUPLED in self.traits or (self.verdict is not None and not self.verdict.is_independent)
+
+    @property
+    def keeps_tensors(self) -> bool:
+        """Upstream's parameters keep their storage and their values between steps.
+
+        A class that nobody described may read them in its constructor, keep them, or change those without a gradient.
+        """
+        return self.is_undescribed or Trait.COUPLED in self.traits
 
     def in_scope(self, scope: Scope) -> tuple[str, ...]:
         """Names of the hyperparameters with this scope."""

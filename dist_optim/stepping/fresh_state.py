@@ -17,11 +17,17 @@ def state_after_a_step(held: Holdings) -> StateByName:
 
     New instances of upstream step tensors of their own: no parameter, no state and no random generator is touched.
     """
-    local, owners = held.build_instances()
+    values = None
+    if held.spec.keeps_tensors:
+        values = {
+            index: one.detach().clone() for instance, index in held.stepped_here() for one in [instance.shadows[index]]
+        }
+    local, owners = held.division.build_instances(values)
+    instances = {id(one): one for one in [*([local] if local else []), *owners]}.values()
     devices = {one.device.index or 0 for one in held.placed if one.device.type == "cuda"}
     state: StateByName = {}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        for instance in [*([local] if local else []), *owners]:
+        for instance in instances:
             _step(instance, held.spec.driver, len(held.placed), held.needs_total_norm)
             found = {held.placed[index].fqn: instance.encoded_state(index) for index in instance.shadows}
             state |= {fqn: own for fqn, own in found.items() if own}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.stepping.division import Division
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["Holdings", "Progress"]
@@ -56,9 +57,9 @@ class Holdings:
     local_instance: UpstreamInstance | None
     """Steps what is elementwise, on this rank's slices."""
     owner_instances: tuple[UpstreamInstance, ...]
-    """Step whole tensors, one for each bucket of the plan."""
-    build_instances: Callable[[], tuple[UpstreamInstance | None, list[UpstreamInstance]]]
-    """Builds the same instances anew, without state."""
+    """Step whole tensors, one for each bucket of the plan; one and the same where tensors are stepped together."""
+    division: Division
+    """Who steps what; it builds the same instances anew, without state."""
     pushed_keys: frozenset[str]
     """Hyperparameters: what the groups hand to upstream. Upstream itself counts under other keys."""
     needs_total_norm: bool
@@ -70,8 +71,9 @@ class Holdings:
 
     @property
     def instances(self) -> list[UpstreamInstance]:
-        """The upstream optimizers of this rank."""
-        return [*([self.local_instance] if self.local_instance else []), *self.owner_instances]
+        """The upstream optimizers of this rank, each once."""
+        owners = self.owner_instances[:1] if self.division.is_together else self.owner_instances
+        return [*([self.local_instance] if self.local_instance else []), *owners]
 
     @property
     def num_replicas(self) -> int:
@@ -107,6 +109,17 @@ class Holdings:
     def counters(self) -> list[dict[str, object]]:
         """What upstream counts in its groups, group by group: the same in all instances after a step."""
         return self.instances[0].group_counters(self.pushed_keys | {"params"})
+
+    def published(self) -> list[dict[str, object]]:
+        """What upstream shows in its groups: its counters, and all of them where nobody described what it writes."""
+        if not self.spec.is_undescribed:
+            return self.counters()
+        return [instance.published() for instance in self.instances][0]
+
+    def extras(self) -> dict[str, object]:
+        """What upstream keeps outside the state of its parameters: the same in all instances after a step."""
+        readable = [instance.extras for instance in self.instances if instance.extras is not None]
+        return readable[0].read() if readable else {}
 
     def counter_keys(self) -> list[str]:
         """Keys that upstream itself counts in, in its groups (none for most optimizers)."""

@@ -11,31 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.errors import DistOptimError, UnsupportedError
 from dist_optim.exchange.norms import norm_as_clipping
 from dist_optim.exchange.plan import Plan
-from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
-from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import Scope, problem_of
-from dist_optim.specs.registry import OptimizerSpec, Trait
+from dist_optim.specs.registry import Trait
 from dist_optim.stepping import audit
+from dist_optim.stepping.closures import Evaluations, Once, evaluates, loss_of, mean_loss
+from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES, Division
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.loss_scaling import refuse_local_scaler
 from dist_optim.stepping.parameter_guard import NO_JOIN
 from dist_optim.stepping.presence import StepAgreement
 from dist_optim.stepping.step import TrainingStep
 from dist_optim.stepping.torch_contract import TorchContract
-from dist_optim.stepping.upstream_instance import UpstreamInstance
 
-__all__ = ["DistributedOptimizer"]
-
-DEFAULT_BUCKET_BYTES = 64 << 20
+__all__ = ["DEFAULT_BUCKET_BYTES", "DistributedOptimizer"]
 
 
 class InsideBackward(Protocol):
@@ -75,13 +71,9 @@ class DistributedOptimizer(TorchContract):
     and ``train`` and ``eval`` of optimizers that swap weights.
 
     Args:
-        spec: The optimizer.
-        groups: Param groups; ``params`` lists the ``PlacedParameter`` of the group.
-        arguments: Constructor keywords for upstream.
-        process_group: The ranks that share the work; the default group when None.
-        bucket_bytes: The most that a rank's buffer for one field of a round takes.
+        division: Who steps what.
+        values: What ``starting_values`` returned for it.
         check_ranks_every: Steps between two comparisons of what ranks should hold alike; 0 for none.
-        all_ranks: All ranks that train the model: also the replicas of a shard group (HSDP).
         model_side: The model; None for an engine that looks after it itself.
         agreement: What all ranks agree on around a step; one that is shared where an engine steps a model in parts.
         on_nonfinite: What is done where a gradient is infinite or NaN: "raise", "skip", or None for nothing.
@@ -89,46 +81,23 @@ class DistributedOptimizer(TorchContract):
 
     def __init__(
         self,
-        spec: OptimizerSpec,
-        groups: Sequence[ParamGroup],
-        arguments: Mapping[str, Any],
+        division: Division,
+        values: Mapping[int, Tensor] | None = None,
         *,
-        process_group: dist.ProcessGroup | None = None,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         check_ranks_every: int = 0,
-        all_ranks: dist.ProcessGroup | None = None,
         model_side: ModelSide | None = None,
         agreement: StepAgreement | None = None,
         on_nonfinite: str | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec = spec = division.spec
         self.inside_backward: InsideBackward | None = None  # set by inside_backward.install
         self._model_side = model_side
         self._is_built = False
-        # One entry a parameter, in group order: the index that everything below counts by.
-        placed = tuple(one for group in groups for one in group["params"])
-        values = [{**arguments, **_without_params(group)} for group in groups for _ in group["params"]]
-        members = {index: (one, values[index]) for index, one in enumerate(placed) if one.is_trained}
-        refuse_misfits(spec, list(members.values()), is_divided=num_ranks(all_ranks) > 1)
-        if spec.driver.needs_total_norm(arguments) and any(isinstance(one.layout, Elsewhere) for one in placed):
-            raise UnsupportedError(
-                f"{spec.name}: clip_grad_norm needs all gradients at once, and the engine steps one part of them after "
-                'another. Let the engine clip ("gradient_clipping" in DeepSpeed\'s configuration).'
-            )
-        here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
-        slices = [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
-        owned = {index: member for index, member in here.items() if index not in slices}
-        plan = plan_owners(spec, owned, bucket_bytes, process_group)
-
-        def build_instances() -> tuple[UpstreamInstance | None, list[UpstreamInstance]]:
-            return _build_instances(spec, groups, arguments, placed, slices, plan, own_rank(process_group))
-
-        local, owners = build_instances()
+        local, owners = division.build_instances(values)
         first = local or owners[0]
-        self._fixed = [_without_params(group) for group in first.optimizer.param_groups]
         outer = [
-            {**own, "params": [one.parameter for one in group["params"]]}
-            for own, group in zip(self._fixed, groups, strict=True)
+            {**_without_params(own), "params": [one.parameter for one in group["params"]]}
+            for own, group in zip(first.optimizer.param_groups, division.groups, strict=True)
         ]
         super().__init__(outer, first.optimizer.defaults)
         self._is_built = True
@@ -136,46 +105,30 @@ class DistributedOptimizer(TorchContract):
         self.progress = Progress()
         self.holdings = Holdings(
             spec=spec,
-            placed=placed,
+            placed=division.placed,
             groups=self.param_groups,
-            plan=plan,
+            plan=division.plan,
             local_instance=local,
             owner_instances=tuple(owners),
-            build_instances=build_instances,
+            division=division,
             pushed_keys=frozenset({record.name for record in spec.records()} - constructor_only),
-            needs_total_norm=spec.driver.needs_total_norm(arguments),
-            process_group=process_group,
-            all_ranks=all_ranks,
+            needs_total_norm=spec.driver.needs_total_norm(division.arguments),
+            process_group=division.process_group,
+            all_ranks=division.all_ranks,
         )
         self.training_step = TrainingStep(
             self.holdings,
             self.progress,
-            agreement or StepAgreement(all_ranks),
-            bucket_bytes=bucket_bytes,
+            agreement or StepAgreement(division.all_ranks),
+            bucket_bytes=division.bucket_bytes,
             check_ranks_every=check_ranks_every,
             on_nonfinite=on_nonfinite,
         )
 
-    def agree_on_plan(self) -> None:
-        """Compare names, shapes, layouts, owners and hyperparameters over the ranks. Collective; once, after building.
-
-        Raises:
-            RanksDisagreeError: On all ranks, with the first entry that differs.
-        """
-        items: list[tuple[str, Any]] = [("optimizer", self.spec.name)]
-        for number, values in enumerate(self._fixed):
-            items += [(f"group {number}, {key}", value) for key, value in values.items() if not callable(value)]
-        round_of = {item.index: bucket.index for bucket in self.plan.buckets for item in bucket.items}
-        for index, one in enumerate(self.holdings.placed):
-            described = (tuple(one.shape), one.dtype, one.layout, one.is_trained, one.is_idle)
-            travel = ("owner", self.plan.owners.get(index), "round", round_of.get(index))
-            items.append((f"parameter {one.fqn!r}", (*described, *travel)))
-        assert_ranks_equal(
-            f"The plan of {self.spec.name!r} differs between ranks",
-            items,
-            "Build the same model, with the same arguments, on every rank.",
-            self.holdings.all_ranks,
-        )
+    def share_groups(self) -> None:
+        """Show on every rank what upstream made of its groups, where one rank alone has it. Collective; once."""
+        self.training_step.publish_groups()
+        self.defaults.update(self.holdings.instances[0].optimizer.defaults)
 
     # Stepping -----------------------------------------------------------------------------------------------------
 
@@ -198,18 +151,44 @@ class DistributedOptimizer(TorchContract):
                 With "skip" it is as if ``step`` had not been called; ``num_skipped_steps`` counts.
             StepFailedError: Upstream's step failed on one rank; others are updated.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        problem = self._look_at_model()
+        evaluations = None if closure is None or not evaluates(self.spec) else self._evaluations(closure)
+        loss = None if closure is None or evaluations is not None else loss_of(closure)
+        problem = self._look_at_model() or self._why_no_step(closure)
         if self.inside_backward is not None:
             self.inside_backward.finish_step(problem)
             return loss
         self.training_step.begin(problem=problem)
         if not self.training_step.is_skipped:
-            self._update_and_end()
-        return loss
+            is_handed_on = evaluations is None and closure is not None and self.spec.verdict is not None
+            self._update_and_end(self._handed_on(loss) if is_handed_on else evaluations)
+        return loss if evaluations is None else evaluations.first_loss
+
+    def _evaluations(self, closure: Callable[[], Any]) -> Evaluations:
+        def after() -> None:
+            present = self.training_step.agree_on_gradients(self._look_at_model(), "step(closure)")
+            self.training_step.detached.take_gradients(self._local_gradients(present))
+
+        def before() -> None:
+            self.training_step.detached.show_model()
+            self.free_gathered_copies()
+
+        return Evaluations(closure, self.holdings, before, after)
+
+    def _handed_on(self, loss: Any) -> Callable[[], Any] | None:
+        """For a class that evaluates its closure once, what it returned; None for one that ignores it."""
+        verdict = self.spec.verdict
+        if verdict is None or not verdict.evaluations:
+            return None
+        return Once(mean_loss(loss, self.holdings.all_ranks), self.spec.name)
+
+    def _why_no_step(self, closure: Callable[[], Any] | None) -> DistOptimError | None:
+        verdict = self.spec.verdict
+        if closure is not None or verdict is None or not verdict.needs_closure:
+            return None
+        return UnsupportedError(
+            f"{self.spec.name} evaluates the loss itself: call step(closure), with a function that clears gradients, "
+            "makes the forward and the backward pass, and returns the loss, on every rank."
+        )
 
     def _look_at_model(self) -> DistOptimError | None:
         """Before a step: shards in view, the user's own list of groups taken over; what is wrong with the model."""
@@ -230,12 +209,12 @@ class DistributedOptimizer(TorchContract):
             self.training_step.begin(present)
             self._update_and_end()
 
-    def _update_and_end(self) -> None:
+    def _update_and_end(self, closure: Callable[[], Any] | None = None) -> None:
         gradients = self._local_gradients(self.training_step.present)
         if self.holdings.needs_total_norm:
             self.training_step.measure(gradients)
             self.training_step.clip_updates_by(self.training_step.total())
-        self.training_step.update(gradients)
+        self.training_step.update(gradients, closure)
         self.training_step.end()
 
     def _local_gradients(self, present: Sequence[bool]) -> dict[int, Tensor]:
@@ -368,23 +347,6 @@ class DistributedOptimizer(TorchContract):
                 "frozen until later in them too: it has no state before its first gradient."
             )
         super().add_param_group(param_group)
-
-
-def _build_instances(
-    spec: OptimizerSpec,
-    groups: Sequence[ParamGroup],
-    arguments: Mapping[str, Any],
-    placed: Sequence[PlacedParameter],
-    slices: Sequence[int],
-    plan: Plan,
-    rank: int,
-) -> tuple[UpstreamInstance | None, list[UpstreamInstance]]:
-    """One upstream optimizer for what is stepped on slices, where there is such, and one for each round."""
-    local = None
-    if slices or not plan.buckets:
-        local = UpstreamInstance(spec, groups, {index: placed[index].local().shape for index in slices}, arguments)
-    shapes = [{item.index: item.shape for item in bucket.owned[rank]} for bucket in plan.buckets]
-    return local, [UpstreamInstance(spec, groups, own, arguments) for own in shapes]
 
 
 def _without_params(group: Mapping[str, Any]) -> ParamGroup:

@@ -60,7 +60,7 @@ def one_result(name: str, results: list[Any], held: Holdings) -> Any:
         UnsupportedError: Instances returned other values, or what cannot be compared.
     """
     everyones = gather_objects([one if isinstance(one, _PLAIN) else ... for one in results], held.all_ranks)
-    flat = [one for results in everyones for one in results]
+    flat = [one for results in everyones for one in results]  # bystanders of a sole owner return none
     if any(one is ... or one != flat[0] for one in flat):
         raise UnsupportedError(
             f"{name}() returns something else for each part of the model, and here each rank steps a part. Read what "

@@ -19,6 +19,7 @@ from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Replicated
 from dist_optim.specs.driver import ParamGroup, UpstreamDriver
 from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.specs.verdict import Ghosts, Verdict
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["prove_separable"]
@@ -121,3 +122,12 @@ def _tiny(placed: PlacedParameter, generator: torch.Generator) -> PlacedParamete
     shape = torch.Size(min(side, SIDES[at % len(SIDES)]) for at, side in enumerate(placed.shape))
     value = torch.randn(shape, generator=generator).to(placed.device, placed.dtype)
     return PlacedParameter(placed.fqn, nn.Parameter(value), shape, Replicated(), None)
+
+
+def prove(spec: OptimizerSpec, groups: Sequence[ParamGroup], arguments: Mapping[str, Any]) -> Verdict:
+    try:
+        proven = prove_separable(spec, groups, arguments)
+    except UnsupportedError as error:
+        return Verdict(name=spec.name, is_independent=False, reason=str(error)[:90])
+    ghosts: Ghosts = "with gradients" if proven.driver.ghosts_have_gradients else "empty"
+    return Verdict(name=spec.name, is_independent=True, reason="tried apart", ghosts=ghosts, evaluations=1)

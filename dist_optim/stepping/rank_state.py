@@ -5,6 +5,7 @@
     {"optimizer": name, "rank": r, "world_size": W, "num_steps": n, "mode": "train" or "eval",
      "counters": [key, ...],                             # of the groups' keys: what upstream itself counts
      "state": {fqn: {key: tensor or scalar}},            # what this rank owns or steps locally; or all, see below
+     "extras": {key: tensor or text},                    # what upstream keeps that is no parameter's; mostly empty
      "param_groups": [{hyperparameters, counters, "params": [fqn, ...]}]}
 
 Where parameters are replicated, ``state`` is all of it, and rank and world_size are None. What ``state_dict`` of
@@ -21,6 +22,7 @@ from torch import Tensor
 from dist_optim.errors import StateDictError
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.holdings import Holdings, Progress
+from dist_optim.stepping.sharing import from_owner
 from dist_optim.stepping.whole_state import StateByName, gathered, own_state, parts_of
 
 __all__ = ["MODE", "STEPS", "check_groups", "install", "is_replicated", "plain_groups", "read", "read_share", "write"]
@@ -39,14 +41,16 @@ def read(held: Holdings, progress: Progress) -> dict[str, Any]:
     _refuse_half_step(progress)
     if not is_replicated(held):
         return read_share(held, progress)
-    state = gathered(held) if progress.num_steps else own_state(held)
-    return _state_dict(held, progress, state, {"rank": None, "world_size": None})
+    if not progress.num_steps:
+        return _state_dict(held, progress, own_state(held), held.extras(), {"rank": None, "world_size": None})
+    extras = from_owner(held.extras(), held)
+    return _state_dict(held, progress, gathered(held), extras, {"rank": None, "world_size": None})
 
 
 def read_share(held: Holdings, progress: Progress) -> dict[str, Any]:
     """This rank's share; tensors are the live ones, as torch's ``state_dict`` returns them. Not a collective."""
     _refuse_half_step(progress)
-    return _state_dict(held, progress, own_state(held), _place(held))
+    return _state_dict(held, progress, own_state(held), held.extras(), _place(held))
 
 
 def _refuse_half_step(progress: Progress) -> None:
@@ -54,7 +58,9 @@ def _refuse_half_step(progress: Progress) -> None:
         raise StateDictError(reason)
 
 
-def _state_dict(held: Holdings, progress: Progress, state: StateByName, place: dict[str, Any]) -> dict[str, Any]:
+def _state_dict(
+    held: Holdings, progress: Progress, state: StateByName, extras: dict[str, Any], place: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "optimizer": held.spec.name,
         **place,
@@ -62,6 +68,7 @@ def _state_dict(held: Holdings, progress: Progress, state: StateByName, place: d
         "mode": progress.mode,
         "counters": held.counter_keys(),
         "state": state,
+        **({"extras": extras} if extras else {}),
         "param_groups": plain_groups(held),
     }
 
@@ -87,6 +94,7 @@ def write(held: Holdings, progress: Progress, state_dict: Mapping[str, Any]) -> 
         state=parts_of(state, held) if state_dict["world_size"] is None else state,
         groups=state_dict["param_groups"],
         counters=state_dict["counters"],
+        extras=state_dict.get("extras", {}),
         num_steps=state_dict["num_steps"],
         mode=state_dict["mode"],
     )
@@ -99,6 +107,7 @@ def install(
     state: Mapping[str, Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
     counters: Sequence[str],
+    extras: Mapping[str, Any],
     num_steps: int,
     mode: str,
 ) -> None:
@@ -110,6 +119,7 @@ def install(
         state: Encoded state by parameter name; what other ranks step may be in it too.
         groups: One for each param group, with the parameters in the same order.
         counters: Keys of the groups that upstream itself counts in.
+        extras: What upstream keeps that is no parameter's.
         num_steps: Steps taken.
         mode: Which weights are in place.
     """
@@ -119,6 +129,8 @@ def install(
         group.update({key: _copy(value) for key, value in saved.items() if key != "params"})
     own = [{key: group[key] for key in counters if key in group} for group in held.groups]
     for instance in held.instances:
+        if instance.extras is not None:
+            instance.extras.write(extras)
         instance.write_counters(own)
     progress.num_steps, progress.mode, progress.failed_step = num_steps, mode, None
 

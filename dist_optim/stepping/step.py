@@ -19,18 +19,18 @@ from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.before_step import BeforeStep
+from dist_optim.stepping.bystander import Bystander
+from dist_optim.stepping.detached import Act, DetachedStep, write_back
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.own_methods import one_result
 from dist_optim.stepping.presence import StepAgreement
 from dist_optim.stepping.sentinel import compare_ranks
+from dist_optim.stepping.sharing import OwnersWord
 from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
 
 __all__ = ["TrainingStep"]
 
 MAX_KEPT_PARTS = 4096
-
-Act = Callable[[UpstreamInstance, Mapping[int, Tensor]], object]
-"""What to do with an instance, and the gradients of its parameters."""
 
 
 class TrainingStep:
@@ -74,6 +74,8 @@ class TrainingStep:
         self._norm_dtypes: dict[int, torch.dtype] = {}
         self._total: Tensor | None = None
         self._is_one_by_one = False
+        self._word = OwnersWord(holdings)
+        self.detached = DetachedStep(holdings, self._word, self._part_of)
 
     # Beginning ----------------------------------------------------------------------------------------------------
 
@@ -133,11 +135,14 @@ class TrainingStep:
     # Updating -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, gradients: Mapping[int, Tensor]) -> None:
+    def update(self, gradients: Mapping[int, Tensor], closure: Callable[[], Any] | None = None) -> None:
         """Update these parameters by their gradients: all that have one, or after ``before_backward`` some of them."""
         if self._total is not None:
             for instance in self._held.instances:
                 self._held.spec.driver.take_total_norm(instance.optimizer, self._total)
+        if self._held.spec.keeps_tensors:
+            self.detached.update(gradients, self._stepped, self._agree_after, closure)
+            return
         num_rounds = 0 if self._is_one_by_one else len(self._held.plan.buckets)
         ready: dict[int, list[int]] = {number: [] for number in range(num_rounds)}
         here: list[int] = []
@@ -153,10 +158,7 @@ class TrainingStep:
     def _update_locally(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
         """Upstream on this rank's slices, in place."""
         parameters = {index: self._held.placed[index].local() for index in gradients}
-        updated = self._stepped(instance, parameters, gradients)
-        for index, tensor in updated.items():
-            if tensor.data_ptr() != parameters[index].data_ptr():
-                parameters[index].copy_(tensor)
+        write_back(self._held, self._stepped(instance, parameters, gradients))
         if self._is_one_by_one:
             instance.release(gradients.keys())
 
@@ -185,13 +187,17 @@ class TrainingStep:
             instance.release(updated.keys())
 
     def _stepped(
-        self, instance: UpstreamInstance, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor]
+        self,
+        instance: UpstreamInstance,
+        parameters: Mapping[int, Tensor],
+        gradients: Mapping[int, Tensor],
+        closure: Callable[[], Any] | None = None,
     ) -> Mapping[int, Tensor]:
         """Upstream's step; where it fails, the tensors as they were, since other ranks wait for them."""
         try:
             if self._is_one_by_one:
                 return instance.step_each(parameters, gradients, self._held.pushed_keys)
-            return instance.step(parameters, gradients, self.present)
+            return instance.step(parameters, gradients, self.present, closure)
         except Exception as error:
             self.agreement.note(error)
             return parameters
@@ -208,7 +214,15 @@ class TrainingStep:
 
     def swap_weights(self, mode: str) -> None:
         """Let upstream exchange training and averaged weights. Collective."""
-        self._in_view(lambda instance, _: getattr(instance.optimizer, mode)())
+
+        def swap(instance: UpstreamInstance, _: Mapping[int, Tensor]) -> None:
+            try:
+                getattr(instance.optimizer, mode)()
+            except Exception as error:
+                self.agreement.note(error)
+
+        self._in_view(swap)
+        self.agreement.after(f"{self._held.spec.name}.{mode}()", self._progress.num_steps)
         self._progress.mode = mode
 
     @torch.no_grad()
@@ -224,6 +238,8 @@ class TrainingStep:
         results: list[Any] = []
 
         def call(instance: UpstreamInstance, own: Mapping[int, Tensor]) -> None:
+            if isinstance(instance, Bystander):
+                return
             try:
                 results.append(instance.call(name, args, keywords, own))
             except Exception as error:
@@ -238,11 +254,17 @@ class TrainingStep:
         """Act on every instance while its parameters, and gradients, are in its view. Collective."""
         local, gradients = self._held.local_instance, gradients or {}
         self._is_one_by_one = False
+        for instance in self._held.instances:
+            instance.push_hyperparameters(self._held.groups, self._held.pushed_keys)
+        if self._held.spec.keeps_tensors:
+            self.detached.act(act, gradients)
+            self.publish_groups()
+            return
         if local is not None:
             local.show({index: self._held.placed[index].local() for index in local.shadows})
             act(local, {index: one for index, one in gradients.items() if index in local.shadows})
         run_tasks(self._view_task(number, act, gradients) for number in range(len(self._held.plan.buckets)))
-        self.publish_counters()
+        self.publish_groups()
 
     def _view_task(self, number: int, act: Act, gradients: Mapping[int, Tensor]) -> Task[None]:
         bucket, instance = self._held.plan.buckets[number], self._held.owner_instances[number]
@@ -331,12 +353,9 @@ class TrainingStep:
             for instance in held.instances:
                 instance.tick(held.pushed_keys)
         self._total = None
-        try:
-            self.agreement.after(held.spec.name, progress.num_steps)
-        except Exception:
-            progress.failed_step = progress.num_steps + 1
-            raise
-        self.publish_counters()
+        if not held.spec.keeps_tensors:  # such a class is agreed on before the model is written to
+            self._agree_after()
+        self.publish_groups()
         progress.num_steps += 1
         if self._check_ranks_every and progress.num_steps % self._check_ranks_every == 0:
             compare_ranks(held, progress)
@@ -352,7 +371,18 @@ class TrainingStep:
                 )
             )
 
-    def publish_counters(self) -> None:
-        """Show in the user's groups what upstream counts in its own: state dicts are read from ours."""
-        for group, values in zip(self._held.groups, self._held.counters(), strict=True):
+    def _agree_after(self) -> None:
+        try:
+            self.agreement.after(self._held.spec.name, self._progress.num_steps)
+        except Exception:
+            self._progress.failed_step = self._progress.num_steps + 1
+            raise
+
+    def publish_groups(self) -> None:
+        """Show in the user's groups what upstream has in its own: state dicts are read from ours.
+
+        Collective where one rank steps for all.
+        """
+        self._word.spread()
+        for group, values in zip(self._held.groups, self._held.published(), strict=True):
             group.update(values)

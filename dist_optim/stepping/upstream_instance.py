@@ -5,11 +5,14 @@ are set right before the step, so the user's own parameters are never rebound an
 
 **Ghost**: an empty parameter in the place of a tensor that is stepped elsewhere. It keeps positions (APOLLO's seeds,
 GrokAdamW's decay by layer) and group counters (StableAdamW, schedule-free) what they are in one process.
+
+A class that nobody described gets shadows with values and storage of their own, from before its constructor on: it may
+read them there, keep them, or change one that has no gradient. In one process its shadows are the model's parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedEr
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.driver import ParamGroup, tensors_in
 from dist_optim.specs.registry import OptimizerSpec, Trait
+from dist_optim.specs.verdict import Ghosts
+from dist_optim.stepping.extras import Extras
 
 __all__ = ["UpstreamInstance", "as_if_alone"]
 
@@ -35,6 +40,8 @@ class UpstreamInstance:
         groups: Hyperparameters of each param group; ``params`` holds the ``PlacedParameter`` of the group, in order.
         shapes: Shape of each tensor that is stepped here, by its position among all parameters.
         arguments: Constructor keywords.
+        values: For a class that nobody described, what is stepped here and frozen tensors that it may see: storage that
+            is the instance's from now on, or the model's own parameters where it may step those themselves.
     """
 
     def __init__(
@@ -43,18 +50,25 @@ class UpstreamInstance:
         groups: Sequence[ParamGroup],
         shapes: Mapping[int, torch.Size],
         arguments: Mapping[str, Any],
+        values: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.driver = spec.driver
         self.shadows: dict[int, nn.Parameter] = {}
         self.ghosts: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, int] = {}
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._keeps_tensors = values is not None
+        self._is_two_way = spec.is_undescribed
+        self._of_model = {index for index, value in (values or {}).items() if isinstance(value, nn.Parameter)}
+        self._ghosts: Ghosts = "with gradients" if self.driver.ghosts_have_gradients else "empty"
+        if values is not None:
+            self._ghosts = spec.verdict.ghosts if spec.verdict else "empty"
         upstream_groups: list[ParamGroup] = []
         index = 0
         for group in groups:
             parameters = []
             for placed in group["params"]:
-                parameters.append(self._make_parameter(index, placed, shapes))
+                parameters += self._make_parameter(index, placed, shapes, values or {})
                 self._group_of[index] = len(upstream_groups)
                 index += 1
             upstream_groups.append({**group, "params": parameters})
@@ -69,21 +83,37 @@ class UpstreamInstance:
             ) from error
         if Trait.WEIGHT_SWAPPING in spec.traits:
             self.optimizer.train()  # type: ignore[attr-defined]  # upstream starts in eval mode, and refuses to step there
+        self.extras = Extras(self.optimizer, {**self.shadows, **self.ghosts}) if spec.is_undescribed else None
+        self._shown = [dict(group) for group in self.optimizer.param_groups]
 
-    def _make_parameter(self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size]) -> nn.Parameter:
-        if index in shapes:
+    def _make_parameter(
+        self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size], values: Mapping[int, Tensor]
+    ) -> list[nn.Parameter]:
+        """What stands for a parameter in upstream's group: itself, a shadow, a ghost, or nothing."""
+        if index in values:
+            value, is_stepped = values[index], index in shapes
+            if not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=placed.parameter.requires_grad)
+            (self.shadows if is_stepped else self.ghosts)[index] = value
+        elif index in shapes:
             # The true shape from the start, on one element of storage: some optimizers read shapes in __init__.
             data = torch.zeros((), dtype=placed.dtype, device=placed.device).expand(shapes[index])
             self.shadows[index] = nn.Parameter(data)
-            return self.shadows[index]
-        # The true number of dimensions: some optimizers check it. Without dims a tensor has one element.
-        shape = (0, *placed.shape[1:]) if placed.shape else ()
-        ghost = torch.zeros(shape, dtype=placed.dtype, device=placed.device)
-        self.ghosts[index] = nn.Parameter(ghost, requires_grad=placed.is_trained)
-        return self.ghosts[index]
+        elif self._ghosts == "none":
+            return []
+        else:
+            # The true number of dimensions: some optimizers check it. Without dims a tensor has one element.
+            shape = (0, *placed.shape[1:]) if placed.shape else ()
+            ghost = torch.zeros(shape, dtype=placed.dtype, device=placed.device)
+            self.ghosts[index] = nn.Parameter(ghost, requires_grad=placed.is_trained)
+        return [self.shadows[index] if index in self.shadows else self.ghosts[index]]
 
     def step(
-        self, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor], present: Sequence[bool]
+        self,
+        parameters: Mapping[int, Tensor],
+        gradients: Mapping[int, Tensor],
+        present: Sequence[bool],
+        closure: Callable[[], Any] | None = None,
     ) -> dict[int, Tensor]:
         """Run one upstream step.
 
@@ -91,22 +121,36 @@ class UpstreamInstance:
             parameters: Tensors to update, by position; upstream may update them in place or put others in their stead.
             gradients: Their gradients, in the same shapes.
             present: For every position, whether that parameter has a gradient anywhere in this step.
+            closure: Handed on to upstream, where there is one.
 
         Returns:
             The updated tensors, by position.
         """
         self.show(parameters)
-        for index, gradient in gradients.items():
-            self.shadows[index].grad = gradient
-        if self.driver.ghosts_have_gradients:
+        self.give(gradients)
+        if self._ghosts == "with gradients":
             for index, ghost in self.ghosts.items():
                 ghost.grad = torch.zeros_like(ghost) if present[index] and ghost.requires_grad else None
         try:
-            self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
+            if closure is None:
+                self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
+            else:
+                self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
-            for index in gradients:
-                self.shadows[index].grad = None
+            self.take_gradients(self.shadows if self._keeps_tensors else gradients)
         return {index: self.shadows[index].data for index in parameters}
+
+    def give(self, gradients: Mapping[int, Tensor]) -> None:
+        """Let upstream see these gradients; parameters that are the model's own have theirs."""
+        for index, gradient in gradients.items():
+            if index not in self._of_model:
+                self.shadows[index].grad = gradient
+
+    def take_gradients(self, indices: Collection[int]) -> None:
+        """Let upstream see none any more."""
+        for index in indices:
+            if index not in self._of_model:
+                self.shadows[index].grad = None
 
     def step_each(
         self, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor], keys: Collection[str]
@@ -151,18 +195,19 @@ class UpstreamInstance:
             UnsupportedError: It has changed gradients.
         """
         before = {index: (gradient, gradient._version) for index, gradient in gradients.items()}
-        for index, gradient in gradients.items():
-            self.shadows[index].grad = gradient
+        self.give(gradients)
         try:
             result = getattr(self.optimizer, name)(*args, **keywords)
-            _refuse_changed_gradients(name, before, {index: self.shadows[index].grad for index in gradients})
+            if not self._of_model:
+                _refuse_changed_gradients(name, before, {index: self.shadows[index].grad for index in gradients})
             return result
         finally:
-            for index in gradients:
-                self.shadows[index].grad = None
+            self.take_gradients(gradients)
 
     def release(self, indices: Collection[int]) -> None:
         """Drop the full tensors, so that between steps only the shards hold the parameters."""
+        if self._keeps_tensors:
+            return
         for index in indices:
             shadow = self.shadows[index]
             shadow.data = self._zero_like(shadow).expand(shadow.shape)
@@ -175,20 +220,48 @@ class UpstreamInstance:
         return self._zeros[key]
 
     def show(self, parameters: Mapping[int, Tensor]) -> None:
-        """Let upstream's parameters be these tensors, on their own storage."""
+        """Let upstream's parameters be these tensors: on their storage, or copied where upstream keeps its own."""
         for index, tensor in parameters.items():
-            self.shadows[index].data = tensor
+            shadow = self.shadows[index]
+            if not self._keeps_tensors:
+                shadow.data = tensor
+            elif shadow.data_ptr() != tensor.data_ptr():
+                shadow.data.copy_(tensor)
 
     # Hyperparameters ----------------------------------------------------------------------------------------------
 
     def push_hyperparameters(self, groups: Sequence[ParamGroup], keys: Collection[str]) -> None:
-        """Write the outer groups' hyperparameters into upstream's groups (schedules change the outer ones)."""
+        """Write the outer groups' hyperparameters into upstream's groups (schedules change the outer ones).
+
+        A class that nobody described may write its own: of its groups, only what was changed outside is pushed.
+        """
+        if self._is_two_way:
+            self._push_changes(groups)
+            return
         for outer, inner in zip(groups, self.optimizer.param_groups, strict=True):
             for key in keys & inner.keys() & outer.keys():
                 if isinstance(inner[key], Tensor):
                     inner[key].copy_(torch.as_tensor(outer[key]))  # kept as a tensor where upstream wants one
                 else:
                     inner[key] = outer[key]
+
+    def _push_changes(self, groups: Sequence[ParamGroup]) -> None:
+        for outer, inner, shown in zip(groups, self.optimizer.param_groups, self._shown, strict=True):
+            for key, value in outer.items():
+                if isinstance(inner.get(key), Tensor):
+                    if inner[key] is not value:
+                        inner[key].copy_(torch.as_tensor(value))
+                elif key != "params" and not (key in shown and _is_same(shown[key], value)):
+                    shown[key] = inner[key] = value
+
+    def published(self) -> list[dict[str, Any]]:
+        """Upstream's groups as they are now, without parameters: what it wrote there itself is the truth."""
+        values = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        for shown, own in zip(self._shown, values, strict=True):
+            shown.update(own)
+        return values
 
     def group_counters(self, keys: Collection[str]) -> list[dict[str, Any]]:
         """What upstream itself keeps in its groups (step counts, running sums), group by group."""
@@ -263,6 +336,18 @@ def _counters_in(group: ParamGroup, keys: Collection[str]) -> dict[str, Any]:
     """Copies of what upstream itself keeps in a group."""
     found = {key: value for key, value in group.items() if key not in keys and key != "params" and _is_plain(value)}
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
+
+
+def _is_same(shown: Any, value: Any) -> bool:
+    """Whether a value of a group is still what upstream was shown; a tensor that is not the same one is pushed."""
+    if shown is value:
+        return True
+    if isinstance(shown, Tensor) or isinstance(value, Tensor) or type(shown) is not type(value):
+        return False
+    try:
+        return bool(shown == value)
+    except Exception:  # values that cannot be compared are pushed
+        return False
 
 
 def _is_plain(value: Any) -> bool:

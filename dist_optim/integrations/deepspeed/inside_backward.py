@@ -31,6 +31,7 @@ from dist_optim.layouts.layout import FlatRange
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.ranks.together import together
 from dist_optim.specs.registry import Trait
+from dist_optim.stepping.division import Division, divide
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 
 __all__ = ["build_fused_optimizer"]
@@ -64,7 +65,7 @@ def build_fused_optimizer(
     model = engine.module
     real = dict(named_parameters(model))
 
-    def build() -> DistributedOptimizer:
+    def prepare() -> Division:
         spec = resolve(optimizer, inside_backward=True)
         if not {Trait.FUSED_BACKWARD, Trait.ELEMENTWISE} & spec.traits:
             raise UnsupportedError(f"{spec.name} is not stepped inside backward. Name it in DeepSpeed's JSON.")
@@ -87,12 +88,11 @@ def build_fused_optimizer(
                 "clip_grad_value, or name the optimizer in DeepSpeed's JSON with gradient_clipping."
             )
         group = next(iter(placed.values())).process_group
-        return DistributedOptimizer(
-            spec, groups, arguments, process_group=group, all_ranks=group, bucket_bytes=ONE_BUCKET
-        )
+        return divide(spec, groups, arguments, process_group=group, all_ranks=group, bucket_bytes=ONE_BUCKET)
 
-    built = together(build, doing="Building the optimizer")
-    built.agree_on_plan()
+    division = together(prepare, doing="Building the optimizer")
+    division.agree()
+    built = together(lambda: DistributedOptimizer(division), doing="Building the optimizer")
     install(built, model, bucket_bytes=bucket_bytes, shards=_ZeroShards(engine, real))
     if print_audit and own_rank() == 0:
         print(built.route_audit(), flush=True)

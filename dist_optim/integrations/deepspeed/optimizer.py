@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_optim.building.verdicts import with_verdict
 from dist_optim.errors import ParameterError, StateDictError, StepFailedError, UnsupportedError, WrongModeError
 from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
@@ -39,10 +40,10 @@ from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import problem_of
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.audit import route_audit
+from dist_optim.stepping.division import Division, divide, starting_values
 from dist_optim.stepping.gradients import GradientSamples
 from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.stepping.presence import PartOfAgreement, StepAgreement, hyperparameters_of
-from dist_optim.stepping.probe import prove_separable
 
 __all__ = ["GROUP_NUMBER", "ZeroOptimizer"]
 
@@ -63,6 +64,7 @@ class ZeroOptimizer(Optimizer):
         arguments: Constructor keywords for upstream.
         print_audit: Whether rank 0 prints the route audit when the engine is known.
         rank_timeout_s: See ``ranks.liveness.watch_ranks``.
+        independent: See ``dist_optim.build_optimizer``.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class ZeroOptimizer(Optimizer):
         *,
         print_audit: bool = True,
         rank_timeout_s: float | None = None,
+        independent: bool | None = None,
     ) -> None:
         self.spec = spec
+        self._independent = independent
         self.print_audit = print_audit
         self.rank_timeout_s = rank_timeout_s
         self._groups = list(groups)
@@ -142,13 +146,23 @@ class ZeroOptimizer(Optimizer):
         check_slices(self._calls, group)
         self._calls = with_reachable_groups(self._calls)
         self._agreement = StepAgreement(group)
+        shares = [group_of(call) for call in self._calls]
+        spec = with_verdict(self.spec, self._groups, self._arguments, group, self._independent)
+        divisions = together(
+            lambda: [self._divide(spec, *each) for each in zip(self._calls, shares, strict=True)],
+            group,
+            doing="Building the optimizer",
+        )
+        for division in divisions:
+            division.agree()
+        values = [starting_values(division) for division in divisions]
         self._parts = together(
-            lambda: [self._build_part(call, group_of(call)) for call in self._calls],
+            lambda: [self._build_part(*each) for each in zip(divisions, values, strict=True)],
             group,
             doing="Building the optimizer",
         )
         for part in self._parts:
-            part.agree_on_plan()
+            part.share_groups()
         replicated = [one for part in self._parts for one in part.holdings.placed if one.layout.is_replicated]
         self._samples = GradientSamples(replicated, group, group) if replicated else None
         self._counters = {"params", *self._parts[0].holdings.counter_keys()}
@@ -157,19 +171,18 @@ class ZeroOptimizer(Optimizer):
         if Trait.WEIGHT_SWAPPING in self.spec.traits:
             hold_averaged_weights(engine, self)
 
-    def _build_part(self, call: Call, process_group: dist.ProcessGroup | None) -> DistributedOptimizer:
+    def _divide(self, spec: OptimizerSpec, call: Call, process_group: dist.ProcessGroup | None) -> Division:
         groups = [{**group, "params": [place(placed, call) for placed in group["params"]]} for group in self._groups]
-        spec = self.spec
-        if spec.is_undescribed:
-            spec = prove_separable(spec, groups, self._arguments)
-        return DistributedOptimizer(
+        return divide(
             spec,
             groups,
             self._arguments,
             process_group=process_group,
             all_ranks=self._engine.seq_data_parallel_group,
-            agreement=PartOfAgreement(self._agreement),
         )
+
+    def _build_part(self, division: Division, values: dict[int, Tensor] | None) -> DistributedOptimizer:
+        return DistributedOptimizer(division, values, agreement=PartOfAgreement(self._agreement))
 
     def route_audit(self) -> str:
         """Which algorithm got which tensors, and who steps them."""

@@ -1,0 +1,214 @@
+"""Who steps what: which parameters run on local slices, and who owns the others; before anything of upstream exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_optim.errors import UnsupportedError
+from dist_optim.exchange.plan import Plan
+from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
+from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
+from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.layout import Elsewhere
+from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
+from dist_optim.specs.driver import ParamGroup
+from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.stepping.bystander import Bystander
+from dist_optim.stepping.upstream_instance import UpstreamInstance
+
+__all__ = ["DEFAULT_BUCKET_BYTES", "SOLE_OWNER", "Division", "divide", "starting_values"]
+
+DEFAULT_BUCKET_BYTES = 64 << 20
+SOLE_OWNER = 0
+"""The rank that steps everything, where tensors depend on each other."""
+
+Values = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Division:
+    """The work of one optimizer, divided; the same on every rank but for what ``process_group`` says of this one."""
+
+    spec: OptimizerSpec
+    groups: Sequence[ParamGroup]
+    """``params`` lists the ``PlacedParameter`` of the group."""
+    arguments: Mapping[str, Any]
+    """Constructor keywords for upstream."""
+    placed: tuple[PlacedParameter, ...]
+    """One entry a parameter, in group order: the index that everything counts by."""
+    slices: Sequence[int]
+    """Stepped by each rank on its own part."""
+    plan: Plan
+    """Of everything else."""
+    is_together: bool
+    """Whether one rank steps all tensors, with one instance."""
+    bucket_bytes: int
+    process_group: dist.ProcessGroup | None
+    """The ranks that share the work."""
+    all_ranks: dist.ProcessGroup | None
+    """All ranks that train the model."""
+
+    def agree(self) -> None:
+        """Compare names, shapes, layouts, owners and hyperparameters over the ranks. Collective.
+
+        Raises:
+            RanksDisagreeError: On all ranks, with the first entry that differs.
+        """
+        items: list[tuple[str, Any]] = [("optimizer", self.spec.name)]
+        for number, group in enumerate(self.groups):
+            values = {**self.arguments, **group}
+            items += [
+                (f"group {number}, {key}", value)
+                for key, value in values.items()
+                if key != "params" and not callable(value)
+            ]
+        round_of = {item.index: bucket.index for bucket in self.plan.buckets for item in bucket.items}
+        for index, one in enumerate(self.placed):
+            described = (tuple(one.shape), one.dtype, one.layout, one.is_trained, one.is_idle)
+            travel = ("owner", self.plan.owners.get(index), "round", round_of.get(index))
+            items.append((f"parameter {one.fqn!r}", (*described, *travel)))
+        assert_ranks_equal(
+            f"The plan of {self.spec.name!r} differs between ranks",
+            items,
+            "Build the same model, with the same arguments, on every rank.",
+            self.all_ranks,
+        )
+
+    def names_by_group(self) -> list[list[str]]:
+        """Logical names of the parameters of each group."""
+        return [[one.fqn for one in group["params"]] for group in self.groups]
+
+    def build_instances(self, values: Values | None) -> tuple[UpstreamInstance | None, list[UpstreamInstance]]:
+        """Upstream's optimizers of this rank: one for what is stepped on slices, and for each round the owner's."""
+        rank = own_rank(self.process_group)
+        local = None
+        if self.slices or not self.plan.buckets:
+            local = self._instance({index: self.placed[index].local().shape for index in self.slices}, values)
+        shapes = [{item.index: item.shape for item in bucket.owned[rank]} for bucket in self.plan.buckets]
+        if not self.is_together or not shapes:
+            return local, [self._instance(own, values) for own in shapes]
+        if rank != SOLE_OWNER:
+            return local, [Bystander(self.spec, self.groups, self.arguments)] * len(shapes)
+        return local, [self._instance({k: v for own in shapes for k, v in own.items()}, values)] * len(shapes)
+
+    def _instance(self, shapes: Mapping[int, torch.Size], values: Values | None) -> UpstreamInstance:
+        if values is not None:
+            stepped = set(shapes)
+            values = {index: one for index, one in values.items() if index in stepped or not self._is_stepped(index)}
+        return UpstreamInstance(self.spec, self.groups, shapes, self.arguments, values)
+
+    def _is_stepped(self, index: int) -> bool:
+        return index in self.plan.owners or index in self.slices
+
+
+def divide(
+    spec: OptimizerSpec,
+    groups: Sequence[ParamGroup],
+    arguments: Mapping[str, Any],
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    all_ranks: dist.ProcessGroup | None = None,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> Division:
+    """Decide who steps what. Not a collective: ranks that describe the same model decide alike.
+
+    Args:
+        spec: The optimizer; one that nobody described has its verdict, where several ranks share the work.
+        groups: Param groups; ``params`` lists the ``PlacedParameter`` of the group.
+        arguments: Constructor keywords for upstream.
+        process_group: The ranks that share the work; the default group when None.
+        all_ranks: All ranks that train the model: also the replicas of a shard group (HSDP).
+        bucket_bytes: The most that a rank's buffer for one field of a round takes.
+
+    Raises:
+        UnsupportedError: Upstream cannot step a parameter, or not in this way.
+    """
+    placed = tuple(one for group in groups for one in group["params"])
+    of_group = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    values = [{**arguments, **own} for own, group in zip(of_group, groups, strict=True) for _ in group["params"]]
+    members = {index: (one, values[index]) for index, one in enumerate(placed) if one.is_trained}
+    refuse_misfits(spec, list(members.values()), is_divided=num_ranks(all_ranks) > 1)
+    is_together = spec.is_coupled or (spec.keeps_tensors and num_ranks(process_group) == 1)
+    _refuse_parts(spec, arguments, placed, is_together)
+    here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
+    slices = [] if is_together else [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
+    owned = {index: member for index, member in here.items() if index not in slices}
+    plan = plan_owners(spec, owned, bucket_bytes, process_group, SOLE_OWNER if is_together else None)
+    return Division(
+        spec=spec,
+        groups=groups,
+        arguments=arguments,
+        placed=placed,
+        slices=slices,
+        plan=plan,
+        is_together=is_together,
+        bucket_bytes=bucket_bytes,
+        process_group=process_group,
+        all_ranks=all_ranks,
+    )
+
+
+def _refuse_parts(
+    spec: OptimizerSpec, arguments: Mapping[str, Any], placed: Sequence[PlacedParameter], is_together: bool
+) -> None:
+    """Where an engine steps the model in parts, what needs all gradients at once cannot be served."""
+    if not any(isinstance(one.layout, Elsewhere) and one.is_trained for one in placed):
+        return
+    if spec.driver.needs_total_norm(arguments):
+        raise UnsupportedError(
+            f"{spec.name}: clip_grad_norm needs all gradients at once, and the engine steps one part of them after "
+            'another. Let the engine clip ("gradient_clipping" in DeepSpeed\'s configuration).'
+        )
+    if is_together:
+        reason = spec.verdict.reason if spec.verdict else "its tensors depend on each other"
+        raise UnsupportedError(
+            f"{spec.name} steps all tensors together ({reason}), and DeepSpeed steps this model in parts: one for each "
+            "param group, and at stage 3 for each sub-group. Put all parameters into one param group, and set "
+            '"sub_group_size" in "zero_optimization" above the number of parameters; or train under DDP or FSDP.'
+        )
+
+
+def starting_values(division: Division) -> dict[int, Tensor] | None:
+    """The true values of what this rank will step whole, for classes that may read them. Collective for such.
+
+    One process hands upstream the model's own parameters where those are plain tensors.
+
+    Returns:
+        Tensors by index, on storage that nobody else writes to; None for an optimizer that reads none.
+    """
+    if not division.spec.keeps_tensors:
+        return None
+    placed = division.placed
+    values: dict[int, Tensor] = {index: placed[index].local() for index in division.slices}
+    if num_ranks(division.process_group) == 1:
+        here = [index for index, one in enumerate(placed) if not isinstance(one.layout, Elsewhere)]
+        return {
+            index: _of_model(placed[index]) for index in here if placed[index].is_trained or _is_plain(placed[index])
+        }
+    if division.is_together:  # frozen tensors that are there anyway, for a class that looks at all of its groups
+        values |= {index: one.local() for index, one in enumerate(placed) if not one.is_trained and _is_plain(one)}
+
+    def gather(bucket_at: int) -> Task[None]:
+        bucket = division.plan.buckets[bucket_at]
+        parts = {item.index: placed[item.index].local() for item in bucket.items}
+        route = bucket.route(own_rank(division.process_group))
+        (full,) = yield from gather_to_owner(bucket, [parts], route, division.process_group)
+        values.update({index: tensor.clone() for index, tensor in full.items()})
+
+    with torch.no_grad():
+        run_tasks(gather(at) for at in range(len(division.plan.buckets)))
+    return values
+
+
+def _is_plain(one: PlacedParameter) -> bool:
+    return type(one.parameter) is nn.Parameter and one.layout.is_replicated and one.shape == one.parameter.shape
+
+
+def _of_model(one: PlacedParameter) -> Tensor:
+    return one.parameter if _is_plain(one) else one.local()

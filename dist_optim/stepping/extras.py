@@ -1,0 +1,98 @@
+"""What an optimizer keeps outside ``optimizer.state``: attributes, an inner optimizer, state that is no parameter's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_optim.errors import StateDictError, UnsupportedError
+from dist_optim.specs.driver import STRUCTURE
+from dist_optim.specs.state_codec import Leaves, encode, restore
+
+__all__ = ["Extras"]
+
+_OF_TORCH = frozenset(vars(Optimizer([nn.Parameter(torch.empty(0))], {}))) | {
+    "_opt_called",
+    "_warned_capturable_if_run",
+}
+
+
+class Extras:
+    """Everything that an upstream instance holds besides its groups and the state of its parameters.
+
+    Args:
+        optimizer: The instance, just constructed.
+        parameters: What stands in its groups, by position among all parameters.
+
+    Raises:
+        UnsupportedError: It keeps something that is no data, so that it could never be saved.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[int, nn.Parameter]) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._index_of = {id(parameter): index for index, parameter in parameters.items()}
+        try:
+            self._at_start = _mark(*self._encoded())
+        except StateDictError as error:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} could not be saved: {error} Register an OptimizerSpec whose driver stores "
+                "it, or leave it out of the class."
+            ) from error
+
+    def read(self) -> dict[str, Any]:
+        """Plain tensors, and one text that says how they belong together; empty where all is as it was constructed.
+
+        Raises:
+            StateDictError: There is something in it that is no data.
+        """
+        text, leaves = self._encoded()
+        return {} if _mark(text, leaves) == self._at_start else {**leaves, STRUCTURE: text}
+
+    def write(self, encoded: Mapping[str, Any]) -> None:
+        """Install what ``read`` returned, in what is there already: what two objects share, they share afterwards."""
+        if not encoded:
+            return
+        leaves = {key: value.clone() for key, value in encoded.items() if key != STRUCTURE}
+        found = self._found()
+        restore(found, json.loads(encoded[STRUCTURE]), leaves, self._parameter)
+        vars(self._optimizer).update(found["attributes"])
+        state = self._optimizer.state
+        for key in [key for key in state if not isinstance(key, Tensor)]:
+            del state[key]
+        state.update(found["state"])
+
+    def _encoded(self) -> tuple[str, Leaves]:
+        leaves: Leaves = {}
+        return json.dumps(encode(self._found(), "extras", leaves, self._index)), leaves
+
+    def _found(self) -> dict[str, Any]:
+        optimizer = self._optimizer
+        attributes = {key: value for key, value in vars(optimizer).items() if key not in _OF_TORCH}
+        return {
+            "attributes": attributes,
+            "state": {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)},
+        }
+
+    def _index(self, tensor: Tensor) -> int | None:
+        """Which parameter a tensor is, or lies on: a class may keep ``parameter.data``."""
+        if id(tensor) in self._index_of or not tensor.numel():
+            return self._index_of.get(id(tensor))
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        same = (at for at, one in self._parameters.items() if (one.data_ptr(), one.shape, one.stride()) == place)
+        return next(same, None)
+
+    def _parameter(self, index: int) -> Tensor:
+        if index not in self._parameters:
+            raise StateDictError(f"Saved state refers to parameter {index}, which this optimizer does not step.")
+        return self._parameters[index]
+
+
+def _mark(text: str, leaves: Leaves) -> tuple[str, list[tuple[int, int]]]:
+    """Equal as long as nothing was changed or replaced."""
+    return text, [(tensor.data_ptr(), tensor._version) for tensor in leaves.values()]

@@ -1,0 +1,119 @@
+"""After one rank has stepped for all: what its upstream shows in its groups, and its generators, for the others."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_optim.ranks.agreement import host_group, num_ranks
+from dist_optim.stepping.bystander import Bystander
+from dist_optim.stepping.division import SOLE_OWNER
+from dist_optim.stepping.holdings import Holdings
+
+__all__ = ["OwnersWord", "broadcast_from_owner", "from_owner"]
+
+_PLAIN = (bool, int, float, str, Tensor, type(None))
+
+
+class OwnersWord:
+    """What the one rank that steps says after each step; nothing where every rank steps a part.
+
+    A rank whose random generators stood as the owner's before a step takes them over after it: ranks that were seeded
+    alike still draw alike, as where each of them runs upstream.
+    """
+
+    def __init__(self, held: Holdings) -> None:
+        self._held = held
+        self._is_needed = held.division.is_together and num_ranks(held.process_group) > 1
+        self._before = ""
+
+    def note_generators(self) -> None:
+        """Before the owner's step."""
+        if self._is_needed:
+            self._before = _digest(_generators())
+
+    def spread(self) -> None:
+        """After it. Collective on the ranks that share the work."""
+        if not self._is_needed:
+            return
+        (instance,) = self._held.instances
+        said: Any = None
+        if not isinstance(instance, Bystander):
+            after = _generators() if self._before else None
+            moved = after if after and _digest(after) != self._before else None
+            upstream = instance.optimizer
+            groups = [_plain(group) for group in upstream.param_groups]
+            said = groups, _plain(upstream.defaults), _plain(vars(upstream)), self._before, moved
+        groups, defaults, values, before, moved = broadcast_from_owner(said, self._held)
+        if isinstance(instance, Bystander):
+            instance.show_as(groups, defaults, values)
+            if moved and before == self._before:
+                _set_generators(moved)
+        self._before = ""
+
+
+def broadcast_from_owner(value: Any, held: Holdings) -> Any:
+    """The owner's value on every rank. Collective on the ranks that share the work."""
+    group = host_group(held.process_group)
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=SOLE_OWNER)
+    return box[0]
+
+
+def from_owner(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
+    """What upstream keeps that is no parameter's, where one rank alone has it; elsewhere every rank has the same.
+
+    Collective in the first case.
+    """
+    if not held.division.is_together or num_ranks(held.process_group) == 1:
+        return extras
+    found: dict[str, Any] = broadcast_from_owner({key: _copied(value) for key, value in extras.items()}, held)
+    return found
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """What can be sent and means the same elsewhere: no parameters, no code."""
+    return {key: _copied(value) for key, value in values.items() if key not in ("params", "state") and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
+    return isinstance(value, _PLAIN) and not isinstance(value, torch.nn.Parameter)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _generators() -> dict[str, Any]:
+    """The states of the generators that code may draw from."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state().numpy().tobytes(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(states["torch"]), dtype=torch.uint8))
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(states["cuda"]), dtype=torch.uint8))
+    if "numpy" in states:
+        import numpy
+
+        numpy.random.set_state(states["numpy"])
+
+
+def _digest(states: dict[str, Any]) -> str:
+    return hashlib.blake2b(repr(sorted(states.items())).encode(), digest_size=16).hexdigest()
