@@ -5,11 +5,21 @@ from __future__ import annotations
 import io
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from any_classes import TRAPS, Ascends, FollowsLoss
+from any_classes import (
+    TRAPS,
+    Ascends,
+    ClipsTogether,
+    DecaysItsRate,
+    DrawsNoise,
+    FollowsLoss,
+    KeepsAttributes,
+    PullsToStart,
+)
 from parity import Case, differences, full_parameters, gradients, inject, make_model, place
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -196,3 +206,79 @@ def test_closures_are_evaluated_by_all_ranks(
 )
 def test_closures_in_one_process(kind: type[Optimizer], arguments: dict[str, Any]) -> None:
     equals_itself_with_closure(kind, arguments, "none")
+
+
+class Losses(nn.Module):
+    """A model whose output is its loss, of one size for DeepSpeed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = Regression()
+
+    def forward(self, given: Tensor) -> Tensor:
+        out: Tensor = self.inner(given)
+        return out
+
+
+def equals_itself_under_zero(kind: type[Optimizer], stage: int, independent: bool | None, directory: str) -> None:
+    from zero import deepspeed
+
+    from dist_optim.integrations.deepspeed.engine import build_optimizer_for_engine
+
+    def engine_of() -> Any:
+        model = Losses()
+        client = build_optimizer_for_engine(model, kind, independent=independent, print_audit=False)
+        config = {
+            "train_micro_batch_size_per_gpu": 6,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+        }
+        return package.initialize(model=model, optimizer=client, config=config)[0], client
+
+    def train(engine: Any, steps: range) -> None:
+        for step in steps:
+            engine.backward(engine(batch(step)))
+            engine.step()
+
+    package = deepspeed()
+    plain = Losses()
+    draw_alike()
+    alone = kind(plain.parameters())  # type: ignore[call-arg]
+    for step in range(6):
+        plain.zero_grad()
+        plain(batch(step)).backward()
+        alone.step()
+    engine, client = engine_of()
+    client.attach(engine)
+    draw_alike()
+    train(engine, range(3))
+    engine.save_checkpoint(directory)
+    states = torch.get_rng_state(), random.getstate()
+    engine, client = engine_of()
+    client.attach(engine)
+    engine.load_checkpoint(directory)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    train(engine, range(3, 6))
+    with package.zero.GatheredParameters(list(engine.module.parameters())):
+        weights = {name: one.detach().clone() for name, one in engine.module.named_parameters()}
+    expected = {name: one.detach() for name, one in plain.named_parameters()}
+    problems = differences(CASE, expected, weights, "in the end")
+    shown_there = {key: client.param_groups[0].get(key) for key in shown(alone)[0]}
+    problems += [] if shown_there == shown(alone)[0] else [f"groups are {shown_there}, not {shown(alone)}"]
+    assert_no_problems_on_any_rank(problems[:5])
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "independent"),
+    [(PullsToStart, None), (DecaysItsRate, None), (DrawsNoise, None), (KeepsAttributes, None), (ClipsTogether, None)],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_under_zero(
+    two_ranks: RankPool, kind: type[Optimizer], independent: bool | None, stage: int, tmp_path: Path
+) -> None:
+    two_ranks.run(equals_itself_under_zero, kind, stage, independent, str(tmp_path))

@@ -160,9 +160,10 @@ def test_hyperparameters_behind_keywords_are_those_of_the_bases() -> None:
         dist_optim.build_optimizer(net(), Described.Through, eps=1e-4, print_audit=False)
 
 
-def test_a_class_that_takes_named_parameters_is_refused_with_its_reason() -> None:
-    with pytest.raises(dist_optim.errors.UnsupportedError, match="Named is built from named_parameters"):
-        dist_optim.build_optimizer(net(), Described.Named, lr=0.1, print_audit=False)
+def test_a_class_that_takes_named_parameters_gets_their_logical_names() -> None:
+    model = net()
+    optimizer = dist_optim.build_optimizer(model, Described.Named, lr=0.1, print_audit=False)
+    assert [name for name, _ in model.named_parameters()] == optimizer.names
 
 
 def test_named_parameters_and_what_schedules_write_are_taken_as_torch_takes_them() -> None:

@@ -72,6 +72,7 @@ def check_settings(
     fused_backward: Any = None,
     print_audit: Any = True,
     independent: Any = None,
+    master_weights: Any = False,
 ) -> None:
     """Refuse settings of ``build_optimizer`` that say nothing.
 
@@ -89,6 +90,7 @@ def check_settings(
         ("fused_backward", fused_backward, (True, False, None)),
         ("print_audit", print_audit, (True, False)),
         ("independent", independent, (True, False, None)),
+        ("master_weights", master_weights, (True, False)),
     ):
         if not any(value is one for one in allowed):
             raise HyperparameterError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}. Pass one of them.")

@@ -37,6 +37,11 @@ _TOO_LATE = (
     "the last gradients are there. Leave on_nonfinite out, or use {instead}, which stores gradients."
 )
 
+_NO_MASTERS = (
+    "{name}: master_weights are stepped from stored gradients, and inside backward a parameter is stepped as it is. "
+    "Leave master_weights out, or use {instead}."
+)
+
 
 def build_optimizer(
     model: nn.Module,
@@ -52,6 +57,7 @@ def build_optimizer(
     on_nonfinite: str | None = None,
     rank_timeout_s: float | None = None,
     independent: bool | None = None,
+    master_weights: bool = False,
     print_audit: bool = True,
     **hyperparameters: Any,
 ) -> DistributedOptimizer:
@@ -88,6 +94,10 @@ def build_optimizer(
             share them. None: proven at start-up (``dist_optim.testing.prove``); where it cannot be, rank 0 steps all of
             them, which is exact, and not sharded. True is the user's word for it, and nothing is tried or watched;
             False lets rank 0 step all of them.
+        master_weights: Whether upstream steps fp32 copies of the parameters that the model holds in bfloat16 or
+            float16, which lose updates far smaller than themselves. They live with the rank that steps them, sharded
+            like its state, and in checkpoints; the trajectory is that of upstream on fp32 copies, given the gradients
+            in fp32. DeepSpeed has masters of its own.
         print_audit: Whether rank 0 prints the route audit.
         **hyperparameters: ``lr``, ``weight_decay``, and everything else under upstream's own names.
 
@@ -107,6 +117,7 @@ def build_optimizer(
             fused_backward=fused_backward,
             print_audit=print_audit,
             independent=independent,
+            master_weights=master_weights,
         )
         check_choice(on_nonfinite)
         spec = resolve(optimizer, inside_backward=fused_backward is not False)
@@ -114,6 +125,8 @@ def build_optimizer(
         is_fused = _choose_fused(fused_backward, model, spec, placed, process_group)
         if is_fused and on_nonfinite is not None:
             raise UnsupportedError(_TOO_LATE.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
+        if is_fused and master_weights:
+            raise UnsupportedError(_NO_MASTERS.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
         groups, arguments = arrange(
             model, spec, placed, hyperparameters, params=params, no_decay=no_decay, target_modules=target_modules
         )
@@ -135,6 +148,7 @@ def build_optimizer(
         "bucket_bytes": bucket_bytes,
         "check_ranks_every": check_ranks_every,
         "independent": independent,
+        "master_weights": master_weights,
     }
     asked = {"optimizer": prepared.spec.name, **settings, "target_modules": target_modules, **hyperparameters}
     asked |= {f"the group of {one.fqn!r}": at for at, group in enumerate(prepared.groups) for one in group["params"]}
@@ -148,6 +162,7 @@ def build_optimizer(
             process_group=prepared.process_group,
             all_ranks=process_group,
             bucket_bytes=prepared.bucket_bytes,
+            master_weights=master_weights,
         ),
         process_group,
         doing=doing,

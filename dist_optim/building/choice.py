@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError, UnsupportedError
-from dist_optim.specs.registry import OptimizerSpec, get_spec, names, spec_of_class
+from dist_optim.specs.registry import OptimizerSpec, get_spec, names, spec_of_class, spec_of_factory
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["resolve"]
 
 
-def resolve(optimizer: str | type[Optimizer], *, inside_backward: bool = False) -> OptimizerSpec:
+def resolve(
+    optimizer: str | type[Optimizer] | Callable[..., Optimizer], *, inside_backward: bool = False
+) -> OptimizerSpec:
     """The spec of a name or a class, with its package at hand.
 
     Args:
@@ -28,7 +31,10 @@ def resolve(optimizer: str | type[Optimizer], *, inside_backward: bool = False) 
     if isinstance(optimizer, str):
         spec = get_spec(optimizer)
     elif isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        _refuse_other_inputs(optimizer)
         spec = spec_of_class(optimizer)
+    elif callable(optimizer) and not isinstance(optimizer, (type, Optimizer)):
+        spec = spec_of_factory(optimizer)
     else:
         raise ParameterError(_why_no_choice(optimizer))
     if spec.refusal:
@@ -38,19 +44,22 @@ def resolve(optimizer: str | type[Optimizer], *, inside_backward: bool = False) 
             f"{spec.name} steps each parameter inside backward, which is not served here. Use {spec.instead}, the same "
             "algorithm with stored gradients."
         )
-    _refuse_named_parameters(spec)
     return spec
 
 
-def _refuse_named_parameters(spec: OptimizerSpec) -> None:
-    """A class that chooses by names what to do with each parameter would be given groups without any."""
-    first = next(iter(inspect.signature(spec.load_class()).parameters), "")
-    if spec.is_undescribed and first.startswith("named_"):
+def _refuse_other_inputs(optimizer_class: type[Optimizer]) -> None:
+    """A class that is built from a model, or around another optimizer, needs a function that does so."""
+    first = next(iter(inspect.signature(optimizer_class).parameters), "")
+    name = optimizer_class.__name__
+    if first in ("model", "module"):
         raise UnsupportedError(
-            f"{spec.name} is built from {first}, and decides by the names what to do with each parameter; dist_optim "
-            "builds optimizers from groups of parameters. Pass a class that takes params, with groups in params= that "
-            "hold what each needs; or register an OptimizerSpec whose driver builds this class (docs/adding-an-"
-            "optimizer.md)."
+            f"{name} is built from a {first}, and here upstream gets tensors of its own, which are no {first}'s. Use "
+            "it in one process, without dist_optim; or another class of the same algorithm, that takes parameters."
+        )
+    if first in ("optimizer", "base_optimizer", "inner_optimizer"):
+        raise UnsupportedError(
+            f"{name} is built around another optimizer. Pass a function that builds both, in place of the class: "
+            f"lambda params: {name}(torch.optim.AdamW(params, lr=1e-3))."
         )
 
 

@@ -167,10 +167,17 @@ def _given_groups(
                 raise ParameterError(f"params: {one.fqn!r} is listed twice. List it in one group.")
             seen.add(id(one.parameter))
         own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append({**_check_group(spec, own), "params": members})
+        # Upstream gets names where it would have them: what they are is found again for each instance.
+        is_named = spec.is_undescribed and ("param_names" in group or _are_named(group["params"]))
+        marks = {"param_names": [one.fqn for one in members]} if is_named else {}
+        groups.append({**_check_group(spec, own), "params": members, **marks})
     if not seen:
         raise ParameterError("params is empty: there is nothing to optimize. Pass the model's parameters.")
     return groups
+
+
+def _are_named(params: Any) -> bool:
+    return isinstance(params, (list, tuple)) and bool(params) and isinstance(params[0], tuple)
 
 
 def _listed_groups(params: Any) -> list[Mapping[str, Any]]:

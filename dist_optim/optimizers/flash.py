@@ -51,6 +51,9 @@ class FlashDriver(UpstreamDriver):
         # The check of numerics takes the largest weight of the whole tensor.
         return not _kernel_modes(values) and not values["check_numerics"]
 
+    def keeps_precision(self, values: Mapping[str, Any]) -> bool:
+        return values["master_weight_bits"] is not None
+
     def runs_kernels_on(self, device: torch.device) -> bool:
         """Whether upstream's Triton kernels can step a parameter on this device."""
         return device.type == "cuda"

@@ -33,6 +33,9 @@ class StableAdamWDriver(UpstreamDriver):
         chosen["kahan_sum"] = chosen["kahan_sum"] is not False
         return super().construct(optimizer_class, param_groups, chosen)
 
+    def keeps_precision(self, values: Mapping[str, Any]) -> bool:
+        return values["kahan_sum"] is not False
+
     def why_refused(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
     ) -> str:

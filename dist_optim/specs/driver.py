@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dist_optim.specs.state_codec import Leaves, decode, encode, is_plain
 
-__all__ = ["STRUCTURE", "ParamGroup", "UpstreamDriver", "tensors_in"]
+__all__ = ["STRUCTURE", "NamedDriver", "ParamGroup", "UpstreamDriver", "tensors_in"]
 
 STRUCTURE = "(structure)"
 """Key of the text that says how the nested parts of a state belong together."""
@@ -28,6 +28,8 @@ ParamGroup = dict[str, Any]
 class UpstreamDriver:
     """The seam between dist_optim and one upstream class; the default for classes that keep to torch's conventions."""
 
+    wants_names: bool = False
+    """Whether param groups carry the parameters' names too, under ``param_names``, as in torch's own optimizers."""
     ghosts_have_gradients: bool = False
     """A parameter that is stepped elsewhere is present as an empty ghost. Where upstream counts only parameters *with*
     a gradient (GrokAdamW's decay by position), the ghost must carry an empty one."""
@@ -55,6 +57,10 @@ class UpstreamDriver:
     def why_not_divided(self, dtype: torch.dtype, values: Mapping[str, Any]) -> str:
         """Why tensors of this dtype cannot be stepped on different ranks, and what to do; empty where they can."""
         return ""
+
+    def keeps_precision(self, values: Mapping[str, Any]) -> bool:
+        """Whether, with these hyperparameters, it keeps what an update of a half-precision weight rounds away."""
+        return False
 
     def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
         """Hyperparameters that the user gave to single parameters by upstream's own means, by ``id(parameter)``."""
@@ -116,6 +122,19 @@ class UpstreamDriver:
         leaves = {key: value for key, value in encoded.items() if key.startswith("nested.")}
         plain = {key: value for key, value in encoded.items() if key != STRUCTURE and key not in leaves}
         return {**plain, **decode(tree, leaves)}
+
+
+class NamedDriver(UpstreamDriver):
+    """For classes whose constructor takes named parameters, and decides by the names what to do with each."""
+
+    wants_names = True
+
+    def construct(
+        self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
+    ) -> Optimizer:
+        named = [pair for group in param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+        build: Any = optimizer_class
+        return build(named, **arguments)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

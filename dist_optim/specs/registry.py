@@ -15,14 +15,25 @@ from enum import Enum
 from itertools import takewhile
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import HyperparameterError, MissingPackageError, UnknownOptimizerError
-from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.driver import NamedDriver, UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope, check_hyperparameters
 from dist_optim.specs.verdict import Verdict
 
-__all__ = ["OptimizerSpec", "Trait", "UpstreamClass", "get_spec", "names", "register", "spec_of_class"]
+__all__ = [
+    "OptimizerSpec",
+    "Trait",
+    "UpstreamClass",
+    "get_spec",
+    "names",
+    "register",
+    "spec_of_class",
+    "spec_of_factory",
+]
 
 ENTRY_POINT_GROUP = "dist_optim.optimizers"
 
@@ -98,6 +109,8 @@ class OptimizerSpec:
     """Why building this optimizer is refused, and what to use; empty when it is served."""
     forced: Mapping[str, Any] = field(default_factory=dict)
     """Constructor keywords that are always passed (``fused=True`` of the fused variant)."""
+    makes: type[Optimizer] | None = None
+    """The class that is built, where a function that builds it was given in its place."""
     verdict: Verdict | None = None
     """What was shown of a class that nobody described; None before that, and in one process."""
 
@@ -155,6 +168,10 @@ class OptimizerSpec:
         """
         return self.is_undescribed or Trait.COUPLED in self.traits
 
+    def own_class(self) -> type[Optimizer]:
+        """The class of what is built."""
+        return self.makes or self.load_class()
+
     def in_scope(self, scope: Scope) -> tuple[str, ...]:
         """Names of the hyperparameters with this scope."""
         return tuple(record.name for record in self.records() if record.scope is scope)
@@ -170,8 +187,12 @@ def signature_records(optimizer_class: type[Optimizer]) -> tuple[Hyperparameter,
     return _signatures[optimizer_class]
 
 
-def _read_signatures(optimizer_class: type[Optimizer]) -> tuple[Hyperparameter, ...]:
+def _read_signatures(optimizer_class: Any) -> tuple[Hyperparameter, ...]:
     found: dict[str, Hyperparameter] = {}
+    if not isinstance(optimizer_class, type):  # a function
+        parameters = list(inspect.signature(optimizer_class).parameters.values())
+        named = [one for one in parameters[1:] if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        return tuple(_signature_record(one, optimizer_class, is_inherited=False) for one in named)
     for kind in takewhile(lambda kind: kind not in (Optimizer, object), optimizer_class.__mro__):
         if kind is not optimizer_class and "__init__" not in vars(kind):
             continue
@@ -185,7 +206,7 @@ def _read_signatures(optimizer_class: type[Optimizer]) -> tuple[Hyperparameter, 
     return tuple(found.values())
 
 
-def _signature_record(parameter: inspect.Parameter, kind: type, is_inherited: bool) -> Hyperparameter:
+def _signature_record(parameter: inspect.Parameter, kind: Any, is_inherited: bool) -> Hyperparameter:
     is_required = parameter.default is parameter.empty and not is_inherited
     return Hyperparameter(
         name=parameter.name,
@@ -254,12 +275,12 @@ def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
     own = {record.name: record for record in signature_records(optimizer_class)}
     known = _find_spec(optimizer_class)
     if known is None:
-        swaps = callable(getattr(optimizer_class, "train", None)) and callable(getattr(optimizer_class, "eval", None))
         return OptimizerSpec(
             name=optimizer_class.__name__,
             load=lambda: optimizer_class,
             package=optimizer_class.__module__.split(".")[0],
-            traits=frozenset({Trait.WHOLE_TENSOR} | ({Trait.WEIGHT_SWAPPING} if swaps else set())),
+            traits=_traits_of(optimizer_class),
+            driver=NamedDriver() if _first_argument(optimizer_class).startswith("named_") else UpstreamDriver(),
         )
     records = tuple(
         replace(record, default=own[record.name].default, required=own[record.name].required)
@@ -268,6 +289,44 @@ def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
         for record in known.records()
     )
     return replace(known, hyperparameters=records, matrix_defaults={}, embedding_defaults={})
+
+
+def spec_of_factory(factory: Callable[..., Optimizer]) -> OptimizerSpec:
+    """A spec for a function that takes parameters and returns an optimizer, a wrapper around another one, say.
+
+    It is tried on one tiny parameter.
+
+    Raises:
+        HyperparameterError: It fails, or returns something else.
+    """
+    name = getattr(factory, "__name__", type(factory).__name__).strip("<>")
+    try:
+        made = factory([nn.Parameter(torch.zeros(2, 2))])
+    except Exception as error:
+        raise HyperparameterError(
+            f"{name} was given as a function that builds an optimizer, and fails on a list of parameters with "
+            f"{type(error).__name__}: {error}. Pass a class, or a function of one argument: "
+            "lambda params: Lookahead(torch.optim.AdamW(params, lr=1e-3))."
+        ) from error
+    if not isinstance(made, Optimizer):
+        raise HyperparameterError(f"{name} returned a {type(made).__name__}, not a torch.optim.Optimizer.")
+    kind: Any = factory
+    return OptimizerSpec(
+        name=name,
+        load=lambda: kind,
+        package=type(made).__module__.split(".")[0],
+        traits=_traits_of(type(made)),
+        makes=type(made),
+    )
+
+
+def _traits_of(optimizer_class: type[Optimizer]) -> frozenset[Trait]:
+    swaps = callable(getattr(optimizer_class, "train", None)) and callable(getattr(optimizer_class, "eval", None))
+    return frozenset({Trait.WHOLE_TENSOR} | ({Trait.WEIGHT_SWAPPING} if swaps else set()))
+
+
+def _first_argument(optimizer_class: type[Optimizer]) -> str:
+    return next(iter(inspect.signature(optimizer_class).parameters), "")
 
 
 def _find_spec(optimizer_class: type[Optimizer]) -> OptimizerSpec | None:

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.registry import Trait
+from dist_optim.stepping.division import is_half
 from dist_optim.stepping.holdings import Holdings
 
 __all__ = ["route_audit"]
@@ -34,7 +37,8 @@ def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
             lines[-1] += f"; {len(members) - len(trained)} frozen"
         if idle := sum(member.is_idle for member in members):
             lines[-1] += f"; {idle} of these tensors frozen for now"
-    lines += _owner_lines(held)
+    lines += _precision_lines(held)
+    lines += _together_lines(held, world_size) or _owner_lines(held)
     if is_inside_backward:
         lines.append("  updates are made inside backward: each gradient is freed when it is applied")
     elif Trait.FUSED_BACKWARD in held.spec.traits:
@@ -56,6 +60,37 @@ def _describe(members: Sequence[PlacedParameter]) -> str:
     return f"{len(members)} tensors, {numel:,} elements, {format_bytes(nbytes)} ({listing}{more})"
 
 
+def _precision_lines(held: Holdings) -> list[str]:
+    """Of weights in half precision: an update below their resolution is lost, unless something keeps it."""
+    half = [one for one in held.placed if one.is_trained and is_half(one.dtype)]
+    if held.division.has_masters:
+        nbytes = 4 * sum(one.shape.numel() for one in half)
+        return [
+            f"  fp32 masters of {len(half)} tensors, with the ranks that step them: {format_bytes(nbytes)} together"
+        ]
+    if not half or held.spec.driver.keeps_precision({**held.division.arguments}):
+        return []
+    name, resolution = ("bfloat16", 256) if half[0].dtype == torch.bfloat16 else ("float16", 2048)
+    return [
+        f"  careful: {len(half)} tensors are stepped in {name}, where an update below 1/{resolution} of a weight is "
+        "lost; master_weights=True keeps fp32 masters"
+    ]
+
+
+def _together_lines(held: Holdings, world_size: int) -> list[str]:
+    """Where one rank steps everything: why, and what that takes there."""
+    if not held.division.is_together or world_size == 1:
+        return []
+    verdict = held.spec.verdict
+    reason = verdict.reason if verdict else "its tensors depend on each other"
+    trained = [one for one in held.placed if one.is_trained]
+    nbytes = sum(one.shape.numel() * one.dtype.itemsize for one in trained)
+    return [
+        f"  stepped together by rank 0, exact and not sharded: {reason.rstrip('.')}",
+        f"  rank 0 holds all of its state, and in a step {format_bytes(nbytes)} of parameters and as much of gradients",
+    ]
+
+
 def _owner_lines(held: Holdings) -> list[str]:
     owned: Counter[int] = Counter()
     tensors: Counter[int] = Counter()
@@ -72,6 +107,8 @@ def _owner_lines(held: Holdings) -> list[str]:
         lines.append(f"  stepped whole by their owners, in {len(held.plan.buckets)} rounds: {'; '.join(shares)}")
     if held.num_replicas > 1:
         lines.append(f"  the {held.num_replicas} replicas of the shards all step the same: repeated work, no traffic")
+    if held.spec.verdict is not None and len(held.plan.buckets) and len(held.plan.buckets[0].owned) > 1:
+        lines.append(f"  each tensor by itself: {held.spec.verdict.reason.rstrip('.')}")
     trainable = [p for p in placed if p.is_trained]
     local = [p for i, p in enumerate(placed) if p.is_trained and i not in held.plan.owners]
     if local:

@@ -38,7 +38,7 @@ class Bystander(UpstreamInstance):
     def __init__(self, spec: OptimizerSpec, groups: Sequence[ParamGroup], arguments: Mapping[str, Any]) -> None:
         self.driver, self.extras = spec.driver, None
         self.shadows, self.ghosts = {}, {}
-        self._group_of, self._of_model = {}, set()
+        self._group_of, self._of_model, self._model_dtypes = {}, set(), {}
         self._keeps_tensors, self._is_two_way, self._ghosts = True, spec.is_undescribed, "none"
         shown = [{**arguments, **group, "params": []} for group in groups]
         self.optimizer = _Shown(shown, dict(arguments))

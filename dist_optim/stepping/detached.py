@@ -1,4 +1,4 @@
-"""A step on tensors of upstream's own: for classes that nobody described, and those whose tensors depend on each other.
+"""A step on tensors of upstream's own: for classes that nobody described, coupled tensors, and fp32 masters.
 
 The model is written to when all ranks have come through: where the class fails, on whichever rank, the weights are
 those of the step before. It takes room for the whole tensors that a rank owns, and for their gradients.
@@ -104,7 +104,7 @@ class DetachedStep:
             (bucket, self._part_of(bucket.index, [item.index for item in bucket.items])[1])
             for bucket in held.plan.buckets
         ]
-        shadows = {index: one.data for owner in held.instances for index, one in owner.shadows.items()}
+        shadows = {index: one for owner in held.instances for index, one in owner.outgoing().items()}
         run_tasks(
             scatter_from_owner(
                 bucket,
@@ -130,7 +130,7 @@ class DetachedStep:
         if local is not None:
             local.show({index: held.placed[index].local() for index in local.shadows})
             act(local, {index: one for index, one in gradients.items() if index in local.shadows})
-            write_back(held, {index: one.data for index, one in local.shadows.items()})
+            write_back(held, local.outgoing())
         for instance, (parameters, whole_gradients) in self._by_instance(rounds):
             instance.show(parameters)
             act(instance, whole_gradients)

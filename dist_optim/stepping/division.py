@@ -22,7 +22,7 @@ from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "SOLE_OWNER", "Division", "divide", "starting_values"]
+__all__ = ["DEFAULT_BUCKET_BYTES", "SOLE_OWNER", "Division", "divide", "is_half", "starting_values"]
 
 DEFAULT_BUCKET_BYTES = 64 << 20
 SOLE_OWNER = 0
@@ -48,6 +48,8 @@ class Division:
     """Of everything else."""
     is_together: bool
     """Whether one rank steps all tensors, with one instance."""
+    has_masters: bool
+    """Whether upstream steps fp32 copies of what the model holds in half precision."""
     bucket_bytes: int
     process_group: dist.ProcessGroup | None
     """The ranks that share the work."""
@@ -66,7 +68,7 @@ class Division:
             items += [
                 (f"group {number}, {key}", value)
                 for key, value in values.items()
-                if key != "params" and not callable(value)
+                if key not in ("params", "param_names") and not callable(value)
             ]
         round_of = {item.index: bucket.index for bucket in self.plan.buckets for item in bucket.items}
         for index, one in enumerate(self.placed):
@@ -79,6 +81,11 @@ class Division:
             "Build the same model, with the same arguments, on every rank.",
             self.all_ranks,
         )
+
+    @property
+    def keeps_tensors(self) -> bool:
+        """Whether upstream's parameters have storage of their own, from before its constructor on."""
+        return self.spec.keeps_tensors or self.has_masters
 
     def names_by_group(self) -> list[list[str]]:
         """Logical names of the parameters of each group."""
@@ -115,6 +122,7 @@ def divide(
     process_group: dist.ProcessGroup | None = None,
     all_ranks: dist.ProcessGroup | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    master_weights: bool = False,
 ) -> Division:
     """Decide who steps what. Not a collective: ranks that describe the same model decide alike.
 
@@ -125,6 +133,7 @@ def divide(
         process_group: The ranks that share the work; the default group when None.
         all_ranks: All ranks that train the model: also the replicas of a shard group (HSDP).
         bucket_bytes: The most that a rank's buffer for one field of a round takes.
+        master_weights: Whether upstream steps fp32 copies of what the model holds in half precision.
 
     Raises:
         UnsupportedError: Upstream cannot step a parameter, or not in this way.
@@ -148,6 +157,7 @@ def divide(
         slices=slices,
         plan=plan,
         is_together=is_together,
+        has_masters=master_weights and any(is_half(one.dtype) for one, _ in members.values()),
         bucket_bytes=bucket_bytes,
         process_group=process_group,
         all_ranks=all_ranks,
@@ -182,15 +192,25 @@ def starting_values(division: Division) -> dict[int, Tensor] | None:
     Returns:
         Tensors by index, on storage that nobody else writes to; None for an optimizer that reads none.
     """
-    if not division.spec.keeps_tensors:
+    if not division.keeps_tensors:
         return None
+    values = _true_values(division)
+    if division.has_masters:
+        return {index: one.detach().float() if is_half(one.dtype) else one for index, one in values.items()}
+    return values
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a dtype is too coarse for small updates."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _true_values(division: Division) -> dict[int, Tensor]:
     placed = division.placed
     values: dict[int, Tensor] = {index: placed[index].local() for index in division.slices}
     if num_ranks(division.process_group) == 1:
-        here = [index for index, one in enumerate(placed) if not isinstance(one.layout, Elsewhere)]
-        return {
-            index: _of_model(placed[index]) for index in here if placed[index].is_trained or _is_plain(placed[index])
-        }
+        here = [(index, one) for index, one in enumerate(placed) if not isinstance(one.layout, Elsewhere)]
+        return {index: _of_model(one) for index, one in here if one.is_trained or _is_plain(one)}
     if division.is_together:  # frozen tensors that are there anyway, for a class that looks at all of its groups
         values |= {index: one.local() for index, one in enumerate(placed) if not one.is_trained and _is_plain(one)}
 

@@ -18,7 +18,7 @@ def state_after_a_step(held: Holdings) -> StateByName:
     New instances of upstream step tensors of their own: no parameter, no state and no random generator is touched.
     """
     values = None
-    if held.spec.keeps_tensors:
+    if held.division.keeps_tensors:
         values = {
             index: one.detach().clone() for instance, index in held.stepped_here() for one in [instance.shadows[index]]
         }

@@ -350,4 +350,4 @@ class DistributedOptimizer(TorchContract):
 
 
 def _without_params(group: Mapping[str, Any]) -> ParamGroup:
-    return {key: value for key, value in group.items() if key != "params"}
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}

@@ -23,7 +23,7 @@ class OwnMethods:
 
     def __init__(self, held: Holdings) -> None:
         self._upstream = [instance.optimizer for instance in held.instances]
-        self._class = held.spec.load_class() if held.spec.is_undescribed else Optimizer
+        self._class = held.spec.own_class() if held.spec.is_undescribed else Optimizer
 
     def has(self, name: str) -> bool:
         """Whether the class has a public method of this name, which torch's own base class has not."""

@@ -79,7 +79,8 @@ def from_owner(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """What can be sent and means the same elsewhere: no parameters, no code."""
-    return {key: _copied(value) for key, value in values.items() if key not in ("params", "state") and _is_plain(value)}
+    kept = {key: value for key, value in values.items() if key not in ("params", "param_names", "state")}
+    return {key: _copied(value) for key, value in kept.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

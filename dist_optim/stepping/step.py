@@ -140,7 +140,7 @@ class TrainingStep:
         if self._total is not None:
             for instance in self._held.instances:
                 self._held.spec.driver.take_total_norm(instance.optimizer, self._total)
-        if self._held.spec.keeps_tensors:
+        if self._held.division.keeps_tensors:
             self.detached.update(gradients, self._stepped, self._agree_after, closure)
             return
         num_rounds = 0 if self._is_one_by_one else len(self._held.plan.buckets)
@@ -256,7 +256,7 @@ class TrainingStep:
         self._is_one_by_one = False
         for instance in self._held.instances:
             instance.push_hyperparameters(self._held.groups, self._held.pushed_keys)
-        if self._held.spec.keeps_tensors:
+        if self._held.division.keeps_tensors:
             self.detached.act(act, gradients)
             self.publish_groups()
             return
@@ -353,7 +353,7 @@ class TrainingStep:
             for instance in held.instances:
                 instance.tick(held.pushed_keys)
         self._total = None
-        if not held.spec.keeps_tensors:  # such a class is agreed on before the model is written to
+        if not held.division.keeps_tensors:  # such a class is agreed on before the model is written to
             self._agree_after()
         self.publish_groups()
         progress.num_steps += 1

@@ -28,6 +28,8 @@ from dist_optim.stepping.extras import Extras
 
 __all__ = ["UpstreamInstance", "as_if_alone"]
 
+MASTER = "master"
+"""Key of the fp32 master among the state of a parameter in half precision."""
 ALIGNMENT = 64
 """Bytes; of torch's allocations on the CPU."""
 
@@ -61,17 +63,21 @@ class UpstreamInstance:
         self._is_two_way = spec.is_undescribed
         self._of_model = {index for index, value in (values or {}).items() if isinstance(value, nn.Parameter)}
         self._ghosts: Ghosts = "with gradients" if self.driver.ghosts_have_gradients else "empty"
-        if values is not None:
-            self._ghosts = spec.verdict.ghosts if spec.verdict else "empty"
+        if spec.verdict is not None:
+            self._ghosts = spec.verdict.ghosts
+        self._model_dtypes: dict[int, torch.dtype] = {}
         upstream_groups: list[ParamGroup] = []
         index = 0
         for group in groups:
-            parameters = []
+            parameters, names = [], []
             for placed in group["params"]:
-                parameters += self._make_parameter(index, placed, shapes, values or {})
+                made = self._make_parameter(index, placed, shapes, values or {})
+                parameters += made
+                names += [placed.fqn] * len(made)
                 self._group_of[index] = len(upstream_groups)
                 index += 1
-            upstream_groups.append({**group, "params": parameters})
+            named = {"param_names": names} if self.driver.wants_names or "param_names" in group else {}
+            upstream_groups.append({**group, "params": parameters, **named})
         try:
             self.optimizer: Optimizer = self.driver.construct(spec.load_class(), upstream_groups, arguments)
         except DistOptimError:
@@ -81,6 +87,8 @@ class UpstreamInstance:
                 f"{spec.name}: upstream's {spec.load_class().__name__} refuses its arguments: {error}. "
                 f"They were: {', '.join(f'{key}={value!r}' for key, value in arguments.items())}."
             ) from error
+        if spec.is_undescribed:
+            _refuse_own_groups(spec.name, self.optimizer, upstream_groups)
         if Trait.WEIGHT_SWAPPING in spec.traits:
             self.optimizer.train()  # type: ignore[attr-defined]  # upstream starts in eval mode, and refuses to step there
         self.extras = Extras(self.optimizer, {**self.shadows, **self.ghosts}) if spec.is_undescribed else None
@@ -94,6 +102,8 @@ class UpstreamInstance:
             value, is_stepped = values[index], index in shapes
             if not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=placed.parameter.requires_grad)
+            if is_stepped and value.dtype != placed.dtype:
+                self._model_dtypes[index] = placed.dtype
             (self.shadows if is_stepped else self.ghosts)[index] = value
         elif index in shapes:
             # The true shape from the start, on one element of storage: some optimizers read shapes in __init__.
@@ -138,13 +148,21 @@ class UpstreamInstance:
                 self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
             self.take_gradients(self.shadows if self._keeps_tensors else gradients)
-        return {index: self.shadows[index].data for index in parameters}
+        return self.outgoing(parameters)
+
+    def outgoing(self, indices: Collection[int] | None = None) -> dict[int, Tensor]:
+        """These tensors, or all that are stepped here, as the model is to have them."""
+        found = {index: self.shadows[index].data for index in (self.shadows if indices is None else indices)}
+        return {
+            index: tensor.to(self._model_dtypes[index]) if index in self._model_dtypes else tensor
+            for index, tensor in found.items()
+        }
 
     def give(self, gradients: Mapping[int, Tensor]) -> None:
         """Let upstream see these gradients; parameters that are the model's own have theirs."""
         for index, gradient in gradients.items():
             if index not in self._of_model:
-                self.shadows[index].grad = gradient
+                self.shadows[index].grad = gradient.to(self.shadows[index].dtype)
 
     def take_gradients(self, indices: Collection[int]) -> None:
         """Let upstream see none any more."""
@@ -225,6 +243,10 @@ class UpstreamInstance:
             shadow = self.shadows[index]
             if not self._keeps_tensors:
                 shadow.data = tensor
+            elif index in self._model_dtypes:
+                # The master stands, but for elements that somebody changed in the model: weights were loaded, say.
+                is_same = shadow.data.to(tensor.dtype) == tensor
+                shadow.data.copy_(torch.where(is_same, shadow.data, tensor.to(shadow.dtype)))
             elif shadow.data_ptr() != tensor.data_ptr():
                 shadow.data.copy_(tensor)
 
@@ -257,7 +279,8 @@ class UpstreamInstance:
     def published(self) -> list[dict[str, Any]]:
         """Upstream's groups as they are now, without parameters: what it wrote there itself is the truth."""
         values = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in self.optimizer.param_groups
         ]
         for shown, own in zip(self._shown, values, strict=True):
             shown.update(own)
@@ -281,7 +304,8 @@ class UpstreamInstance:
     def encoded_state(self, index: int) -> dict[str, Any]:
         """State of one tensor as plain tensors and scalars; empty before its first step."""
         state = self.driver.read_state(self.optimizer, self.shadows[index])
-        return self.driver.encode_state(state) if state else {}
+        encoded = self.driver.encode_state(state) if state else {}
+        return {**encoded, MASTER: self.shadows[index].data} if encoded and index in self._model_dtypes else encoded
 
     def write_encoded_state(self, index: int, encoded: Mapping[str, Any]) -> None:
         """Install state that ``encoded_state`` returned, in place of any there is; tensors are copied to the device."""
@@ -290,6 +314,9 @@ class UpstreamInstance:
             self.driver.clear_state(self.optimizer, shadow)
             return
         copied = {key: _copy(key, value, shadow.device, group) for key, value in encoded.items()}
+        master = copied.pop(MASTER, None)
+        if master is not None and index in self._model_dtypes:
+            shadow.data.copy_(master)
         self.driver.write_state(self.optimizer, shadow, self.driver.decode_state(copied, group))
 
     def state_tensors(self) -> list[Tensor]:
@@ -299,6 +326,23 @@ class UpstreamInstance:
             for shadow in self.shadows.values()
             for tensor in tensors_in(self.driver.read_state(self.optimizer, shadow))
         ]
+
+
+def _refuse_own_groups(name: str, optimizer: Optimizer, groups: Sequence[ParamGroup]) -> None:
+    """A class that was given groups keeps them: what it steps is found in them again.
+
+    Raises:
+        UnsupportedError: It has made others.
+    """
+    if [[id(one) for one in group["params"]] for group in optimizer.param_groups] != [
+        [id(one) for one in group["params"]] for group in groups
+    ]:
+        raise UnsupportedError(
+            f"{name} steps other tensors, or in other param groups, than it was given: "
+            f"{len(optimizer.param_groups)} groups of {sum(len(g['params']) for g in optimizer.param_groups)} tensors, "
+            f"not {len(groups)} of {sum(len(g['params']) for g in groups)}. Make its groups yourself, in params=[...]; "
+            "or use it in one process, without dist_optim."
+        )
 
 
 def _refuse_changed_gradients(

@@ -178,6 +178,8 @@ def build_optimizer_for_engine(
     rank_timeout_s: float | None = None,
     fused_backward: bool | None = None,
     on_nonfinite: str | None = None,
+    independent: bool | None = None,
+    master_weights: bool = False,
     **hyperparameters: Any,
 ) -> ZeroOptimizer:
     """The optimizer over the model before DeepSpeed flattens it: a client optimizer for ``deepspeed.initialize``.
@@ -187,14 +189,20 @@ def build_optimizer_for_engine(
         optimizer: A registered name or an optimizer class.
         params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
         target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``,
-            ``rank_timeout_s``, hyperparameters.
+            ``rank_timeout_s``, ``independent``, hyperparameters.
         fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
         on_nonfinite: Refused: DeepSpeed's engine looks for such gradients itself.
+        master_weights: Refused: DeepSpeed's engine has masters.
 
     Raises:
         DistOptimError: As ``dist_optim.build_optimizer``, on this rank alone.
     """
     spec = resolve(optimizer)
+    if master_weights:
+        raise UnsupportedError(
+            f'{spec.name}: DeepSpeed keeps fp32 masters itself, with "bf16" or "fp16" in its configuration, and '
+            "upstream steps those. Leave master_weights out."
+        )
     if fused_backward:
         raise UnsupportedError(
             f"{spec.name}: fused_backward=True updates inside backward, and DeepSpeed's engine steps after it. Leave "
@@ -226,7 +234,9 @@ def build_optimizer_for_engine(
         target_modules=target_modules,
         takes_idle=False,
     )
-    return ZeroOptimizer(spec, groups, arguments, print_audit=print_audit, rank_timeout_s=rank_timeout_s)
+    return ZeroOptimizer(
+        spec, groups, arguments, print_audit=print_audit, rank_timeout_s=rank_timeout_s, independent=independent
+    )
 
 
 def _build(model: nn.Module, name: str, parameters: Any, options: Mapping[str, Any]) -> ZeroOptimizer:

@@ -148,6 +148,11 @@ class ZeroOptimizer(Optimizer):
         self._agreement = StepAgreement(group)
         shares = [group_of(call) for call in self._calls]
         spec = with_verdict(self.spec, self._groups, self._arguments, group, self._independent)
+        if spec.verdict is not None and spec.verdict.needs_closure:
+            raise UnsupportedError(
+                f"{spec.name} evaluates the loss itself, by a closure, for which DeepSpeed has no place. Train under "
+                "DDP or FSDP, in a loop that calls optimizer.step(closure); or take an optimizer that needs none."
+            )
         divisions = together(
             lambda: [self._divide(spec, *each) for each in zip(self._calls, shares, strict=True)],
             group,
@@ -234,6 +239,8 @@ class ZeroOptimizer(Optimizer):
                 part.progress.failed_step = num_steps + 1
             self.param_groups = self._outer  # DeepSpeed shows one at a time, and does not come back to the others
             raise
+        if self.spec.is_undescribed:  # it may write its own hyperparameters
+            self._pull_hyperparameters()
 
     def _refuse_real_gradients(self, shown: Sequence[Tensor]) -> None:
         if any(live.grad is not None and bool(live.grad.any()) for live in shown):
