@@ -132,6 +132,7 @@ class Described:
     class Named(torch.optim.SGD):
         def __init__(self, named_parameters: Any, lr: float = 0.1) -> None:
             super().__init__([parameter for _, parameter in named_parameters], lr=lr)
+            self.names = tuple(name for name, _ in named_parameters)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -163,7 +164,7 @@ def test_hyperparameters_behind_keywords_are_those_of_the_bases() -> None:
 def test_a_class_that_takes_named_parameters_gets_their_logical_names() -> None:
     model = net()
     optimizer = dist_optim.build_optimizer(model, Described.Named, lr=0.1, print_audit=False)
-    assert [name for name, _ in model.named_parameters()] == optimizer.names
+    assert tuple(name for name, _ in model.named_parameters()) == optimizer.names
 
 
 def test_named_parameters_and_what_schedules_write_are_taken_as_torch_takes_them() -> None:
