@@ -8,8 +8,12 @@ a small network. What is compared: weights after every step, and what the groups
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
+import math
 import random
+import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +35,15 @@ ALL_PRESENT = replace(CASE, without_gradient=(), frozen=(), growth=1.0)
 STEPS_OF_CLOSURE = 6
 
 
+def imported(module: str) -> Any:
+    """The module; of timm, without the models, which need more packages than its optimizers do."""
+    package = module.partition(".")[0]
+    if package == "timm" and package not in sys.modules and (found := importlib.util.find_spec(package)) is not None:
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = list(found.submodule_search_locations or ())
+    return importlib.import_module(module)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A class, or a function that builds an optimizer, by where it is found: it travels to other processes."""
@@ -38,9 +51,12 @@ class Choice:
     module: str
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    of_matrices: Mapping[str, Any] = field(default_factory=dict)
+    of_others: Mapping[str, Any] = field(default_factory=dict)
+    """What the group of the matrices, and that of all else, must say."""
 
     def load(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.name)
+        return getattr(imported(self.module), self.name)
 
     def alone(self, params: Any) -> Optimizer:
         """Upstream's own, without us."""
@@ -92,8 +108,8 @@ def reference_run(case: Case, choice: Choice, has_two_groups: bool = True) -> Re
     model = make_model(case)
     draw_alike()
     parameters = list(model.parameters())
-    groups = [{"params": [one for one in parameters if one.ndim > 1], **_rate(choice)}]
-    groups += [{"params": [one for one in parameters if one.ndim <= 1]}]
+    groups = [{"params": [one for one in parameters if one.ndim > 1], **_rate(choice), **choice.of_matrices}]
+    groups += [{"params": [one for one in parameters if one.ndim <= 1], **choice.of_others}]
     optimizer = choice.alone(groups if has_two_groups else parameters)
     _call(optimizer, "train")
     history = []
@@ -123,8 +139,8 @@ def run_given_gradients(
     def build(model: nn.Module) -> dist_optim.DistributedOptimizer:
         placed = detect(model).values()
         groups: list[dict[str, Any]] = [
-            {"params": [one.parameter for one in placed if len(one.shape) > 1], **_rate(choice)},
-            {"params": [one.parameter for one in placed if len(one.shape) <= 1]},
+            {"params": [one.parameter for one in placed if len(one.shape) > 1], **_rate(choice), **choice.of_matrices},
+            {"params": [one.parameter for one in placed if len(one.shape) <= 1], **choice.of_others},
         ]
         params: Any = groups if has_two_groups else None
         return dist_optim.build_optimizer(
@@ -190,7 +206,9 @@ def batch(step: int) -> Tensor:
     return torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
 
 
-def train_with_closure(model: nn.Module, optimizer: Optimizer) -> list[float]:
+def train_with_closure(model: nn.Module, optimizer: Optimizer, is_second: bool = False) -> list[float]:
+    """The losses that ``step`` returns; as a second evaluation, the closure follows a backward pass of the loop's."""
+
     def closure_of(step: int) -> Any:
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -200,29 +218,37 @@ def train_with_closure(model: nn.Module, optimizer: Optimizer) -> list[float]:
 
         return closure
 
-    return [float(torch.as_tensor(optimizer.step(closure_of(step))).detach()) for step in range(STEPS_OF_CLOSURE)]
+    losses = []
+    for step in range(STEPS_OF_CLOSURE):
+        if is_second:
+            closure_of(step)()
+        loss: Any = optimizer.step(closure_of(step))
+        losses.append(math.nan if loss is None else float(torch.as_tensor(loss).detach()))
+    return losses
 
 
-def reference_with_closure(choice: Choice) -> Reference:
+def reference_with_closure(choice: Choice, is_second: bool = False) -> Reference:
     """Raises what the class raises."""
     model = Regression()
     draw_alike()
     optimizer = choice.alone(list(model.parameters()))
-    losses = train_with_closure(model, optimizer)
+    losses = train_with_closure(model, optimizer, is_second)
     return Reference([weights_of(model)], shown(optimizer), losses)
 
 
 def run_with_closure(
-    choice: Choice, expected: Reference, placement: str
+    choice: Choice, expected: Reference, placement: str, is_second: bool = False
 ) -> tuple[list[str], dist_optim.DistributedOptimizer]:
     """As ``run_given_gradients``; the engine reduces the gradients of every evaluation."""
     model = place(Regression(), placement)
     draw_alike()
     optimizer = dist_optim.build_optimizer(model, choice.load(), print_audit=False, **choice.arguments)
-    losses = train_with_closure(model, optimizer)
+    losses = train_with_closure(model, optimizer, is_second)
     gaps = gaps_between(expected.weights[-1], full_parameters(model), "in the end")
     problems = [str(gap) for gap in gaps if not gap.absolute == 0]
-    return problems + ([] if losses == expected.losses else [f"losses {losses}, not {expected.losses}"]), optimizer
+    return problems + (
+        [] if repr(losses) == repr(expected.losses) else [f"losses {losses}, not {expected.losses}"]
+    ), optimizer
 
 
 # DeepSpeed ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError, UnsupportedError
@@ -31,8 +34,9 @@ def resolve(
     if isinstance(optimizer, str):
         spec = get_spec(optimizer)
     elif isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
-        _refuse_other_inputs(optimizer)
         spec = spec_of_class(optimizer)
+        if spec.is_undescribed:
+            _refuse_other_inputs(optimizer)
     elif callable(optimizer) and not isinstance(optimizer, (type, Optimizer)):
         spec = spec_of_factory(optimizer)
     else:
@@ -56,11 +60,21 @@ def _refuse_other_inputs(optimizer_class: type[Optimizer]) -> None:
             f"{name} is built from a {first}, and here upstream gets tensors of its own, which are no {first}'s. Use "
             "it in one process, without dist_optim; or another class of the same algorithm, that takes parameters."
         )
-    if first in ("optimizer", "base_optimizer", "inner_optimizer"):
+    if first in ("optimizer", "base_optimizer", "inner_optimizer") and not _takes_parameters(optimizer_class):
         raise UnsupportedError(
             f"{name} is built around another optimizer. Pass a function that builds both, in place of the class: "
             f"lambda params: {name}(torch.optim.AdamW(params, lr=1e-3))."
         )
+
+
+def _takes_parameters(optimizer_class: type[Optimizer]) -> bool:
+    """Whether it is content with a list of parameters, whatever its argument is called."""
+    build: Any = optimizer_class
+    try:
+        build([nn.Parameter(torch.zeros(2, 2))])
+    except Exception:
+        return False
+    return True
 
 
 def _why_no_choice(given: object) -> str:

@@ -87,7 +87,8 @@ class Hyperparameter:
     def allows(self, value: Any) -> bool:
         """Whether upstream may be given this value, without reading a string as something else."""
         if self.kind == "any":
-            return value is self.default or _has_no_infinity(value)
+            is_default = value is self.default or (isinstance(value, float) and value == self.default)
+            return is_default or _has_no_infinity(value)
         if value is None:
             return self.optional
         converted = self._converted(value)

@@ -9,6 +9,7 @@ object.
 
 from __future__ import annotations
 
+import enum
 import functools
 import sys
 import types
@@ -27,7 +28,8 @@ Leaves = dict[str, Tensor]
 _SCALARS = (bool, int, float, str, type(None))
 _SEQUENCES: Mapping[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
-IndexOf = Callable[[Tensor], int | None] | None
+IndexOf = Callable[[Tensor | int], int | None] | None
+"""Which parameter a tensor is, or has this ``id``."""
 _NAMED = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
@@ -43,12 +45,17 @@ def encode(value: Any, name: str, leaves: Leaves, index_of: IndexOf = None) -> A
         value: What is to be stored.
         name: Where it is, for names and messages.
         leaves: Receives the tensors.
-        index_of: Which parameter a tensor is, where the tree will be read by ``restore``; None for ``decode``.
+        index_of: Which parameter a tensor is, or a number is the ``id`` of, where the tree will be read by ``restore``;
+            None for ``decode``.
 
     Raises:
         StateDictError: There is something in it that is no data.
     """
     kind = type(value)
+    if kind is int and index_of is not None and (at := index_of(value)) is not None:
+        return {"id of": at}
+    if isinstance(value, enum.Enum):
+        return {"enum": _class_name(value, name), "name": value.name}
     if kind in _SCALARS:
         return value
     if isinstance(value, Tensor):
@@ -61,6 +68,8 @@ def encode(value: Any, name: str, leaves: Leaves, index_of: IndexOf = None) -> A
             return {label: items, **({"maxlen": value.maxlen} if label == "deque" else {})}
     if isinstance(value, dict):
         return _encode_dict(value, name, leaves, index_of)
+    if isinstance(value, torch.Size):
+        return {"torch": "Size", "kind": "Size", "of": list(value)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         items = [encode(item, f"{name}.{at}", leaves, index_of) for at, item in enumerate(value)]
         return {"fields": _class_name(value, name), "items": items}
@@ -116,6 +125,9 @@ def restore(existing: Any, tree: Any, leaves: Mapping[str, Tensor], parameter_of
         old = existing + [None] * len(tree["list"])
         existing[:] = [restore(was, item, leaves, parameter_of) for was, item in zip(old, tree["list"], strict=False)]
         return existing
+    if "tuple" in tree and isinstance(existing, tuple) and len(existing) == len(tree["tuple"]):
+        both = zip(existing, tree["tuple"], strict=True)
+        return tuple(restore(was, item, leaves, parameter_of) for was, item in both)
     return decode(tree, leaves, parameter_of)
 
 
@@ -155,6 +167,8 @@ def _decode(tree: dict[str, Any], leaves: Mapping[str, Tensor], parameter_of: Ca
     if "parameter" in tree and parameter_of is not None:
         found = parameter_of(tree["parameter"])
         return found.data if tree["is_data"] else found
+    if "id of" in tree and parameter_of is not None:
+        return id(parameter_of(tree["id of"]))
     if "numpy" in tree:
         import numpy
 
@@ -162,6 +176,8 @@ def _decode(tree: dict[str, Any], leaves: Mapping[str, Tensor], parameter_of: Ca
     if "tensor" in tree:
         found = leaves[tree["tensor"]]
         return torch.nn.Parameter(found, requires_grad=False) if "parameter_class" in tree else found
+    if tree.get("kind") == "Size":
+        return torch.Size(tree["of"])
     if "torch" in tree:
         return torch.device(tree["torch"]) if tree["kind"] == "device" else getattr(torch, tree["torch"][6:])
     if "complex" in tree:
@@ -169,6 +185,8 @@ def _decode(tree: dict[str, Any], leaves: Mapping[str, Tensor], parameter_of: Ca
     if "dict" in tree:
         pairs = {key: decode(item, leaves, parameter_of) for key, item in _pairs(tree["dict"], leaves, parameter_of)}
         return defaultdict(dict, pairs) if "of" in tree else pairs
+    if "enum" in tree:
+        return _member_of(tree["enum"], tree["name"])
     if "fields" in tree:
         made: Any = tuple.__new__(_class_of(tree["fields"]), inner(tree["items"]))
         return made
@@ -199,9 +217,7 @@ def _class_name(value: Any, name: str) -> str:
 
 def _class_of(text: str) -> Any:
     module, _, qualname = text.partition(":")
-    found: Any = functools.reduce(
-        lambda at, part: getattr(at, part, None), qualname.split("."), sys.modules.get(module)
-    )
+    found = _found(module, qualname)
     is_tuple = isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")
     if not isinstance(found, type) or not (is_tuple or not _why_not_made(found)):
         raise StateDictError(
@@ -209,6 +225,22 @@ def _class_of(text: str) -> Any:
             "own. Build the optimizer that was saved, with its package, and load again."
         )
     return found
+
+
+def _member_of(text: str, name: str) -> Any:
+    module, _, qualname = text.partition(":")
+    kind: Any = _found(module, qualname)
+    if not isinstance(kind, enum.EnumMeta) or name not in kind.__members__:
+        raise StateDictError(f"Saved state names {name!r} of {text!r}, which is not there. Build what was saved.")
+    return kind.__members__[name]
+
+
+def _found(module: str, qualname: str) -> Any:
+    """What a module that is imported has under a name; nothing is imported."""
+    at: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        at = getattr(at, part, None)
+    return at
 
 
 def _why_not_made(kind: type) -> str:

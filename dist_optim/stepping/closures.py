@@ -90,34 +90,37 @@ class Evaluations:
         self._held = held
         self._before = before
         self._after = after
-        self.first_loss: Any = None
-        self._count = 0
+        self.returned: Any = None
+        """What upstream's step returned, on every rank, when it is done."""
 
     def __call__(self) -> Any:
         """One evaluation, asked for by upstream, on all ranks."""
-        self._say(_GO_ON)
+        self._say((_GO_ON, None))
         return self._evaluate()
 
     def serve(self) -> None:
         """Take part in all evaluations of the rank that steps."""
-        while self._say(None) == _GO_ON:
+        word, self.returned = self._say(None)
+        while word == _GO_ON:
             # An error here is one of all ranks: the rank that steps notes it, and ends the step for all.
             with contextlib.suppress(DistOptimError):
                 self._evaluate()
+            word, self.returned = self._say(None)
 
-    def done(self) -> None:
-        """No more in this step."""
-        self._say(_DONE)
+    def done(self, returned: Any) -> None:
+        """No more in this step, which has returned this."""
+        self.returned = returned.detach() if isinstance(returned, Tensor) else returned
+        self._say((_DONE, self.returned if isinstance(self.returned, (Tensor, int, float, type(None))) else None))
 
     @property
     def is_asking(self) -> bool:
         """Whether this rank is the one that steps."""
         return not any(isinstance(instance, Bystander) for instance in self._held.instances)
 
-    def _say(self, word: str | None) -> str | None:
-        if num_ranks(self._held.process_group) == 1:
+    def _say(self, word: tuple[str, Any] | None) -> tuple[str, Any]:
+        if word is not None and num_ranks(self._held.process_group) == 1:
             return word
-        said: str | None = broadcast_from_owner(word, self._held)
+        said: tuple[str, Any] = broadcast_from_owner(word, self._held)
         return said
 
     def _evaluate(self) -> Any:
@@ -128,7 +131,4 @@ class Evaluations:
         loss = mean_loss(loss, ranks)
         with torch.no_grad():
             self._after()
-        if not self._count:
-            self.first_loss = loss
-        self._count += 1
         return loss

@@ -94,7 +94,7 @@ class DetachedStep:
             evaluations.serve()
             return []
         updates = [step_one(instance, *whole, evaluations) for instance, whole in self._by_instance(rounds)]
-        evaluations.done()
+        evaluations.done(self._held.owner_instances[0].returned)
         return updates
 
     def show_model(self) -> None:

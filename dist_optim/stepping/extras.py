@@ -79,8 +79,10 @@ class Extras:
             "state": {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)},
         }
 
-    def _index(self, tensor: Tensor) -> int | None:
-        """Which parameter a tensor is, or lies on: a class may keep ``parameter.data``."""
+    def _index(self, tensor: Tensor | int) -> int | None:
+        """Which parameter a tensor is, or lies on, or a number is the id of: a class may keep any of them."""
+        if isinstance(tensor, int):
+            return self._index_of.get(tensor)
         if id(tensor) in self._index_of or not tensor.numel():
             return self._index_of.get(id(tensor))
         place = tensor.data_ptr(), tensor.shape, tensor.stride()

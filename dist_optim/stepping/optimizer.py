@@ -99,7 +99,11 @@ class DistributedOptimizer(TorchContract):
             {**_without_params(own), "params": [one.parameter for one in group["params"]]}
             for own, group in zip(first.optimizer.param_groups, division.groups, strict=True)
         ]
+        keys = [set(group) for group in outer]
         super().__init__(outer, first.optimizer.defaults)
+        for group, own in zip(self.param_groups, keys, strict=True):  # torch adds defaults that upstream's groups lack
+            for key in group.keys() - own:
+                del group[key]
         self._is_built = True
         constructor_only = set(spec.in_scope(Scope.CONSTRUCTOR))
         self.progress = Progress()
@@ -161,7 +165,7 @@ class DistributedOptimizer(TorchContract):
         if not self.training_step.is_skipped:
             is_handed_on = evaluations is None and closure is not None and self.spec.verdict is not None
             self._update_and_end(self._handed_on(loss) if is_handed_on else evaluations)
-        return loss if evaluations is None else evaluations.first_loss
+        return loss if evaluations is None else evaluations.returned
 
     def _evaluations(self, closure: Callable[[], Any]) -> Evaluations:
         def after() -> None:

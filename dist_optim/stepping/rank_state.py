@@ -14,6 +14,7 @@ upstream's own class returns loads as well: it has ``state`` and ``param_groups`
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from dist_optim.errors import StateDictError
 from dist_optim.ranks.agreement import num_ranks
+from dist_optim.specs.driver import STRUCTURE
+from dist_optim.specs.state_codec import decode, encode
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.sharing import from_owner
 from dist_optim.stepping.whole_state import StateByName, gathered, own_state, parts_of
@@ -74,11 +77,35 @@ def _state_dict(
 
 
 def plain_groups(held: Holdings) -> list[dict[str, Any]]:
-    """The param groups with names for parameters, without what cannot be saved."""
-    return [
-        {**{key: value for key, value in group.items() if key != "params" and not callable(value)}, "params": names}
-        for group, names in zip(held.groups, held.names_by_group(), strict=True)
+    """The param groups with names for parameters, without code; objects in them as ``specs.state_codec`` has them."""
+    kept = [
+        {key: _stored(key, value) for key, value in group.items() if key != "params" and not callable(value)}
+        for group in held.groups
     ]
+    return [{**own, "params": names} for own, names in zip(kept, held.names_by_group(), strict=True)]
+
+
+def _stored(key: str, value: Any) -> Any:
+    if _is_simple(value):
+        return value
+    leaves: dict[str, Tensor] = {}
+    text = json.dumps(encode(value, key, leaves))
+    return {STRUCTURE: text, **leaves}
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether ``torch.load(weights_only=True)`` takes it, and JSON, as it is."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return all(map(_is_simple, value))
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_simple(item) for key, item in value.items())
+    return isinstance(value, Tensor) or type(value) in (bool, int, float, str, type(None))
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict) and STRUCTURE in value:
+        return decode(json.loads(value[STRUCTURE]), value)
+    return _copy(value)
 
 
 def write(held: Holdings, progress: Progress, state_dict: Mapping[str, Any]) -> None:
@@ -126,7 +153,7 @@ def install(
     for instance, index in held.stepped_here():
         instance.write_encoded_state(index, state.get(held.placed[index].fqn, {}))
     for group, saved in zip(held.groups, groups, strict=True):
-        group.update({key: _copy(value) for key, value in saved.items() if key != "params"})
+        group.update({key: _restored(value) for key, value in saved.items() if key != "params"})
     own = [{key: group[key] for key in counters if key in group} for group in held.groups]
     for instance in held.instances:
         if instance.extras is not None:

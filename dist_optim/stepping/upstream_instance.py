@@ -12,6 +12,7 @@ read them there, keep them, or change one that has no gradient. In one process i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ class UpstreamInstance:
             is the instance's from now on, or the model's own parameters where it may step those themselves.
     """
 
+    returned: Any = None
+    """What the last step with a closure returned."""
+
     def __init__(
         self,
         spec: OptimizerSpec,
@@ -79,7 +83,8 @@ class UpstreamInstance:
             named = {"param_names": names} if self.driver.wants_names or "param_names" in group else {}
             upstream_groups.append({**group, "params": parameters, **named})
         try:
-            self.optimizer: Optimizer = self.driver.construct(spec.load_class(), upstream_groups, arguments)
+            given = _as_given(upstream_groups) if spec.is_undescribed else upstream_groups
+            self.optimizer: Optimizer = self.driver.construct(spec.load_class(), given, arguments)
         except DistOptimError:
             raise
         except (ValueError, TypeError) as error:  # upstream's own checks, of values that exclude each other, say
@@ -90,7 +95,9 @@ class UpstreamInstance:
         if spec.is_undescribed:
             _refuse_own_groups(spec.name, self.optimizer, upstream_groups)
         if Trait.WEIGHT_SWAPPING in spec.traits:
-            self.optimizer.train()  # type: ignore[attr-defined]  # upstream starts in eval mode, and refuses to step there
+            # Upstream starts in eval mode, and refuses to step there. A wrapper may have the method, and its inner not.
+            with contextlib.suppress(*([AttributeError] if spec.is_undescribed else [])):
+                self.optimizer.train()  # type: ignore[attr-defined]
         self.extras = Extras(self.optimizer, {**self.shadows, **self.ghosts}) if spec.is_undescribed else None
         self._shown = [dict(group) for group in self.optimizer.param_groups]
 
@@ -145,7 +152,7 @@ class UpstreamInstance:
             if closure is None:
                 self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
             else:
-                self.optimizer.step(closure)
+                self.returned = self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
             self.take_gradients(self.shadows if self._keeps_tensors else gradients)
         return self.outgoing(parameters)
@@ -326,6 +333,14 @@ class UpstreamInstance:
             for shadow in self.shadows.values()
             for tensor in tensors_in(self.driver.read_state(self.optimizer, shadow))
         ]
+
+
+def _as_given(groups: list[ParamGroup]) -> list[Any]:
+    """One group without values is what a user gives as a plain list; some classes take nothing else."""
+    (first, *others) = groups
+    if others or not first["params"] or first.keys() - {"params", "param_names"}:
+        return groups
+    return list(zip(first["param_names"], first["params"], strict=True)) if "param_names" in first else first["params"]
 
 
 def _refuse_own_groups(name: str, optimizer: Optimizer, groups: Sequence[ParamGroup]) -> None:
