@@ -276,6 +276,26 @@ class Ascends(Trap):
         return loss
 
 
+class AscendsInTwoCalls(Trap):
+    """As ``Ascends``, by two methods between which the loop evaluates again; the first clears gradients."""
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        for parameter in self.everything():
+            if parameter.grad is not None:
+                self.state[parameter]["before"] = parameter.detach().clone()
+                parameter.add_(parameter.grad, alpha=0.05)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for parameter in self.everything():
+            if "before" in self.state[parameter]:
+                parameter.copy_(self.state[parameter].pop("before"))
+        Trap.step(self)
+
+
 class FollowsLoss(Trap):
     """Its steps grow with the loss that the closure returns."""
 

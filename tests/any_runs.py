@@ -36,11 +36,12 @@ STEPS_OF_CLOSURE = 6
 
 
 def imported(module: str) -> Any:
-    """The module; of timm, without the models, which need more packages than its optimizers do."""
-    package = module.partition(".")[0]
-    if package == "timm" and package not in sys.modules and (found := importlib.util.find_spec(package)) is not None:
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = list(found.submodule_search_locations or ())
+    """The module; of timm without its models, which need more packages than its optimizers do."""
+    if module == "timm.optim" and "timm" not in sys.modules and (found := importlib.util.find_spec("timm")) is not None:
+        package, models = types.ModuleType("timm"), types.ModuleType("timm.models")
+        package.__path__ = list(found.submodule_search_locations or ())
+        vars(models)["group_parameters"] = None
+        sys.modules |= {"timm": package, "timm.models": models}
     return importlib.import_module(module)
 
 

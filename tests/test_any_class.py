@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from any_classes import TRAPS
+from any_classes import TRAPS, AscendsInTwoCalls
 from any_runs import (
     CASE,
     WITH_SCALAR,
     Choice,
+    Regression,
+    batch,
     reference_of_engine,
     reference_run,
     reference_with_closure,
     run_given_gradients,
     run_under_zero,
     run_with_closure,
+    weights_of,
 )
+from parity import full_parameters, gaps_between, place
+from torch import nn
 
+import dist_optim
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 PLACEMENTS = ("ddp", "fsdp2 units", "fsdp1")
@@ -71,6 +78,30 @@ def test_closures_are_evaluated_by_all_ranks(two_ranks: RankPool, name: str, pla
 @pytest.mark.parametrize("name", CLOSURES)
 def test_closures_in_one_process(name: str) -> None:
     equals_itself_with_closure(CLOSURES[name], "none")
+
+
+def trained_in_two_calls(model: nn.Module, optimizer: Any) -> None:
+    for step in range(4):
+        model(batch(step)).backward()
+        optimizer.first_step(zero_grad=True)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        model(batch(step)).backward()
+        optimizer.second_step()
+        optimizer.zero_grad()
+
+
+def two_calls_equal_one_process(placement: str) -> None:
+    plain = Regression()
+    trained_in_two_calls(plain, AscendsInTwoCalls(plain.parameters(), lr=0.1))
+    model = place(Regression(), placement)
+    trained_in_two_calls(model, dist_optim.build_optimizer(model, AscendsInTwoCalls, lr=0.1, print_audit=False))
+    gaps = gaps_between(weights_of(plain), full_parameters(model), "in the end")
+    assert_no_problems_on_any_rank([str(gap) for gap in gaps if gap.absolute])
+
+
+@pytest.mark.parametrize("placement", ["ddp", "fsdp2"])
+def test_a_step_of_two_methods(two_ranks: RankPool, placement: str) -> None:
+    two_ranks.run(two_calls_equal_one_process, placement)
 
 
 def equals_itself_under_zero(name: str, stage: int, directory: str) -> None:

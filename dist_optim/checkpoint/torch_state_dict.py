@@ -54,7 +54,7 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
     held, progress = optimizer.holdings, optimizer.progress
     optimizer.meet("reading its state by torch.distributed.checkpoint")
     together(lambda: _refuse_extras(held), held.all_ranks)
-    mine = own_state(held) if progress.num_steps else state_after_a_step(held)
+    mine = state_after_a_step(held) if progress.is_fresh else own_state(held)
     as_dtensors = all(isinstance(one.parameter, DTensor) for one in held.placed if not one.layout.is_replicated)
     has_shards = any(not one.layout.is_replicated for one in held.placed)
     if full or not has_shards or not as_dtensors:

@@ -26,10 +26,17 @@ class Progress:
     num_steps: int = 0
     mode: str = "train"
     """``"eval"`` while the averaged weights are in place, for optimizers that swap weights."""
+    num_calls: int = 0
+    """Calls of a class's own methods, which may step as ``step`` does."""
     num_skipped: int = 0
     """Steps that were left out since the optimizer was built, with ``on_nonfinite="skip"``."""
     failed_step: int | None = None
     """The step that failed half way, until something is loaded: weights and state are of no step at all."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing was done yet, so that no rank has any state."""
+        return not self.num_steps and not self.num_calls
 
     def why_not_saved(self) -> str:
         """Why what is held now must not be saved, and what to do; empty where it may be."""

@@ -303,7 +303,10 @@ class DistributedOptimizer(TorchContract):
 
     def _call_own_method(self, name: str, *args: Any, **keywords: Any) -> Any:
         gradients = self._local_gradients(self.training_step.agree_on_gradients(self._look_at_model(), f"{name}()"))
-        return self.training_step.call_own_method(name, args, keywords, gradients)
+        result, is_cleared = self.training_step.call_own_method(name, args, keywords, gradients)
+        if is_cleared:
+            self.zero_grad()
+        return result
 
     @property
     def num_steps(self) -> int:

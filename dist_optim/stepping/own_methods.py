@@ -53,17 +53,17 @@ class OwnMethods:
                 one.zero_grad(set_to_none)
 
 
-def one_result(name: str, results: list[Any], held: Holdings) -> Any:
-    """What a method returned: the same from all its instances, on all ranks. Collective.
+def one_result(name: str, results: list[tuple[Any, bool]], held: Holdings) -> tuple[Any, bool]:
+    """What a method returned, the same from all instances on all ranks, and whether it cleared gradients. Collective.
 
     Raises:
         UnsupportedError: Instances returned other values, or what cannot be compared.
     """
-    everyones = gather_objects([one if isinstance(one, _PLAIN) else ... for one in results], held.all_ranks)
-    flat = [one for results in everyones for one in results]  # bystanders of a sole owner return none
-    if any(one is ... or one != flat[0] for one in flat):
+    own = [(one if isinstance(one, _PLAIN) else ..., is_cleared) for one, is_cleared in results]
+    flat = [pair for pairs in gather_objects(own, held.all_ranks) for pair in pairs]  # bystanders have none
+    if any(one is ... or one != flat[0][0] for one, _ in flat):
         raise UnsupportedError(
             f"{name}() returns something else for each part of the model, and here each rank steps a part. Read what "
             "it is made of from optimizer.state, or use one process."
         )
-    return flat[0]
+    return flat[0][0], any(is_cleared for _, is_cleared in flat)

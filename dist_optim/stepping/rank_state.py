@@ -44,7 +44,7 @@ def read(held: Holdings, progress: Progress) -> dict[str, Any]:
     _refuse_half_step(progress)
     if not is_replicated(held):
         return read_share(held, progress)
-    if not progress.num_steps:
+    if progress.is_fresh:
         return _state_dict(held, progress, own_state(held), held.extras(), {"rank": None, "world_size": None})
     extras = from_owner(held.extras(), held)
     return _state_dict(held, progress, gathered(held), extras, {"rank": None, "world_size": None})

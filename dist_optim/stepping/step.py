@@ -228,14 +228,17 @@ class TrainingStep:
     @torch.no_grad()
     def call_own_method(
         self, name: str, args: Sequence[Any], keywords: Mapping[str, Any], gradients: Mapping[int, Tensor]
-    ) -> Any:
+    ) -> tuple[Any, bool]:
         """Call a method of upstream's own on all instances, with parameters and gradients in its view. Collective.
+
+        Returns:
+            What it returns, and whether it has cleared the gradients.
 
         Raises:
             StepFailedError: On all ranks: it failed on one.
             UnsupportedError: On all ranks: it changes gradients, or returns something else for each part.
         """
-        results: list[Any] = []
+        results: list[tuple[Any, bool]] = []
 
         def call(instance: UpstreamInstance, own: Mapping[int, Tensor]) -> None:
             if isinstance(instance, Bystander):
@@ -244,8 +247,9 @@ class TrainingStep:
                 results.append(instance.call(name, args, keywords, own))
             except Exception as error:
                 self.agreement.note(error)
-                results.append(None)
+                results.append((None, False))
 
+        self._progress.num_calls += 1
         self._in_view(call, gradients)
         self.agreement.after(f"{self._held.spec.name}.{name}()", self._progress.num_steps)
         return one_result(name, results, self._held)

@@ -69,7 +69,7 @@ class TorchContract(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        if self.progress.num_steps and rank_state.is_replicated(self.holdings):
+        if not self.progress.is_fresh and rank_state.is_replicated(self.holdings):
             self.meet("state_dict()")
         made = rank_state.read(self.holdings, self.progress)
         for after in self._optimizer_state_dict_post_hooks.values():

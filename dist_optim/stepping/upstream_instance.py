@@ -213,8 +213,13 @@ class UpstreamInstance:
         if any(_counters_in(group, keys) for group in self.optimizer.param_groups):
             self.driver.step(self.optimizer, [])
 
-    def call(self, name: str, args: Sequence[Any], keywords: Mapping[str, Any], gradients: Mapping[int, Tensor]) -> Any:
-        """Call a method of upstream's own, on the parameters in its view and these gradients; returns what it returns.
+    def call(
+        self, name: str, args: Sequence[Any], keywords: Mapping[str, Any], gradients: Mapping[int, Tensor]
+    ) -> tuple[Any, bool]:
+        """Call a method of upstream's own, on the parameters in its view and these gradients.
+
+        Returns:
+            What it returns, and whether it has cleared all gradients.
 
         Raises:
             UnsupportedError: It has changed gradients.
@@ -223,9 +228,11 @@ class UpstreamInstance:
         self.give(gradients)
         try:
             result = getattr(self.optimizer, name)(*args, **keywords)
-            if not self._of_model:
-                _refuse_changed_gradients(name, before, {index: self.shadows[index].grad for index in gradients})
-            return result
+            after = {index: self.shadows[index].grad for index in gradients if index not in self._of_model}
+            is_cleared = bool(after) and all(gradient is None for gradient in after.values())
+            if not is_cleared:
+                _refuse_changed_gradients(name, {index: before[index] for index in after}, after)
+            return result, is_cleared
         finally:
             self.take_gradients(gradients)
 
