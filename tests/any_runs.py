@@ -159,7 +159,7 @@ def run_given_gradients(
         change_rates(optimizer, step)
         optimizer.step()
         gaps = gaps_between(expected.weights[step], full_parameters(model), f"after step {step}")
-        problems += [str(gap) for gap in gaps if not gap.absolute == 0]
+        problems += [str(gap) for gap in gaps if gap.absolute != 0]
     if repr(shown(optimizer)) != repr(expected.groups):
         problems.append(f"groups are {shown(optimizer)}, not {expected.groups}")
     return problems, optimizer
@@ -246,7 +246,7 @@ def run_with_closure(
     optimizer = dist_optim.build_optimizer(model, choice.load(), print_audit=False, **choice.arguments)
     losses = train_with_closure(model, optimizer, is_second)
     gaps = gaps_between(expected.weights[-1], full_parameters(model), "in the end")
-    problems = [str(gap) for gap in gaps if not gap.absolute == 0]
+    problems = [str(gap) for gap in gaps if gap.absolute != 0]
     return problems + (
         [] if repr(losses) == repr(expected.losses) else [f"losses {losses}, not {expected.losses}"]
     ), optimizer
@@ -308,7 +308,7 @@ def run_under_zero(
     train(engine, range(STEPS_OF_CLOSURE // 2, STEPS_OF_CLOSURE))
     with package.zero.GatheredParameters(list(engine.module.parameters())):
         weights = weights_of(engine.module)
-    problems = [str(gap) for gap in gaps_between(expected.weights[-1], weights, "in the end") if not gap.absolute == 0]
+    problems = [str(gap) for gap in gaps_between(expected.weights[-1], weights, "in the end") if gap.absolute != 0]
     shown_there = {key: _plain(client.param_groups[0].get(key)) for key in expected.groups[0]}
     if repr(shown_there) != repr(expected.groups[0]):
         problems.append(f"groups are {shown_there}, not {expected.groups[0]}")

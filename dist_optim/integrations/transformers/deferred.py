@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.building.build import build_optimizer
-from dist_optim.errors import HyperparameterError, WrongModeError
+from dist_optim.errors import HyperparameterError, UnsupportedError, WrongModeError
 from dist_optim.specs.registry import get_spec
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
@@ -61,8 +61,16 @@ class DeferredOptimizer(Optimizer):
 
         Raises:
             DistOptimError: Whatever ``build_optimizer`` refuses; on all ranks together.
+            UnsupportedError: It evaluates the loss itself.
         """
-        return build_optimizer(model, self.choice, params=self.groups(), **{**self.settled(num_training_steps), **more})
+        given = {**self.settled(num_training_steps), **more}
+        built = build_optimizer(model, self.choice, params=self.groups(), **given)
+        if built.spec.verdict is not None and built.spec.verdict.needs_closure:  # the same on all ranks
+            raise UnsupportedError(
+                f"{built.spec.name} evaluates the loss itself, by a closure, which the Trainer has none of. Train in a "
+                "loop that calls optimizer.step(closure), or take an optimizer that needs none."
+            )
+        return built
 
 
 def _group_defaults(choice: str | type[Optimizer], hyperparameters: dict[str, Any]) -> dict[str, Any]:
