@@ -29,7 +29,7 @@ from dist_optim.stepping.extras import Extras
 
 __all__ = ["UpstreamInstance", "as_if_alone"]
 
-MASTER = "master"
+MASTER = "(master)"
 """Key of the fp32 master among the state of a parameter in half precision."""
 ALIGNMENT = 64
 """Bytes; of torch's allocations on the CPU."""
