@@ -14,7 +14,8 @@ DistOptimError
 ├── WrongModeError          (RuntimeError)         step() while the weights for evaluation are in place
 ├── NonFiniteGradientError  (ArithmeticError)      a gradient is infinite or NaN, and on_nonfinite="raise"
 ├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
-│   └── UnsupportedLayoutError                     a sharding that cannot be served
+│   ├── UnsupportedLayoutError                     a sharding that cannot be served
+│   └── UnprovenCodeError                          a step reaches code that no proof of independence has seen
 ├── MissingPackageError     (ImportError)          the upstream package is not installed
 ├── RankFailedError         (RuntimeError)         something failed on one rank, by an error that is not ours
 │   └── StepFailedError                            a step failed on one rank, after other tensors had been updated
@@ -41,6 +42,7 @@ __all__ = [
     "StepFailedError",
     "TargetModulesError",
     "UnknownOptimizerError",
+    "UnprovenCodeError",
     "UnsupportedError",
     "UnsupportedLayoutError",
     "UsageError",
@@ -102,6 +104,10 @@ class UnsupportedError(DistOptimError, NotImplementedError):
 
 class UnsupportedLayoutError(UnsupportedError):
     """A parameter is sharded in a way that cannot be served."""
+
+
+class UnprovenCodeError(UnsupportedError):
+    """A step is about to run a line of the optimizer's class that was never executed while it was proven."""
 
 
 class MissingPackageError(DistOptimError, ImportError):

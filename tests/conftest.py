@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from dist_optim.proving.cache import VARIABLE
 from dist_optim.testing import RankPool
 
 BODY_TIMEOUT_S = 150.0  # for a machine that others use too; below pytest's own, so that the ranks' stacks are told
@@ -15,6 +18,10 @@ _pools: dict[int, RankPool] = {}
 
 # One thread, as in the ranks: a reference computed here then sums in the same order as the subject does there.
 torch.set_num_threads(1)
+
+# Verdicts are kept for the ranks of this run alone, not in the user's folder: no test may depend on an earlier run.
+_proofs = tempfile.TemporaryDirectory(prefix="proofs")
+os.environ[VARIABLE] = _proofs.name
 
 
 def _shared_pool(world_size: int) -> RankPool:

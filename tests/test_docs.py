@@ -157,11 +157,16 @@ def test_every_defect_names_tests_that_exist() -> None:
             assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {test}"
 
 
+def _as_test(code: str) -> str:
+    return "def test_it():\n" + "".join(f"    {line}\n" for line in code.splitlines())
+
+
 def test_example_of_adding_an_optimizer_runs(tmp_path: Path) -> None:
-    module, check = code_blocks(ADDING)
+    module, proof, check = code_blocks(ADDING)
     (tmp_path / "sign_norm.py").write_text(module)
     (tmp_path / "test_sign_norm.py").write_text(check)
+    (tmp_path / "test_independence.py").write_text(_as_test("from sign_norm import SignNorm\n" + proof))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, cwd=tmp_path)
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr

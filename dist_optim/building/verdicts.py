@@ -9,12 +9,12 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_optim.errors import HyperparameterError, UnsupportedError
+from dist_optim.proving.prove import prove
 from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.specs.verdict import Verdict
-from dist_optim.stepping.probe import prove
 
 __all__ = ["with_verdict"]
 

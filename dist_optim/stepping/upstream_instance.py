@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.driver import ParamGroup, tensors_in
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.specs.verdict import Ghosts
+from dist_optim.stepping.code_watch import CodeWatch
 from dist_optim.stepping.extras import Extras
 
 __all__ = ["UpstreamInstance", "as_if_alone"]
@@ -67,8 +69,11 @@ class UpstreamInstance:
         self._is_two_way = spec.is_undescribed
         self._of_model = {index for index, value in (values or {}).items() if isinstance(value, nn.Parameter)}
         self._ghosts: Ghosts = "with gradients" if self.driver.ghosts_have_gradients else "empty"
+        self._watch: AbstractContextManager[object] = nullcontext()
         if spec.verdict is not None:
             self._ghosts = spec.verdict.ghosts
+            if spec.verdict.is_independent:
+                self._watch = CodeWatch(spec.verdict)
         self._model_dtypes: dict[int, torch.dtype] = {}
         upstream_groups: list[ParamGroup] = []
         index = 0
@@ -142,6 +147,9 @@ class UpstreamInstance:
 
         Returns:
             The updated tensors, by position.
+
+        Raises:
+            UnprovenCodeError: It is about to run code of the class that was not seen when it was proven.
         """
         self.show(parameters)
         self.give(gradients)
@@ -149,10 +157,11 @@ class UpstreamInstance:
             for index, ghost in self.ghosts.items():
                 ghost.grad = torch.zeros_like(ghost) if present[index] and ghost.requires_grad else None
         try:
-            if closure is None:
-                self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
-            else:
-                self.returned = self.optimizer.step(closure)
+            with self._watch:
+                if closure is None:
+                    self.driver.step(self.optimizer, [self.shadows[index] for index in gradients])
+                else:
+                    self.returned = self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
             self.take_gradients(self.shadows if self._keeps_tensors else gradients)
         return self.outgoing(parameters)

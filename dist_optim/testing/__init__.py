@@ -17,6 +17,7 @@ from dist_optim.testing.compare import (
 )
 from dist_optim.testing.failure import RankFailure
 from dist_optim.testing.pool import RankPool
+from dist_optim.testing.prove import prove
 
 __all__ = [
     "RankFailure",
@@ -24,5 +25,6 @@ __all__ = [
     "assert_equal",
     "assert_no_problems_on_any_rank",
     "max_abs_difference",
+    "prove",
     "relative_distance",
 ]

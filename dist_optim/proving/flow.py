@@ -1,0 +1,149 @@
+"""A traced run of all tensors together: what mixed, what was read and drawn, what moved without a gradient."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_optim.proving.scenario import Scenario
+from dist_optim.proving.subject import Context, Snapshot, StepFailed, Subject, copied, same
+from dist_optim.proving.trace import Found, Perturb, Trace, is_mixed, numbers
+from dist_optim.specs.driver import tensors_in
+from dist_optim.specs.registry import OptimizerSpec
+
+__all__ = ["Flow", "flow_of", "random_state", "same_state", "set_random_state"]
+
+LOOK_CLOSELY = 60
+"""Steps whose writes are all compared with what the trace saw; after them every tenth."""
+
+
+@dataclass(slots=True)
+class Flow:
+    """What a traced run has seen."""
+
+    found: Found
+    random_state: list[Any]
+    """As it was left by the last step."""
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    steps_absent: bool = False
+    has_moved: bool = False
+    failure: StepFailed | None = None
+    """Why it ended early."""
+
+
+def flow_of(
+    spec: OptimizerSpec,
+    scenario: Scenario,
+    arguments: Mapping[str, Any],
+    checkpoints: Collection[int],
+    *,
+    perturb: Perturb | None = None,
+    around_step: Context,
+    is_enough: Callable[[Flow, int], bool] = lambda flow, at: False,
+) -> Flow:
+    """Run the schedule up to the last checkpoint, or to the step that fails.
+
+    Args:
+        perturb: Which host reads return something else.
+        around_step: A context for each step.
+        is_enough: Asked after every checkpoint, with its step; True ends the run.
+
+    Raises:
+        CommunicatesError: The class starts a collective.
+        StepFailed: Its constructor fails.
+    """
+    trace = Trace(perturb)
+    state = random_state()
+    try:
+        subject = Subject(spec, scenario, arguments, trace=trace, around_step=around_step)
+    except Exception as error:
+        raise StepFailed(-1, error) from error
+    flow = Flow(trace.found, state)
+    _note_draws(flow, "its constructor")
+    for at in range(max(checkpoints) + 1):
+        try:
+            _take(subject, trace, flow, at)
+        except Exception as error:
+            flow.failure = StepFailed(at, error)
+            break
+        if at in checkpoints:
+            flow.snapshots[at] = subject.snapshot()
+            if is_enough(flow, at):
+                break
+    return flow
+
+
+def _take(subject: Subject, trace: Trace, flow: Flow, at: int) -> None:
+    looks = at < LOOK_CLOSELY or at % 10 == 0
+    weights = {index: one.detach().clone() for index, one in subject.parameters.items()} if looks else {}
+    absent = [index for index in subject.parameters if not subject.scenario.is_present(index, at)]
+    states = {index: copied(subject.state_of(index)) for index in absent}
+    storages = {index: one.untyped_storage()._cdata for index, one in subject.parameters.items()}
+    trace.written.clear()
+    subject.take(at)
+    _note_draws(flow, f"step {at}")
+    for index, old in weights.items():
+        parameter = subject.parameters[index]
+        if same(old, parameter.detach()):
+            continue
+        flow.has_moved = True
+        flow.steps_absent |= index in absent
+        if storages[index] == parameter.untyped_storage()._cdata and storages[index] not in trace.written:
+            flow.found.couple(f"weights of tensor {index} change in step {at} by no operation that torch dispatches")
+    flow.steps_absent |= any(not same(old, copied(subject.state_of(index))) for index, old in states.items())
+    for index, parameter in subject.parameters.items():
+        _couple(flow.found, trace, index, [parameter.data], f"weights after step {at}")
+        if looks:
+            _couple(flow.found, trace, index, tensors_in(subject.state_of(index)), f"state after step {at}")
+    for group in subject.optimizer.param_groups if looks else ():
+        tensors = [value for value in group.values() if isinstance(value, Tensor)]
+        if is_mixed(tags := trace.tags.of_all(tensors)):
+            flow.found.couple(f"a value of a param group comes from tensors {numbers(tags)} after step {at}")
+
+
+def _couple(found: Found, trace: Trace, index: int, tensors: Any, where: str) -> None:
+    tags = trace.tags.of_all(tensors) | 1 << index
+    if is_mixed(tags):
+        found.couple(f"tensors {numbers(tags)} are mixed in the {where}")
+
+
+def _note_draws(flow: Flow, where: str) -> None:
+    before, flow.random_state = flow.random_state, random_state()
+    if not flow.found.draws and not same_state(before, flow.random_state):
+        flow.found.draws = f"a generator of Python, numpy or torch in {where}"
+
+
+def random_state() -> list[Any]:
+    """The global random states of Python, torch and, where it is there, numpy."""
+    numpy = sys.modules.get("numpy")
+    state = [random.getstate(), torch.get_rng_state(), numpy.random.get_state() if numpy is not None else None]
+    return state + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+
+
+def set_random_state(state: list[Any]) -> None:
+    """Put back what ``random_state`` returned."""
+    random.setstate(state[0])
+    torch.set_rng_state(state[1])
+    if state[2] is not None:
+        sys.modules["numpy"].random.set_state(state[2])
+    if state[3:]:
+        torch.cuda.set_rng_state_all(state[3:])
+
+
+def same_state(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two results of ``random_state`` are equal."""
+    if len(ours) != len(theirs) or ours[0] != theirs[0]:
+        return False
+    if any(not torch.equal(a, b) for a, b in zip([ours[1], *ours[3:]], [theirs[1], *theirs[3:]], strict=True)):
+        return False
+    return ours[2] is None or all(_equal(a, b) for a, b in zip(ours[2], theirs[2], strict=True))
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    return bool((ours == theirs).all()) if hasattr(ours, "all") else bool(ours == theirs)
