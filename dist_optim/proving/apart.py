@@ -38,7 +38,8 @@ def first_difference_apart(
     count = len(scenario.placed)
     halves = [list(range(0, count, 2)), list(range(1, count, 2))] if count > 1 else []
     alone = [[index] for index in range(count)]
-    for owned in [*halves, *alone]:
+    nothing: list[list[int]] = [[]]  # a rank may own nothing of a round
+    for owned in [*halves, *alone, *nothing]:
         checkpoints = [at for at in together if at < ALONE or len(owned) > 1] or [min(together)]
         try:
             subject = Subject(spec, scenario, arguments, owned=owned, ghosts=ghosts, around_step=around_step)

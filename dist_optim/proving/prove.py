@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def _prove(
     with _undisturbed():
         proof = _Proof(spec, arguments, kinds)
         try:
-            return proof.verdict(scenarios_of(groups))
+            return proof.with_saving(proof.verdict(scenarios_of(groups)))
         except CommunicatesError as error:
             return proof.refused(str(error))
         except StepFailed as failure:
@@ -115,6 +115,8 @@ class _Proof:
         self.reached = Reached(spec.load_class())
         self.evidence: dict[str, Any] = {"steps": {}, "left out": [], "operations": 0, "host reads": {}, "apart": {}}
         self.known: dict[str, Any] = {}
+        self.tried: Scenario | None = None
+        """What the class can take, of the first scenario."""
 
     @property
     def around(self) -> Context:
@@ -154,6 +156,20 @@ class _Proof:
             one.together = run(subject, list(one.flow.snapshots))
         return self._of_runs(tried)
 
+    def with_saving(self, verdict: Verdict) -> Verdict:
+        """The verdict; a refusal where the class would be trained, and its checkpoint would be another run."""
+        if self.tried is None or verdict.refusal:
+            return verdict
+        why = why_not_saved(self.spec, self.tried, self.arguments, self.around)
+        self.evidence["saving"] = why
+        if not why:
+            return verdict
+        return replace(
+            verdict,
+            refusal=f"{self.spec.name} trains, but a run that was saved and loaded would not be the same run: {why}. "
+            "Register an OptimizerSpec whose driver stores what it keeps (docs/adding-an-optimizer.md).",
+        )
+
     def _of_closures(self, closures: Closures) -> Verdict:
         if closures.draws:
             self.known["draws"] = True
@@ -175,8 +191,6 @@ class _Proof:
         if ghosts is None:
             first = self.evidence["apart"][self.kinds[0]]
             return self._coupled(f"stepped apart, tensors move otherwise than together: {first}")
-        long = tried[0]
-        self.evidence["saving"] = why_not_saved(self.spec, long.scenario, self.arguments, long.together, self.around)
         steps = sum(self.evidence["steps"].values())
         return Verdict(
             name=self.spec.name,
@@ -209,6 +223,7 @@ class _Proof:
             else:
                 return []
         self.evidence["steps"][scenario.name] = len(scenario.steps)
+        self.tried = self.tried or scenario
         return [_Tried(scenario, flow)]
 
     def _flow(self, scenario: Scenario) -> Flow:

@@ -18,6 +18,7 @@ from dist_optim.proving.trace import Trace
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.specs.verdict import Ghosts, Verdict
+from dist_optim.stepping.extras import Extras
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["Snapshot", "StepFailed", "Subject", "copied", "run", "same"]
@@ -51,7 +52,7 @@ class Snapshot:
                     return f"{key!r} in the values of group {number}"
         for key in self.rest.keys() | other.rest.keys():
             if not same(self.rest.get(key), other.rest.get(key)):
-                return f"state {key!r}, which belongs to no tensor"
+                return "what it keeps outside the state of its tensors"
         return ""
 
 
@@ -103,6 +104,7 @@ class Subject:
             values = {index: starts[index].clone() for index in self.owned}
             self._instance = UpstreamInstance(replace(spec, verdict=claim), groups, shapes, arguments, values)
             self.parameters, self.optimizer = self._instance.shadows, self._instance.optimizer
+        self.extras = (self._instance and self._instance.extras) or Extras(self.optimizer, self.parameters)
         self.rates = [group.get("lr") for group in self.optimizer.param_groups]
         self.rates = [_own(rate) if isinstance(rate, (float, int, Tensor)) else None for rate in self.rates]
 
@@ -205,7 +207,7 @@ class Subject:
                 group = self.optimizer.param_groups[number]
                 values = {key: copied(one) for key, one in group.items() if key not in ("params", "param_names")}
                 found.groups[number] = values
-        found.rest = {str(key): copied(one) for key, one in self.optimizer.state.items() if not isinstance(key, Tensor)}
+        found.rest = copied(self.extras.read())
         return found
 
 
