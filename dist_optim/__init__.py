@@ -10,6 +10,7 @@ Importing this package needs torch alone; upstream packages and frameworks are i
 
 from dist_optim import optimizers as _optimizers  # noqa: F401  registers the families
 from dist_optim.building.build import build_optimizer
+from dist_optim.building.layerwise_decay import layerwise_decay
 from dist_optim.checkpoint import load_checkpoint, save_checkpoint
 from dist_optim.errors import DistOptimError
 from dist_optim.schedulers import MetricScheduler, build_scheduler
@@ -31,6 +32,7 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "get_spec",
+    "layerwise_decay",
     "load_checkpoint",
     "names",
     "parse_optim_args",

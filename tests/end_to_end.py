@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
-from dist_optim.layouts import detect
 from dist_optim.testing import relative_distance
 
 STEPS = 10
@@ -36,8 +35,6 @@ class Run:
     name: str
     options: dict[str, Any]
     clip: float | None = None
-    matrices_only: bool = False
-    """Train the matrices of the layers alone (Muon takes nothing else)."""
 
     def __str__(self) -> str:
         return self.name + (" clipped" if self.clip else "")
@@ -51,14 +48,18 @@ RUNS = (
     Run("adafactor", _DECAY),
     Run("adagrad", _DECAY),
     Run("adalomo", {**_DECAY, "fused_backward": False}),
+    Run("adam_mini", {**_DECAY, "num_embeds": 33, "num_heads": 11}),
     Run("adamw_bnb_8bit", {**_DECAY, "min_8bit_size": 1024}),
     Run("adamw_torch", _DECAY),
     Run("adamw_torch", _DECAY, clip=0.5),
     Run("adamw_torch_4bit", _DECAY),
     Run("adamw_torch_8bit", _DECAY),
     Run("adamw_torch_fused", _DECAY),
+    Run("adan", _DECAY),
+    Run("adopt", _DECAY),
     Run("apollo_adamw", {**_DECAY, **_LOW_RANK}),
     Run("apollo_mini", {**_DECAY, **_LOW_RANK, "rank": 1}),
+    Run("came", {**_DECAY, "lr": 1e-3}),
     Run("flash_adam", _PLAIN_FLASH),
     Run("flash_adamw", _PLAIN_FLASH),
     Run("flash_lion", {**_PLAIN_FLASH, "lr": 1e-3}),
@@ -69,14 +70,21 @@ RUNS = (
     Run("galore_adamw", {**_DECAY, **_LOW_RANK}, clip=0.5),
     Run("galore_adamw_8bit", {**_DECAY, **_LOW_RANK}),
     Run("grokadamw", _DECAY),
+    Run("kron", {**_DECAY, "balance_prob": 0.0}),
+    Run("lamb", _DECAY),
+    Run("lion", {**_DECAY, "lr": 1e-3}),
     Run("lion_8bit", {"lr": 1e-3, "min_8bit_size": 1024}),
     Run("lomo", {"lr": 1e-1, "fused_backward": False}),
-    Run("muon", {"lr": 1e-2}, matrices_only=True),
+    Run("mars", _DECAY),
+    Run("muon", {"lr": 1e-2, "rest_options": {"lr": 1e-3}}),
+    Run("prodigy", {"lr": 1.0, "weight_decay": 0.01, "d0": 1e-4}),
     Run("rmsprop", {"lr": 1e-3}),
     Run("schedule_free_adamw", _DECAY),
     Run("schedule_free_radam", _DECAY),
     Run("schedule_free_sgd", {"lr": 1e-1}),
     Run("sgd", {"lr": 1e-1, "momentum": 0.9}),
+    Run("shampoo", {"lr": 1e-1, "weight_decay": 0.01}),
+    Run("soap", {**_DECAY, "precondition_frequency": 3}),
     Run("stable_adamw", _DECAY),
 )
 
@@ -109,8 +117,6 @@ def train(model: nn.Module, run: Run, parts: Callable[[Tensor], Sequence[Tensor]
 
     Returns the full parameters at the end: the averaged ones where the optimizer has such.
     """
-    if run.matrices_only:
-        options["params"] = [p.parameter for name, p in detect(model).items() if "proj" in name]
     optimizer = dist_optim.build_optimizer(model, run.name, print_audit=False, **run.options, **options)
     optimizer.train()
     for step in range(STEPS):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dist_optim.optimizers import (
     adafactor,
+    adam_mini,
     apollo,
     bnb,
     flash,
@@ -17,6 +18,9 @@ from dist_optim.optimizers import (
     grokadamw,
     layerwise,
     lomo,
+    preconditioned,
+    prodigy,
+    pytorch_optimizer,
     schedulefree,
     stable,
     torch_native,
@@ -52,6 +56,9 @@ def families() -> dict[str, tuple[OptimizerSpec, ...]]:
         "schedule-free": tuple(schedulefree.SPECS),
         "stable-adamw": tuple(stable.SPECS),
         "grokadamw": tuple(grokadamw.SPECS),
+        "pytorch-optimizer": (*pytorch_optimizer.SPECS, *adam_mini.SPECS),
+        "preconditioned": tuple(preconditioned.SPECS),
+        "prodigy": tuple(prodigy.SPECS),
         "torch": tuple(torch_native.SPECS),
     }
 
@@ -103,6 +110,9 @@ def _names(specs: tuple[OptimizerSpec, ...]) -> list[str]:
 
 def _unit(spec: OptimizerSpec) -> str:
     """What travels: slices stay where they are, whole tensors meet at their owner."""
+    defaults = {record.name: record.default for record in spec.records()}
+    if spec.with_arguments(defaults).is_coupled:
+        return "all tensors, at one owner"
     if Trait.LOW_RANK in spec.traits and Trait.ELEMENTWISE in spec.traits:
         return "low-rank matrices whole at their owners, the rest as slices"
     if Trait.BLOCKWISE in spec.traits and Trait.ELEMENTWISE in spec.traits:

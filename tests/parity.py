@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from placements import full_parameters, inject, place
 from torch import Tensor, nn
@@ -57,11 +58,28 @@ class Case:
     tolerance: float = 0.0
     """Allowed difference relative to the largest weight: 0, or 1e-6 for fused kernels, whose SIMD tails round
     differently in slices of other lengths."""
+    equal_rates: bool = False
+    """One learning rate for all groups: where upstream takes no other."""
+    draws: bool = False
+    """Upstream draws from the global generators: every step begins with equal ones."""
     label: str = ""
     """What sets this case apart from the family's others."""
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.name, self.label, str(self.dtype).removeprefix("torch."))))
+
+
+class Together(torch.optim.Optimizer):
+    """Separate optimizers, stepped one after the other: the reference of several in one object."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__(groups, {})
+        self.optimizers, self.param_groups = optimizers, groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's has overloads
+        for optimizer in self.optimizers:
+            optimizer.step()
 
 
 def make_model(case: Case) -> Net:
@@ -138,10 +156,13 @@ def reference_history(case: Case) -> list[dict[str, Tensor]]:
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:
     """A rate that changes at every step, and differs between groups."""
+    if case.draws:
+        torch.manual_seed(step)
+        numpy.random.seed(step)
     for number, group in enumerate(optimizer.param_groups):
         if group["lr"] is None:  # computed by the optimizer itself
             continue
-        rate = case.hyperparameters["lr"] * 0.9**step * (1.0 + 0.5 * number)
+        rate = case.hyperparameters["lr"] * 0.9**step * (1.0 + 0.5 * number * (not case.equal_rates))
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:

@@ -112,7 +112,7 @@ def test_no_hyperparameter_is_infinite_or_nan(value: float, key: tuple[str, str]
     found = answer(lambda: spec.check({**required, hyperparameter: value}))
     is_finite = is_whole(value) or math.isfinite(value)
     assert is_finite or isinstance(found, HyperparameterError)
-    written = problem_of(name, spec.records(), [{}, {hyperparameter: value}])
+    written = problem_of(name, lambda _: spec.records(), [{}, {hyperparameter: value}])
     assert (written is None) == (not isinstance(found, HyperparameterError))
     if written is not None:
         assert f"param_groups[1]['{hyperparameter}']" in str(written) and "No parameter was changed" in str(written)
@@ -234,7 +234,7 @@ CASES: dict[str, tuple[type[DistOptimError], str, dict[str, Any]]] = {
     "params as a set": (ParameterError, "params is a set, whose order can differ", {"params": {1}}),
     "params of names": (
         ParameterError,
-        "entry 0 of group 0 is 'weight', which is no parameter",
+        "'weight' of group 0 matches no parameter",
         {"params": ["weight"]},
     ),
     "targets": (dist_optim.errors.TargetModulesError, "target_modules=3 is not", {"target_modules": 3}),

@@ -14,8 +14,8 @@ from dist_optim.errors import UnsupportedError
 from dist_optim.testing import RankPool
 
 SERVED = [name for name in dist_optim.names() if not dist_optim.get_spec(name).refusal]
-REFUSED = {"muon", "adalomo"}
-"""Their classes fail on such a tensor themselves."""
+REFUSED = {"adalomo"}
+"""Its class fails on such a tensor itself."""
 PLAIN_FLASH: dict[str, Any] = {"quantize": False, "fused": False, "master_weight_bits": None}
 LOW_RANK: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 import zero
-from end_to_end import RUNS, make_llama
-from torch import Tensor, nn
+from end_to_end import RUNS
+from torch import Tensor
 from zero import NO_DECAY, Recorder, Reference, ZeroRun
 
 import dist_optim
@@ -17,17 +18,9 @@ from dist_optim.errors import UnsupportedError
 
 STEPS = 10
 STAGES = (0, 1, 2, 3)
-NAMES_OF_BOTH = ("adagrad", "muon")
+NAMES_OF_BOTH = ("adagrad", "lamb", "lion", "muon")
 """DeepSpeed has optimizers of these names too: ours need their prefix."""
 _LOW_RANK = {"target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3}
-
-
-def make_matrices_only() -> nn.Module:
-    """A Llama of which only the layers' matrices are trained (Muon takes nothing else)."""
-    model = make_llama()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("proj" in name)
-    return model
 
 
 def refusal_of(name: str) -> str:
@@ -51,16 +44,25 @@ def run_of_name(name: str, stage: int) -> ZeroRun:
     options.pop("fused_backward", None)  # DeepSpeed steps after backward
     if known is None and dist_optim.Trait.LOW_RANK in spec.traits:
         options |= _LOW_RANK
-    matrices_only = known is not None and known.matrices_only
-    if not matrices_only and "weight_decay" in {record.name for record in spec.records()}:
+    one_group = spec.with_arguments(spec.check({k: v for k, v in options.items() if k in _names(spec)})).is_coupled
+    if not one_group and "weight_decay" in _names(spec):
         options = {"weight_decay": 0.01, **options, "no_decay": NO_DECAY}
     return ZeroRun(
         f"dist_optim.{name}" if name in NAMES_OF_BOTH else name,
         options,
         stage,
         real_batches=True,
-        make_model=make_matrices_only if matrices_only else make_llama,
     )
+
+
+def _names(spec: dist_optim.OptimizerSpec) -> set[str]:
+    return {record.name for record in spec.records()}
+
+
+def seed(step: int) -> None:
+    """Before each of the runs that are compared takes a step: some optimizers draw."""
+    torch.manual_seed(step)
+    numpy.random.seed(step)
 
 
 def gaps_of(name: str, stage: int) -> tuple[float, float]:
@@ -76,9 +78,13 @@ def gaps_of(name: str, stage: int) -> tuple[float, float]:
     recorder = Recorder(engine)
     found = (0.0, 0.0)
     for step in range(STEPS):
-        zero.train_engine(engine, run, range(step, step + 1))
-        given.follow(recorder.gradients)
-        own.train_step(step)
+        for take in (
+            lambda step: zero.train_engine(engine, run, range(step, step + 1)),
+            lambda _: given.follow(recorder.gradients),
+            own.train_step,
+        ):
+            seed(step)
+            take(step)
         weights = zero.weights_of(engine, run)
         found = (max(found[0], largest_gap(weights, given)), max(found[1], largest_gap(weights, own)))
     assert engine.basic_optimizer.num_steps == STEPS

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from dist_optim.building.alike import assert_alike
 from dist_optim.building.arguments import check_model, check_process_group, check_settings
-from dist_optim.building.choice import resolve
-from dist_optim.building.groups import GivenParameters, arrange
+from dist_optim.building.choice import refuse_combination, resolve
+from dist_optim.building.composing import Rest, compose
+from dist_optim.building.groups import GivenParameters
 from dist_optim.building.verdicts import with_verdict
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
@@ -50,6 +51,8 @@ def build_optimizer(
     target_modules: str | Sequence[str] | None = None,
     params: GivenParameters = None,
     no_decay: Iterable[str] = (),
+    rest: str | type[Optimizer] | None = None,
+    rest_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     fused_backward: bool | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
@@ -74,8 +77,18 @@ def build_optimizer(
             the others, as transformers' Trainer arranges them.
         params: Parameters, or named ones, or param groups with hyperparameters of their own, instead of all of the
             model's. A group that names ``rank`` itself is low-rank as it stands. Frozen parameters that are listed are
-            stepped once they are unfrozen, and have no state before.
+            stepped once they are unfrozen, and have no state before. A group may be given by patterns of names
+            (``building.patterns``), may name an algorithm of its own, and a rate relative to ``lr``:
+            ``{"params": "layers.*.weight", "optim": "muon", "lr_scale": 0.5}``; the first pattern that matches takes a
+            parameter, and what is trained has to be in some group (``{"params": "*"}`` takes all that is left).
         no_decay: Names of parameters that get ``weight_decay=0``, in a group of their own.
+        rest: What steps the parameters that the optimizer does not take: those that upstream refuses, and for ``muon``
+            all but hidden matrices (``building.hidden_matrices``: embeddings, the output head and vectors are rest).
+            None: ``adamw_torch`` for ``muon``, unless ``params`` lists parameters themselves; else they are refused.
+            Groups that name an algorithm leave no rest. The reference is the separate upstream optimizers, stepped in
+            one process.
+        rest_options: Hyperparameters of ``rest``. Where they say nothing, it has the same ``lr``, the ``weight_decay``
+            that you set, and its own defaults for all else; parameters without decay stay so.
         process_group: The ranks that train the model together; the default group when None.
         fused_backward: Update each parameter inside backward, as soon as its reduced gradient is there, and free the
             gradient (``dist_optim.inside_backward``); for elementwise optimizers, ``lomo``, ``adalomo`` and layerwise
@@ -127,9 +140,17 @@ def build_optimizer(
             raise UnsupportedError(_TOO_LATE.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
         if is_fused and master_weights:
             raise UnsupportedError(_NO_MASTERS.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
-        groups, arguments = arrange(
-            model, spec, placed, hyperparameters, params=params, no_decay=no_decay, target_modules=target_modules
+        spec, groups, arguments = compose(
+            model,
+            spec,
+            placed,
+            hyperparameters,
+            params=params,
+            no_decay=no_decay,
+            target_modules=target_modules,
+            rest=Rest(rest, rest_options or {}),
         )
+        refuse_combination(spec, is_fused=is_fused)
         # Inside backward, what travels together is what was ready together: the plan only names owners.
         return _Prepared(
             spec,
@@ -151,8 +172,9 @@ def build_optimizer(
         "master_weights": master_weights,
     }
     asked = {"optimizer": prepared.spec.name, **settings, "target_modules": target_modules, **hyperparameters}
+    asked |= {"rest": rest, "rest_options": rest_options}
     asked |= {f"the group of {one.fqn!r}": at for at, group in enumerate(prepared.groups) for one in group["params"]}
-    assert_alike(asked, process_group, [prepared.spec.package])
+    assert_alike(asked, process_group, prepared.spec.packages)
     spec = with_verdict(prepared.spec, prepared.groups, prepared.arguments, process_group, independent)
     division = together(
         lambda: divide(

@@ -11,11 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError, UnsupportedError
+from dist_optim.specs.composed import ComposedSpec
 from dist_optim.specs.registry import OptimizerSpec, get_spec, names, spec_of_class, spec_of_factory
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["resolve"]
+__all__ = ["refuse_combination", "resolve"]
 
 
 def resolve(
@@ -49,6 +50,23 @@ def resolve(
             "algorithm with stored gradients."
         )
     return spec
+
+
+def refuse_combination(spec: OptimizerSpec, *, is_fused: bool) -> None:
+    """Refuse what cannot be stepped in the way that was asked for.
+
+    Raises:
+        UnsupportedError: With what to choose.
+    """
+    if is_fused and isinstance(spec, ComposedSpec):
+        raise UnsupportedError(
+            f"{spec.name}: inside backward one algorithm steps all parameters. Leave fused_backward out, or choose one."
+        )
+    if is_fused and spec.is_coupled:
+        raise UnsupportedError(
+            f"{spec.name} needs all gradients before its first update, and inside backward updates are made before the "
+            "last gradients are there. Leave fused_backward out, or the bound on the norm of all gradients."
+        )
 
 
 def _refuse_other_inputs(optimizer_class: type[Optimizer]) -> None:

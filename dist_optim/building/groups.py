@@ -18,7 +18,7 @@ from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope, check_hyperparameters
 from dist_optim.specs.registry import OptimizerSpec, Trait
 
-__all__ = ["GivenParameters", "arrange"]
+__all__ = ["KEYS_OF_TORCH", "GivenParameters", "arrange", "listed_groups"]
 
 GivenParameters = Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]] | Iterable[Mapping[str, Any]] | None
 KEYS_OF_TORCH = ("initial_lr",)
@@ -49,7 +49,8 @@ def arrange(
     values = spec.check(hyperparameters)
     undecayed = _known_names(no_decay, placed)
     groups = _make_groups(model, spec, values, placed, params, undecayed, target_modules)
-    groups = _with_special_values(groups, model, spec, hyperparameters)
+    names = {id(one.parameter): one.fqn for one in placed.values()}
+    groups = _with_special_values(groups, model, names, spec, hyperparameters)
     arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
     arguments = {**arguments, **spec.forced}
     if params is not None and takes_idle:
@@ -110,7 +111,11 @@ def _make_groups(
 
 
 def _with_special_values(
-    groups: list[ParamGroup], model: nn.Module, spec: OptimizerSpec, given: Mapping[str, Any]
+    groups: list[ParamGroup],
+    model: nn.Module,
+    names: Mapping[int, str],
+    spec: OptimizerSpec,
+    given: Mapping[str, Any],
 ) -> list[ParamGroup]:
     """Defaults that differ for matrices and embeddings, and what the user set by upstream's own means."""
     for_matrices, for_embeddings = (
@@ -121,7 +126,7 @@ def _with_special_values(
     if for_embeddings:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         groups = _split_all(groups, embeddings, for_embeddings, overrule=False)
-    for parameter_id, own in spec.driver.values_by_parameter(model).items():
+    for parameter_id, own in spec.driver.values_by_parameter(model, names).items():
         groups = _split_all(groups, {parameter_id}, check_hyperparameters(spec.name, spec.records(), own))
     return groups
 
@@ -160,7 +165,7 @@ def _given_groups(
     by_id = {id(p.parameter): p for p in placed.values()}
     seen: set[int] = set()
     groups: list[ParamGroup] = []
-    for number, group in enumerate(_listed_groups(params)):
+    for number, group in enumerate(listed_groups(params)):
         members = [_member(at, number, given, by_id) for at, given in enumerate(_listed("params", group["params"]))]
         for one in members:
             if id(one.parameter) in seen:
@@ -180,7 +185,7 @@ def _are_named(params: Any) -> bool:
     return isinstance(params, (list, tuple)) and bool(params) and isinstance(params[0], tuple)
 
 
-def _listed_groups(params: Any) -> list[Mapping[str, Any]]:
+def listed_groups(params: Any) -> list[Mapping[str, Any]]:
     """What was given, as groups: each a dict with the key ``params``."""
     listed = _listed("params", params)
     given: list[Any] = listed if listed and isinstance(listed[0], Mapping) else [{"params": listed}]

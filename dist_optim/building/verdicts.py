@@ -12,6 +12,7 @@ from dist_optim.errors import HyperparameterError, UnsupportedError
 from dist_optim.proving.prove import prove
 from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 from dist_optim.ranks.together import together
+from dist_optim.specs.composed import OPTIM, ComposedSpec
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.specs.verdict import Verdict
@@ -50,10 +51,33 @@ def with_verdict(
         return spec
     if num_ranks(ranks) == 1:
         return spec
+    if isinstance(spec, ComposedSpec):
+        return _with_verdicts(spec, groups, arguments, ranks, independent)
     verdict = _proven(spec, groups, arguments, ranks) if independent is None else _as_said(spec, independent)
     if verdict.refusal:
         raise UnsupportedError(verdict.refusal)
     return replace(spec, verdict=verdict)
+
+
+def _with_verdicts(
+    spec: ComposedSpec,
+    groups: Sequence[ParamGroup],
+    arguments: Mapping[str, Any],
+    ranks: dist.ProcessGroup | None,
+    independent: bool | None,
+) -> OptimizerSpec:
+    """Every class that nobody described by itself, with the groups that it steps."""
+
+    def own(name: str) -> list[ParamGroup]:
+        mine = (group for group in groups if group[OPTIM] == name)
+        return [{key: value for key, value in group.items() if key != OPTIM} for group in mine]
+
+    return spec.with_verdicts(
+        {
+            name: with_verdict(part, own(name), arguments[name], ranks, independent) if part.is_undescribed else part
+            for name, part in spec.parts.items()
+        }
+    )
 
 
 def _proven(

@@ -26,7 +26,6 @@ from dist_optim.inside_backward.ddp import BucketReduction, retire_reducer
 from dist_optim.inside_backward.guards import MARK, guard_clipping, marked_by
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import num_ranks
-from dist_optim.specs.hyperparameters import problem_of
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 
 __all__ = ["FusedBackward", "Shards", "install"]
@@ -190,7 +189,7 @@ class FusedBackward:
     def _values(self) -> DistOptimError | None:
         """What is wrong with the values in the param groups: no update may be made by them."""
         optimizer = self._optimizer()
-        return None if optimizer is None else problem_of(self._name, optimizer.spec.records(), optimizer.param_groups)
+        return None if optimizer is None else optimizer.spec.problem_in(optimizer.param_groups)
 
     def _deliver(self, gradients: Mapping[int, Tensor]) -> None:
         if self._is_measuring:

@@ -22,7 +22,7 @@ from dist_optim.layouts.layout import FlatRange, Layout, Replicated
 from dist_optim.overrides import check
 from dist_optim.ranks.agreement import num_ranks, own_rank
 
-__all__ = ["FlatPlace", "places_by_parameter", "reshard"]
+__all__ = ["FlatPlace", "is_marked", "places_by_parameter", "reshard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class FlatPlace:
     shape: torch.Size
     layout: Layout
     process_group: dist.ProcessGroup
+
+
+def is_marked(parameter: nn.Parameter) -> bool:
+    """Whether FSDP1 has marked it as a part of its flat parameter: some optimizers then sum over ranks themselves."""
+    return hasattr(parameter, "_fsdp_flattened")
 
 
 def places_by_parameter(model: nn.Module) -> dict[int, FlatPlace]:

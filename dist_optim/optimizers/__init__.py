@@ -5,6 +5,7 @@ No upstream package is imported here: a spec loads its class on first use.
 
 from dist_optim.optimizers import (
     adafactor,
+    adam_mini,
     apollo,
     bnb,
     flash,
@@ -12,6 +13,9 @@ from dist_optim.optimizers import (
     grokadamw,
     layerwise,
     lomo,
+    preconditioned,
+    prodigy,
+    pytorch_optimizer,
     schedulefree,
     stable,
     torch_native,
@@ -32,6 +36,10 @@ _FAMILIES = (
     torchao,
     lomo,
     layerwise,
+    pytorch_optimizer,
+    preconditioned,
+    prodigy,
+    adam_mini,
 )
 for _family in _FAMILIES:
     for _spec in _family.SPECS:

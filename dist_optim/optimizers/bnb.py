@@ -64,7 +64,7 @@ class BitsAndBytesDriver(UpstreamDriver):
                 manager.index2config[number, position] = {"optim_bits": bits}
         return optimizer
 
-    def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
+    def values_by_parameter(self, model: nn.Module, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
         return registered_overrides(model)
 
 

@@ -74,7 +74,7 @@ class GaLoreAdamW8bitDriver(GaLoreDriver):
         isolate_overrides(optimizer)
         return optimizer
 
-    def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
+    def values_by_parameter(self, model: nn.Module, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
         overrides = registered_overrides(model)
         if overrides:
             raise UnsupportedError(

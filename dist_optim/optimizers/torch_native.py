@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
@@ -31,16 +30,13 @@ class FusedDriver(UpstreamDriver):
 
 
 class MuonDriver(UpstreamDriver):
-    """Muon steps matrices only: everything else is refused, and must have an optimizer of its own."""
+    """Muon steps matrices only: everything else has an optimizer of its own (``OptimizerSpec.rest``)."""
 
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:
-        # torch 2.13 refuses vectors even if they are frozen. Positions mean nothing to Muon: leave frozen ones out.
-        def trained(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-            return [parameter for parameter in parameters if parameter.requires_grad]
-
-        groups = [{**group, "params": trained(group["params"])} for group in param_groups]
+        # torch 2.13 refuses vectors even if they are frozen. Positions mean nothing to Muon: leave them out.
+        groups = [{**group, "params": [one for one in group["params"] if one.ndim == 2]} for group in param_groups]
         return super().construct(optimizer_class, groups, arguments)
 
     def why_refused(
@@ -49,11 +45,9 @@ class MuonDriver(UpstreamDriver):
         if len(shape) == 2:
             return ""
         return (
-            "torch.optim.Muon orthogonalizes matrices, and steps no tensor that is not 2-D. In a loop of your own, "
-            "build two optimizers and step both: muon on the hidden matrices (params=[p for p in ... if p.ndim == 2], "
-            "without embeddings and output head), and adamw_torch, with its own learning rate, on the rest "
-            "(params=[...]). Where one name stands for the whole model (a Trainer, DeepSpeed's JSON), give one that "
-            "steps all shapes."
+            "torch.optim.Muon orthogonalizes matrices, and steps no tensor that is not 2-D. Where you list parameters "
+            'yourself, pass rest="adamw_torch" for what is no hidden matrix; where groups name an "optim", give them '
+            'to another group: {"params": "*", "optim": "adamw_torch"}.'
         )
 
     def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
@@ -174,7 +168,8 @@ SPECS = (
         name="muon",
         load=UpstreamClass("torch.optim", "Muon"),
         package="torch",
-        traits=frozenset({Trait.WHOLE_TENSOR}),
+        traits=frozenset({Trait.WHOLE_TENSOR, Trait.HIDDEN_MATRICES}),
+        rest="adamw_torch",
         hyperparameters=(
             learning_rate(),
             weight_decay(0.1),
@@ -214,9 +209,8 @@ SPECS = (
             ),
         ),
         driver=MuonDriver(),
-        needs=("2-D parameters only: pass the hidden matrices as params",),
         paper="https://arxiv.org/abs/2502.16982",
-        summary="momentum, orthogonalized by Newton-Schulz iterations; matrices only",
+        summary="momentum, orthogonalized by Newton-Schulz iterations, for hidden matrices; `adamw_torch` for the rest",
         licence=_LICENCE,
         state_bytes="4 (fp32), 2 (bf16)",
     ),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dist_optim.proving.scenario import Scenario
 from dist_optim.proving.trace import Trace
-from dist_optim.specs.driver import ParamGroup
+from dist_optim.specs.driver import ParamGroup, as_given
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.specs.verdict import Ghosts, Verdict
 from dist_optim.stepping.extras import Extras
@@ -94,7 +94,7 @@ class Subject:
             self._tag(self.parameters)
             groups = self._groups_of_owned()
             with self._traced():
-                self.optimizer: Optimizer = spec.driver.construct(spec.load_class(), groups, arguments)
+                self.optimizer: Optimizer = spec.driver.construct(spec.load_class(), as_given(groups), arguments)
                 if Trait.WEIGHT_SWAPPING in spec.traits:
                     self.optimizer.train()  # type: ignore[attr-defined]
         else:
@@ -104,7 +104,7 @@ class Subject:
             values = {index: starts[index].clone() for index in self.owned}
             self._instance = UpstreamInstance(replace(spec, verdict=claim), groups, shapes, arguments, values)
             self.parameters, self.optimizer = self._instance.shadows, self._instance.optimizer
-        self.extras = (self._instance and self._instance.extras) or Extras(self.optimizer, self.parameters)
+        self.extras = (self._instance and self._instance.extras) or Extras({"": self.optimizer}, self.parameters)
         self.rates = [group.get("lr") for group in self.optimizer.param_groups]
         self.rates = [_own(rate) if isinstance(rate, (float, int, Tensor)) else None for rate in self.rates]
 

@@ -53,7 +53,7 @@ def _describe_record(record: Hyperparameter) -> dict[str, Any]:
     return {
         "name": record.name,
         "type": record.describe_type(),
-        "default": record.default,
+        "default": _as_json(record.default),
         "required": record.required,
         "minimum": _finite(record.minimum),
         "maximum": _finite(record.maximum),
@@ -117,6 +117,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _as_json(default: Any) -> Any:
+    """What JSON has no word for, as text: an infinity, a dtype."""
+    is_plain = default is None or isinstance(default, (bool, int, str, tuple, list))
+    return default if is_plain or (isinstance(default, float) and math.isfinite(default)) else str(default)
 
 
 def _finite(bound: float) -> float | None:

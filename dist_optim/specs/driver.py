@@ -40,6 +40,10 @@ class UpstreamDriver:
         """Build the upstream optimizer on ``param_groups``; ``arguments`` are its constructor's keywords."""
         return optimizer_class(param_groups, **arguments)
 
+    def undescribed(self, optimizer: Optimizer) -> dict[str, Optimizer]:
+        """The objects that may keep state of their own, by name; asked only of classes that nobody described."""
+        return {"": optimizer}
+
     def runs_on_slices(self, values: Mapping[str, Any], device: torch.device) -> bool:
         """Whether, with these hyperparameters and on this device, any slice of a tensor may be stepped on its own.
 
@@ -62,8 +66,18 @@ class UpstreamDriver:
         """Whether, with these hyperparameters, it keeps what an update of a half-precision weight rounds away."""
         return False
 
-    def values_by_parameter(self, model: nn.Module) -> dict[int, dict[str, Any]]:
-        """Hyperparameters that the user gave to single parameters by upstream's own means, by ``id(parameter)``."""
+    def couples(self, values: Mapping[str, Any]) -> bool:
+        """Whether, with these constructor arguments, the step of one tensor depends on others.
+
+        Asked only of optimizers with ``Trait.COUPLED``: a bound on the norm of all gradients may be left out.
+        """
+        return True
+
+    def values_by_parameter(self, model: nn.Module, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
+        """Hyperparameters of single parameters, by ``id(parameter)``: given by upstream's own means, or by their names.
+
+        ``names`` are the logical ones, the same under every engine, by id.
+        """
         return {}
 
     def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
@@ -135,6 +149,14 @@ class NamedDriver(UpstreamDriver):
         named = [pair for group in param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
         build: Any = optimizer_class
         return build(named, **arguments)
+
+
+def as_given(groups: list[ParamGroup]) -> list[Any]:
+    """One group without values is what a user gives as a plain list; some classes take nothing else."""
+    (first, *others) = groups
+    if others or not first["params"] or first.keys() - {"params", "param_names"}:
+        return groups
+    return list(zip(first["param_names"], first["params"], strict=True)) if "param_names" in first else first["params"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ import ast
 import difflib
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -82,13 +82,15 @@ class Hyperparameter:
             value = _read_literal(value)
         if not self.allows(value):
             raise HyperparameterError(f"{optimizer_name}: {self.name}={self.refusal(value)}")
-        return value if value is None or self.kind == "any" else self._converted(value)
+        return value if value is None or self.kind == "any" or self._is_default(value) else self._converted(value)
 
     def allows(self, value: Any) -> bool:
         """Whether upstream may be given this value, without reading a string as something else."""
         if self.kind == "any":
-            is_default = value is self.default or (isinstance(value, float) and value == self.default)
+            is_default = value is self.default or self._is_default(value)
             return is_default or _has_no_infinity(value)
+        if self._is_default(value):
+            return True
         if value is None:
             return self.optional
         converted = self._converted(value)
@@ -101,6 +103,10 @@ class Hyperparameter:
             f"{value!r} ({type(value).__name__}) is not allowed. {self.name} is {allowed} (default {self.default!r}): "
             f"{self.meaning}"
         )
+
+    def _is_default(self, value: Any) -> bool:
+        """Also an infinite one; in the default's own type."""
+        return isinstance(value, float) and isinstance(self.default, float) and value == self.default
 
     def _converted(self, value: Any) -> Any:
         if self.kind == "floats":
@@ -139,14 +145,21 @@ def check_hyperparameters(
 
 
 def problem_of(
-    optimizer_name: str, known: Sequence[Hyperparameter], groups: Iterable[Mapping[str, Any]]
+    optimizer_name: str,
+    known: Callable[[Mapping[str, Any]], Iterable[Hyperparameter]],
+    groups: Iterable[Mapping[str, Any]],
 ) -> HyperparameterError | None:
     """What is wrong with the values that param groups hold now, where someone wrote another one; None if nothing.
 
     Local, and before a step. A tensor stands for the number in it; a string is not read as one: upstream would not.
+
+    Args:
+        optimizer_name: For the message.
+        known: The hyperparameters of a group.
+        groups: As the user sees them.
     """
     for number, group in enumerate(groups):
-        for record in known:
+        for record in known(group):
             value = group.get(record.name, record)
             plain = value.tolist() if isinstance(value, Tensor) else value
             if value is not record and not record.allows(plain):

@@ -9,7 +9,7 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import takewhile
@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import HyperparameterError, MissingPackageError, UnknownOptimizerError
 from dist_optim.specs.driver import NamedDriver, UpstreamDriver
-from dist_optim.specs.hyperparameters import Hyperparameter, Scope, check_hyperparameters
-from dist_optim.specs.verdict import Verdict
+from dist_optim.specs.hyperparameters import Hyperparameter, Scope, check_hyperparameters, problem_of
+from dist_optim.specs.verdict import Ghosts, Verdict
 
 __all__ = [
     "OptimizerSpec",
@@ -71,6 +71,8 @@ class Trait(Enum):
     """Tensors are stepped together by one rank: a norm or a step size over all of them, random draws, an order."""
     FUSED_BACKWARD = "steps inside backward"
     """The update happens while gradients are produced, one parameter at a time."""
+    HIDDEN_MATRICES = "hidden matrices"
+    """Made for the matrices inside a network: embeddings, output head and vectors go to ``OptimizerSpec.rest``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,8 @@ class OptimizerSpec:
     """State per parameter element, in words and bytes: for people who choose."""
     needs: tuple[str, ...] = ()
     """What it needs besides its package (``"CUDA"``, ``"a C++ compiler"``), and for what: for people who choose."""
+    rest: str = ""
+    """The name of what steps the tensors that this one is not made for, where the user names nothing."""
     instead: str = ""
     """For a name that is always stepped inside backward: the name of the same algorithm with stored gradients."""
     refusal: str = ""
@@ -172,9 +176,45 @@ class OptimizerSpec:
         """The class of what is built."""
         return self.makes or self.load_class()
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The upstream packages whose versions all ranks must have alike."""
+        return (self.package,)
+
     def in_scope(self, scope: Scope) -> tuple[str, ...]:
         """Names of the hyperparameters with this scope."""
         return tuple(record.name for record in self.records() if record.scope is scope)
+
+    def values_in(self, group: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What a group's tensors are stepped with: the constructor's arguments, over them the group's own values."""
+        return {**arguments, **{key: value for key, value in group.items() if key != "params"}}
+
+    def problem_in(
+        self, groups: Sequence[Mapping[str, Any]], numbers: Sequence[int] | None = None
+    ) -> HyperparameterError | None:
+        """What is wrong with the values that param groups hold now; None if nothing. Local, and before a step.
+
+        Args:
+            groups: As the user sees them.
+            numbers: Which groups they are, of those that the optimizer was built with; None for all.
+        """
+        return problem_of(self.name, lambda _: self.records(), groups)
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> OptimizerSpec:
+        """The spec for these constructor's arguments: without ``Trait.COUPLED`` where they couple no tensors."""
+        if Trait.COUPLED not in self.traits or self.driver.couples(arguments):
+            return self
+        return replace(self, traits=self.traits - {Trait.COUPLED})
+
+    def is_undescribed_in(self, group: Mapping[str, Any]) -> bool:
+        """Whether nobody described what steps this group: it may write any value there, and what it writes is true."""
+        return self.is_undescribed
+
+    def ghosts_in(self, group: Mapping[str, Any]) -> Ghosts:
+        """What stands in an instance for a tensor of this group that another one steps."""
+        if self.verdict is not None:
+            return self.verdict.ghosts
+        return "with gradients" if self.driver.ghosts_have_gradients else "empty"
 
 
 _signatures: dict[Any, tuple[Hyperparameter, ...]] = {}

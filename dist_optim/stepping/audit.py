@@ -29,6 +29,7 @@ def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
         members = [next(placed) for _ in group["params"]]
         trained = [member for member in members if member.is_trained]
         route = f"low rank {group['rank']}" if matrix_keys and "rank" in group else "full rank"
+        route = f"{group['optim']}, {route}" if "optim" in group else route
         lines.append(
             f"  group {number} ({route}, lr {_number(group.get('lr'))}, weight decay "
             f"{_number(group.get('weight_decay'))}): {_describe(trained)}"

@@ -39,8 +39,9 @@ class Bystander(UpstreamInstance):
         self.driver, self.extras = spec.driver, None
         self.shadows, self.ghosts = {}, {}
         self._group_of, self._of_model, self._model_dtypes = {}, set(), {}
-        self._keeps_tensors, self._is_two_way, self._ghosts = True, spec.is_undescribed, "none"
-        shown = [{**arguments, **group, "params": []} for group in groups]
+        self._keeps_tensors, self._ghosts = True, []
+        self.is_two_way = [spec.is_undescribed_in(group) for group in groups]
+        shown = [{**spec.values_in(group, arguments), "params": []} for group in groups]
         self.optimizer = _Shown(shown, dict(arguments))
         self._shown = [dict(group) for group in shown]
 

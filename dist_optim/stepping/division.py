@@ -15,6 +15,7 @@ from dist_optim.exchange.plan import Plan
 from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.detect_fsdp1 import is_marked
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
 from dist_optim.specs.driver import ParamGroup
@@ -64,7 +65,7 @@ class Division:
         """
         items: list[tuple[str, Any]] = [("optimizer", self.spec.name)]
         for number, group in enumerate(self.groups):
-            values = {**self.arguments, **group}
+            values = self.spec.values_in(group, self.arguments)
             items += [
                 (f"group {number}, {key}", value)
                 for key, value in values.items()
@@ -139,8 +140,7 @@ def divide(
         UnsupportedError: Upstream cannot step a parameter, or not in this way.
     """
     placed = tuple(one for group in groups for one in group["params"])
-    of_group = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    values = [{**arguments, **own} for own, group in zip(of_group, groups, strict=True) for _ in group["params"]]
+    values = [spec.values_in(group, arguments) for group in groups for _ in group["params"]]
     members = {index: (one, values[index]) for index, one in enumerate(placed) if one.is_trained}
     refuse_misfits(spec, list(members.values()), is_divided=num_ranks(all_ranks) > 1)
     is_together = spec.is_coupled or (spec.keeps_tensors and num_ranks(process_group) == 1)
@@ -227,7 +227,8 @@ def _true_values(division: Division) -> dict[int, Tensor]:
 
 
 def _is_plain(one: PlacedParameter) -> bool:
-    return type(one.parameter) is nn.Parameter and one.layout.is_replicated and one.shape == one.parameter.shape
+    is_own = type(one.parameter) is nn.Parameter and not is_marked(one.parameter)
+    return is_own and one.layout.is_replicated and one.shape == one.parameter.shape
 
 
 def _of_model(one: PlacedParameter) -> Tensor:

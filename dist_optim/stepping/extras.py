@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,33 +17,36 @@ from dist_optim.specs.state_codec import Leaves, encode, restore
 
 __all__ = ["Extras"]
 
-_OF_TORCH = frozenset(vars(Optimizer([nn.Parameter(torch.empty(0))], {}))) | {
-    "_opt_called",
-    "_warned_capturable_if_run",
-}
+
+@functools.cache
+def _of_torch() -> frozenset[str]:
+    """Attributes of every optimizer; found out when first asked, since making one imports much of torch."""
+    own = vars(Optimizer([nn.Parameter(torch.empty(0))], {}))
+    return frozenset(own) | {"_opt_called", "_warned_capturable_if_run"}
 
 
 class Extras:
     """Everything that an upstream instance holds besides its groups and the state of its parameters.
 
     Args:
-        optimizer: The instance, just constructed.
+        optimizers: The objects of upstream's, by name, just constructed: one, or several in one instance.
         parameters: What stands in its groups, by position among all parameters.
 
     Raises:
         UnsupportedError: It keeps something that is no data, so that it could never be saved.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Mapping[int, nn.Parameter]) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Mapping[str, Optimizer], parameters: Mapping[int, nn.Parameter]) -> None:
+        self._optimizers = dict(optimizers)
         self._parameters = parameters
         self._index_of = {id(parameter): index for index, parameter in parameters.items()}
         try:
             self._at_start = _mark(*self._encoded())
         except StateDictError as error:
+            names = ", ".join(type(one).__name__ for one in optimizers.values())
             raise UnsupportedError(
-                f"{type(optimizer).__name__} could not be saved: {error} Register an OptimizerSpec whose driver stores "
-                "it, or leave it out of the class."
+                f"{names} could not be saved: {error} Register an OptimizerSpec whose driver stores it, or leave it "
+                "out of the class."
             ) from error
 
     def read(self) -> dict[str, Any]:
@@ -61,23 +65,19 @@ class Extras:
         leaves = {key: value.clone() for key, value in encoded.items() if key != STRUCTURE}
         found = self._found()
         restore(found, json.loads(encoded[STRUCTURE]), leaves, self._parameter)
-        vars(self._optimizer).update(found["attributes"])
-        state = self._optimizer.state
-        for key in [key for key in state if not isinstance(key, Tensor)]:
-            del state[key]
-        state.update(found["state"])
+        for name, optimizer in self._optimizers.items():
+            vars(optimizer).update(found[name]["attributes"])
+            state = optimizer.state
+            for key in [key for key in state if not isinstance(key, Tensor)]:
+                del state[key]
+            state.update(found[name]["state"])
 
     def _encoded(self) -> tuple[str, Leaves]:
         leaves: Leaves = {}
         return json.dumps(encode(self._found(), "extras", leaves, self._index)), leaves
 
     def _found(self) -> dict[str, Any]:
-        optimizer = self._optimizer
-        attributes = {key: value for key, value in vars(optimizer).items() if key not in _OF_TORCH}
-        return {
-            "attributes": attributes,
-            "state": {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)},
-        }
+        return {name: _kept_by(optimizer) for name, optimizer in self._optimizers.items()}
 
     def _index(self, tensor: Tensor | int) -> int | None:
         """Which parameter a tensor is, or lies on, or a number is the id of: a class may keep any of them."""
@@ -93,6 +93,11 @@ class Extras:
         if index not in self._parameters:
             raise StateDictError(f"Saved state refers to parameter {index}, which this optimizer does not step.")
         return self._parameters[index]
+
+
+def _kept_by(optimizer: Optimizer) -> dict[str, Any]:
+    attributes = {key: value for key, value in vars(optimizer).items() if key not in _of_torch()}
+    return {"attributes": attributes, "state": {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)}}
 
 
 def _mark(text: str, leaves: Leaves) -> tuple[str, list[tuple[int, int]]]:

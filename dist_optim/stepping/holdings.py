@@ -121,7 +121,9 @@ class Holdings:
         """What upstream shows in its groups: its counters, and all of them where nobody described what it writes."""
         if not self.spec.is_undescribed:
             return self.counters()
-        return [instance.published() for instance in self.instances][0]
+        whole = [instance.published() for instance in self.instances][0]
+        both = zip(self.instances[0].is_two_way, whole, self.counters(), strict=True)
+        return [group if is_two_way else counted for is_two_way, group, counted in both]
 
     def extras(self) -> dict[str, object]:
         """What upstream keeps outside the state of its parameters: the same in all instances after a step."""

@@ -19,7 +19,7 @@ from dist_optim.exchange.plan import Plan
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.specs.driver import ParamGroup
-from dist_optim.specs.hyperparameters import Scope, problem_of
+from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.registry import Trait
 from dist_optim.stepping import audit
 from dist_optim.stepping.closures import Evaluations, Once, evaluates, loss_of, mean_loss
@@ -200,7 +200,7 @@ class DistributedOptimizer(TorchContract):
             self.holdings.groups[:] = self.param_groups
             self.param_groups = self.holdings.groups
         self.free_gathered_copies()
-        problem = problem_of(self.spec.name, self.spec.records(), self.param_groups)
+        problem = self.spec.problem_in(self.param_groups)
         return problem or (None if self._model_side is None else self._model_side.problem(self.param_groups))
 
     def step_part(self, present: Sequence[bool]) -> None:

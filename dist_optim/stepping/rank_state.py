@@ -239,10 +239,10 @@ def _check(held: Holdings, state_dict: Mapping[str, Any]) -> None:
 
 
 def check_groups(held: Holdings, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse param groups that have other parameters.
+    """Refuse param groups that have other parameters, or another algorithm.
 
     Raises:
-        StateDictError: With the names that differ.
+        StateDictError: With what differs.
     """
     theirs, ours = [list(group["params"]) for group in saved], held.names_by_group()
     if theirs != ours:
@@ -252,6 +252,12 @@ def check_groups(held: Holdings, saved: Sequence[Mapping[str, Any]]) -> None:
             f"optimizer: {sorted(own - other)[:5]}; sizes {[len(g) for g in theirs]} against "
             f"{[len(g) for g in ours]}. Build the optimizer with the same model, groups and target_modules."
         )
+    for number, (here, there) in enumerate(zip(held.groups, saved, strict=True)):
+        if here.get("optim") != there.get("optim"):
+            raise StateDictError(
+                f"Group {number} of the state dict is of optim {there.get('optim')!r}, and the optimizer's of "
+                f"{here.get('optim')!r}. Build the optimizer with the algorithms of the saved run."
+            )
 
 
 def _place(held: Holdings) -> dict[str, Any]:

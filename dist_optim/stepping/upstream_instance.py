@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.specs.driver import ParamGroup, tensors_in
+from dist_optim.specs.driver import ParamGroup, as_given, tensors_in
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.specs.verdict import Ghosts
 from dist_optim.stepping.code_watch import CodeWatch
@@ -66,14 +66,12 @@ class UpstreamInstance:
         self._group_of: dict[int, int] = {}
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._keeps_tensors = values is not None
-        self._is_two_way = spec.is_undescribed
+        self.is_two_way = [spec.is_undescribed_in(group) for group in groups]
         self._of_model = {index for index, value in (values or {}).items() if isinstance(value, nn.Parameter)}
-        self._ghosts: Ghosts = "with gradients" if self.driver.ghosts_have_gradients else "empty"
+        self._ghosts: list[Ghosts] = [spec.ghosts_in(group) for group in groups for _ in group["params"]]
         self._watch: AbstractContextManager[object] = nullcontext()
-        if spec.verdict is not None:
-            self._ghosts = spec.verdict.ghosts
-            if spec.verdict.is_independent:
-                self._watch = CodeWatch(spec.verdict)
+        if spec.verdict is not None and spec.verdict.is_independent:
+            self._watch = CodeWatch(spec.verdict)
         self._model_dtypes: dict[int, torch.dtype] = {}
         upstream_groups: list[ParamGroup] = []
         index = 0
@@ -88,7 +86,7 @@ class UpstreamInstance:
             named = {"param_names": names} if self.driver.wants_names or "param_names" in group else {}
             upstream_groups.append({**group, "params": parameters, **named})
         try:
-            given = _as_given(upstream_groups) if spec.is_undescribed else upstream_groups
+            given = as_given(upstream_groups) if spec.is_undescribed else upstream_groups
             self.optimizer: Optimizer = self.driver.construct(spec.load_class(), given, arguments)
         except DistOptimError:
             raise
@@ -98,12 +96,13 @@ class UpstreamInstance:
                 f"They were: {', '.join(f'{key}={value!r}' for key, value in arguments.items())}."
             ) from error
         if spec.is_undescribed:
-            _refuse_own_groups(spec.name, self.optimizer, upstream_groups)
+            _refuse_own_groups(spec.name, self.optimizer, upstream_groups, self.is_two_way)
         if Trait.WEIGHT_SWAPPING in spec.traits:
             # Upstream starts in eval mode, and refuses to step there. A wrapper may have the method, and its inner not.
             with contextlib.suppress(*([AttributeError] if spec.is_undescribed else [])):
                 self.optimizer.train()  # type: ignore[attr-defined]
-        self.extras = Extras(self.optimizer, {**self.shadows, **self.ghosts}) if spec.is_undescribed else None
+        owners = self.driver.undescribed(self.optimizer) if spec.is_undescribed else {}
+        self.extras = Extras(owners, {**self.shadows, **self.ghosts}) if owners else None
         self._shown = [dict(group) for group in self.optimizer.param_groups]
 
     def _make_parameter(
@@ -121,7 +120,7 @@ class UpstreamInstance:
             # The true shape from the start, on one element of storage: some optimizers read shapes in __init__.
             data = torch.zeros((), dtype=placed.dtype, device=placed.device).expand(shapes[index])
             self.shadows[index] = nn.Parameter(data)
-        elif self._ghosts == "none":
+        elif self._ghosts[index] == "none":
             return []
         else:
             # The true number of dimensions: some optimizers check it. Without dims a tensor has one element.
@@ -153,8 +152,8 @@ class UpstreamInstance:
         """
         self.show(parameters)
         self.give(gradients)
-        if self._ghosts == "with gradients":
-            for index, ghost in self.ghosts.items():
+        for index, ghost in self.ghosts.items():
+            if self._ghosts[index] == "with gradients":
                 ghost.grad = torch.zeros_like(ghost) if present[index] and ghost.requires_grad else None
         try:
             with self._watch:
@@ -280,24 +279,16 @@ class UpstreamInstance:
 
         A class that nobody described may write its own: of its groups, only what was changed outside is pushed.
         """
-        if self._is_two_way:
-            self._push_changes(groups)
-            return
-        for outer, inner in zip(groups, self.optimizer.param_groups, strict=True):
+        every = zip(groups, self.optimizer.param_groups, self._shown, self.is_two_way, strict=True)
+        for outer, inner, shown, is_two_way in every:
+            if is_two_way:
+                _push_changes(outer, inner, shown)
+                continue
             for key in keys & inner.keys() & outer.keys():
                 if isinstance(inner[key], Tensor):
                     inner[key].copy_(torch.as_tensor(outer[key]))  # kept as a tensor where upstream wants one
                 else:
                     inner[key] = outer[key]
-
-    def _push_changes(self, groups: Sequence[ParamGroup]) -> None:
-        for outer, inner, shown in zip(groups, self.optimizer.param_groups, self._shown, strict=True):
-            for key, value in outer.items():
-                if isinstance(inner.get(key), Tensor):
-                    if inner[key] is not value:
-                        inner[key].copy_(torch.as_tensor(value))
-                elif key != "params" and not (key in shown and _is_same(shown[key], value)):
-                    shown[key] = inner[key] = value
 
     def published(self) -> list[dict[str, Any]]:
         """Upstream's groups as they are now, without parameters: what it wrote there itself is the truth."""
@@ -351,29 +342,33 @@ class UpstreamInstance:
         ]
 
 
-def _as_given(groups: list[ParamGroup]) -> list[Any]:
-    """One group without values is what a user gives as a plain list; some classes take nothing else."""
-    (first, *others) = groups
-    if others or not first["params"] or first.keys() - {"params", "param_names"}:
-        return groups
-    return list(zip(first["param_names"], first["params"], strict=True)) if "param_names" in first else first["params"]
-
-
-def _refuse_own_groups(name: str, optimizer: Optimizer, groups: Sequence[ParamGroup]) -> None:
-    """A class that was given groups keeps them: what it steps is found in them again.
+def _refuse_own_groups(
+    name: str, optimizer: Optimizer, groups: Sequence[ParamGroup], is_undescribed: Sequence[bool]
+) -> None:
+    """A class that nobody described and that was given groups keeps them: what it steps is found in them again.
 
     Raises:
         UnsupportedError: It has made others.
     """
-    if [[id(one) for one in group["params"]] for group in optimizer.param_groups] != [
-        [id(one) for one in group["params"]] for group in groups
-    ]:
+    given = [[id(one) for one in group["params"]] for group in groups]
+    made = [[id(one) for one in group["params"]] for group in optimizer.param_groups]
+    told = [not has or own == theirs for own, theirs, has in zip(given, made, is_undescribed, strict=False)]
+    if len(given) != len(made) or not all(told):
         raise UnsupportedError(
             f"{name} steps other tensors, or in other param groups, than it was given: "
             f"{len(optimizer.param_groups)} groups of {sum(len(g['params']) for g in optimizer.param_groups)} tensors, "
             f"not {len(groups)} of {sum(len(g['params']) for g in groups)}. Make its groups yourself, in params=[...]; "
             "or use it in one process, without dist_optim."
         )
+
+
+def _push_changes(outer: ParamGroup, inner: ParamGroup, shown: ParamGroup) -> None:
+    for key, value in outer.items():
+        if isinstance(inner.get(key), Tensor):
+            if inner[key] is not value:
+                inner[key].copy_(torch.as_tensor(value))
+        elif key != "params" and not (key in shown and _is_same(shown[key], value)):
+            shown[key] = inner[key] = value
 
 
 def _refuse_changed_gradients(

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from parity import EXTRA, Case
+from parity import EXTRA, LINEAR, Case, Net, Together
 
 Groups = list[dict[str, Any]]
+HEAD = [name for name, _ in Net(LINEAR, EXTRA).named_parameters()].index(f"linears.{len(LINEAR) - 1}.weight")
+"""The place in the model of the last linear layer's weight."""
 
 
 def adamw(groups: Groups) -> torch.optim.Optimizer:
@@ -32,8 +34,14 @@ def rmsprop(groups: Groups) -> torch.optim.Optimizer:
 
 
 def muon(groups: Groups) -> torch.optim.Optimizer:
-    # torch refuses vectors, even frozen ones.
-    return torch.optim.Muon([{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups])
+    """Muon on the hidden matrices, and AdamW on the rest: the last linear layer, and what decays not."""
+    decays, does_not = groups
+    hidden = [p for p in decays["params"] if p.ndim == 2 and p.place_in_model != HEAD]
+    others = [p for p in decays["params"] if p.ndim != 2 or p.place_in_model == HEAD]
+    return Together(
+        torch.optim.Muon([{**decays, "params": hidden}]),
+        torch.optim.AdamW([{**decays, "params": others}, does_not]),
+    )
 
 
 _ADAMW = Case("adamw_torch", adamw, {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.8, 0.9)})
@@ -42,13 +50,7 @@ _FUSED = replace(_ADAMW, name="adamw_torch_fused", make_reference=adamw_fused, e
 _DECAY = {"lr": 1e-2, "weight_decay": 0.05}
 _ADAGRAD = Case("adagrad", adagrad, {**_DECAY, "lr_decay": 0.1}, constructor={"initial_accumulator_value": 0.1})
 _RMSPROP = Case("rmsprop", rmsprop, {**_DECAY, "momentum": 0.9, "centered": True, "alpha": 0.9})
-_MUON = Case(
-    "muon",
-    muon,
-    _DECAY,
-    extra=((31, 9), (9, 70)),
-    frozen=("linears.4.weight", "linears.0.bias", "linears.2.bias", "linears.4.bias"),
-)
+_MUON = Case("muon", muon, _DECAY, extra=(*EXTRA, (9, 70)))
 
 CASES = (
     _ADAMW,

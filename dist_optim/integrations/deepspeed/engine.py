@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from dist_optim.building.alike import assert_alike
 from dist_optim.building.choice import resolve
-from dist_optim.building.groups import arrange
+from dist_optim.building.composing import Rest, compose
 from dist_optim.errors import (
     DistOptimError,
     HyperparameterError,
@@ -123,7 +123,7 @@ def _extend_construction(original: Callable[..., Any]) -> Callable[..., Any]:
             return _build(self.module, str(name), model_parameters, params)
 
         built = together(build, doing="Building the optimizer of DeepSpeed's configuration")
-        assert_alike({"optimizer": name, **params}, None, [built.spec.package])
+        assert_alike({"optimizer": name, **params}, None, built.spec.packages)
         return built
 
     return _configure_basic_optimizer
@@ -174,6 +174,8 @@ def build_optimizer_for_engine(
     params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]] | None = None,
     target_modules: str | Sequence[str] | None = None,
     no_decay: Iterable[str] = (),
+    rest: str | type[Optimizer] | None = None,
+    rest_options: Mapping[str, Any] | None = None,
     print_audit: bool = True,
     rank_timeout_s: float | None = None,
     fused_backward: bool | None = None,
@@ -188,8 +190,8 @@ def build_optimizer_for_engine(
         model: The user's module, possibly made under ``zero.Init``.
         optimizer: A registered name or an optimizer class.
         params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
-        target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``print_audit``,
-            ``rank_timeout_s``, ``independent``, hyperparameters.
+        target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``rest``, ``rest_options``,
+            ``print_audit``, ``rank_timeout_s``, ``independent``, hyperparameters.
         fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
         on_nonfinite: Refused: DeepSpeed's engine looks for such gradients itself.
         master_weights: Refused: DeepSpeed's engine has masters.
@@ -224,7 +226,7 @@ def build_optimizer_for_engine(
     trainable = {id(one.parameter) for one in placed.values() if one.parameter.requires_grad}
     if chosen is not None and {id(one) for one in chosen} == trainable:
         chosen = None  # a plain list of all that is trained: frozen parameters keep their positions, as in one process
-    groups, arguments = arrange(
+    spec, groups, arguments = compose(
         model,
         spec,
         placed,
@@ -232,6 +234,7 @@ def build_optimizer_for_engine(
         params=chosen,
         no_decay=no_decay,
         target_modules=target_modules,
+        rest=Rest(rest, rest_options or {}),
         takes_idle=False,
     )
     return ZeroOptimizer(
@@ -241,10 +244,21 @@ def build_optimizer_for_engine(
 
 def _build(model: nn.Module, name: str, parameters: Any, options: Mapping[str, Any]) -> ZeroOptimizer:
     """From a section of the JSON: ``options`` are its ``params``."""
-    own = {key: value for key, value in options.items() if key not in ("params", "print_audit")}
-    for key in sorted(options.keys() - own.keys()):
-        raise HyperparameterError(f'"optimizer": "params" has no key {key!r}. Remove it.')
-    return build_optimizer_for_engine(model, name.removeprefix(PREFIX), params=parameters, **own)
+    if "print_audit" in options:
+        raise HyperparameterError('"optimizer": "params" has no key \'print_audit\'. Remove it.')
+    own = {"params": parameters, **options}
+    if "params" in options and parameters is not None:
+        _refuse_two_lists(model, list(parameters))
+    return build_optimizer_for_engine(model, name.removeprefix(PREFIX), **own)
+
+
+def _refuse_two_lists(model: nn.Module, parameters: list[Any]) -> None:
+    """Groups in the JSON are of all that is trained; so has to be what the call lists."""
+    if {id(one) for one in parameters} != {id(one) for one in model.parameters() if one.requires_grad}:
+        raise HyperparameterError(
+            '"optimizer": "params" has groups under "params", and deepspeed.initialize was given model_parameters of '
+            "its own. Leave out one of the two."
+        )
 
 
 def _attach(engine: Any, optimizer: ZeroOptimizer) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.building.build import ONE_BUCKET
-from dist_optim.building.choice import resolve
-from dist_optim.building.groups import arrange
+from dist_optim.building.choice import refuse_combination, resolve
+from dist_optim.building.composing import compose
+from dist_optim.building.patterns import has_patterns
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.handle import Shards, install
 from dist_optim.layouts.detect import PlacedParameter, named_parameters
@@ -72,7 +73,7 @@ def build_fused_optimizer(
         _refuse_engine(engine)
         placed = {name: _place(name, parameter, at) for at, (name, parameter) in enumerate(real.items())}
         stand_ins = {id(real[name]): one.parameter for name, one in placed.items()}
-        groups, arguments = arrange(
+        spec, groups, arguments = compose(
             model,
             spec,
             placed,
@@ -82,6 +83,7 @@ def build_fused_optimizer(
             target_modules=target_modules,
             takes_idle=False,
         )
+        refuse_combination(spec, is_fused=True)
         if spec.driver.needs_total_norm(arguments):
             raise UnsupportedError(
                 f"{spec.name}: clip_grad_norm takes two backward passes, and ZeRO-3 frees parameters in the first. Use "
@@ -106,7 +108,10 @@ def _of_stand_ins(params: Any, stand_ins: Mapping[int, nn.Parameter]) -> Any:
     listed = list(params)
     if listed and isinstance(listed[0], Mapping):
         return [
-            {**group, "params": [stand_ins.get(id(one), one) for one in group.get("params", ())]} for group in listed
+            group
+            if has_patterns([group])
+            else {**group, "params": [stand_ins.get(id(one), one) for one in group.get("params", ())]}
+            for group in listed
         ]
     return [stand_ins.get(id(one), one) for one in listed]
 

@@ -37,7 +37,6 @@ from dist_optim.layouts.detect_zero import (
 from dist_optim.ranks.agreement import host_group
 from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup
-from dist_optim.specs.hyperparameters import problem_of
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.audit import route_audit
 from dist_optim.stepping.division import Division, divide, starting_values
@@ -96,10 +95,9 @@ class ZeroOptimizer(Optimizer):
         # DeepSpeed flattens what it is given: frozen parameters are ours to remember.
         outer: list[ParamGroup] = []
         for number, group in enumerate(groups):
-            own = {key: value for key, value in group.items() if key != "params"}
             trained = [placed.parameter for placed in group["params"] if placed.is_trained]
             if trained:
-                outer.append({**arguments, **own, "params": trained, GROUP_NUMBER: number})
+                outer.append({**spec.values_in(group, arguments), "params": trained, GROUP_NUMBER: number})
         if not outer:
             raise ParameterError(f"{spec.name}: the model has no trainable parameter.")
         super().__init__(outer, {})
@@ -267,7 +265,7 @@ class ZeroOptimizer(Optimizer):
             hyperparameters_of(self._outer, held.pushed_keys),
             self._sampled(),
             problem=self._parts[0].training_step.wrong_mode()
-            or problem_of(self.spec.name, self.spec.records(), self._outer)
+            or self.spec.problem_in(self._outer, [outer[GROUP_NUMBER] for outer in self._outer])
             or self._unfrozen(),
         )
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}

@@ -22,7 +22,7 @@ from dist_optim.integrations.transformers.argument_ranges import check_ranges
 from dist_optim.integrations.transformers.names import name_of
 from dist_optim.integrations.transformers.rehearsal import prepare_deepspeed
 from dist_optim.specs.hyperparameters import parse_optim_args
-from dist_optim.specs.registry import OptimizerSpec, get_spec
+from dist_optim.specs.registry import OptimizerSpec, get_spec, spec_of_class
 
 __all__ = ["TrainingArguments", "read_hyperparameters", "read_optim_args", "values_for"]
 
@@ -32,7 +32,9 @@ class TrainingArguments(transformers.TrainingArguments):
     """transformers' own, with every name of ``dist_optim.names()`` in ``optim``.
 
     ``optim_args`` is a string as in transformers (``"rank=64, scale=0.25, betas=(0.9, 0.99)"``; values are read as
-    Python literals), JSON text, or a dict. ``optim_target_modules`` may be one string too. All else is unchanged.
+    Python literals), JSON text, or a dict. In it, ``rest=NAME, rest_lr=3e-4`` are ``rest`` and ``rest_options`` of
+    ``build_optimizer``; JSON and a dict may hold ``params``, groups by pattern. ``optim_target_modules`` may be one
+    string too. All else is unchanged.
     """
 
     # Redeclared: argparse would offer only transformers' own names, read no dict, and take a single module.
@@ -88,10 +90,25 @@ def read_optim_args(given: str | Mapping[str, Any] | None) -> Any:
     return given
 
 
+REST = "rest_"
+"""``rest_lr=3e-4`` in a text of ``optim_args`` is ``rest_options={"lr": 3e-4}``, which a text cannot hold."""
+
+
 def read_hyperparameters(arguments: Any) -> dict[str, Any]:
-    """``optim_args``, in any of its forms, as a dict."""
+    """``optim_args``, in any of its forms, as a dict; keys that begin with ``rest_`` are gathered in ``rest_options``.
+
+    Raises:
+        HyperparameterError: One of them is in ``rest_options`` too.
+    """
     text = arguments.optim_args
-    return dict(text) if isinstance(text, Mapping) else parse_optim_args(text)
+    given = dict(text) if isinstance(text, Mapping) else parse_optim_args(text)
+    options = dict(given.pop("rest_options", None) or {})
+    for key in [key for key in given if key.startswith(REST)]:
+        own = key.removeprefix(REST)
+        if own in options:
+            raise HyperparameterError(f"optim_args: {own!r} is in rest_options, and {key} is given. Keep one of them.")
+        options[own] = given.pop(key)
+    return {**given, "rest_options": options} if options else given
 
 
 def values_for(spec: OptimizerSpec, arguments: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -126,12 +143,23 @@ def values_for(spec: OptimizerSpec, arguments: Any, given: Mapping[str, Any] | N
             )
         if key not in given and (is_set or key == "lr") and (key in known or spec.is_undescribed):
             values[key] = _as_wanted(spec, key, value)
+        elif is_set and key in _known_to_rest(spec, given):
+            values["rest_options"] = {key: value, **(values.get("rest_options") or {})}
         elif is_set and key not in given and key != "warmup_steps":  # the schedule has a warm-up of its own
             raise HyperparameterError(
                 f"{argument} is {value!r}, and {spec.name} has no {key!r}, so that it would be ignored. Leave it out; "
                 f"`dist-optim list {spec.name}` shows what there is to set in optim_args."
             )
     return values
+
+
+def _known_to_rest(spec: OptimizerSpec, given: Mapping[str, Any]) -> set[str]:
+    """Hyperparameters of what steps the parameters that this optimizer does not take."""
+    rest = given.get("rest") or spec.rest
+    if not rest:
+        return set()
+    other = get_spec(rest) if isinstance(rest, str) else spec_of_class(rest)
+    return {record.name for record in other.records()}
 
 
 def _plain(value: Any) -> Any:

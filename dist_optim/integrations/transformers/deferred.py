@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.building.build import build_optimizer
+from dist_optim.building.patterns import LR_SCALE
 from dist_optim.errors import HyperparameterError, UnsupportedError, WrongModeError
 from dist_optim.specs.registry import get_spec
 from dist_optim.stepping.optimizer import DistributedOptimizer
@@ -45,8 +46,13 @@ class DeferredOptimizer(Optimizer):
         )
 
     def groups(self) -> list[dict[str, Any]]:
-        """The param groups that have parameters."""
-        return [dict(group) for group in self.param_groups if group["params"]]
+        """The param groups that have parameters; one with a relative rate is without the rate that all get."""
+        rate = self.defaults.get("lr")
+        return [
+            {key: value for key, value in group.items() if not (key == "lr" and LR_SCALE in group and value == rate)}
+            for group in self.param_groups
+            if group["params"]
+        ]
 
     def settled(self, num_training_steps: int) -> dict[str, Any]:
         """The hyperparameters, with a warm-up given as a share of all steps turned into steps."""

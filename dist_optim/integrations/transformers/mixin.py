@@ -31,6 +31,7 @@ from dist_optim.integrations.transformers.checks import (
 from dist_optim.integrations.transformers.choosing import choice_of, class_and_keywords, keywords_of
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer, deferred_class
 from dist_optim.integrations.transformers.generation import reading_whole_parameters
+from dist_optim.integrations.transformers.grouping import groups_for_trainer, groups_of_patterns
 from dist_optim.integrations.transformers.inside_backward import backward_of, settings_inside_backward
 from dist_optim.integrations.transformers.loss import LossOfRanksMixin
 from dist_optim.integrations.transformers.placing import is_sharded, place_alone
@@ -102,9 +103,10 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             return self.optimizer
         placed = self.model if model is None else model
         if self._named_in_json is not None:
-            name, settings = self._named_in_json
+            name, settings = self._named_in_json[0], dict(self._named_in_json[1])
             trained = [parameter for parameter in placed.parameters() if parameter.requires_grad]
-            self.optimizer = deferred_class(name)(trained, **settings)
+            groups = groups_of_patterns(placed, settings.pop("params", None))
+            self.optimizer = deferred_class(name)(trained if groups is None else groups, **settings)
             return self.optimizer
         choice, given = choice_of(self, placed)
         if choice is None:
@@ -115,21 +117,15 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
         decay = values.pop("weight_decay", None)
         if groups is None:
             # transformers gives GaLore and APOLLO no decay at all: unset, it is the optimizer's own.
-            groups = self._groups(placed, 0.0 if decay is None and Trait.LOW_RANK not in spec.traits else decay)
+            kept = 0.0 if decay is None and Trait.LOW_RANK not in spec.traits else decay
+            decays = set(self.get_decay_parameter_names(placed))  # type: ignore[attr-defined]
+            groups = groups_for_trainer(placed, decays, kept, values.pop("params", None))
+            if spec.rest:
+                values.setdefault("rest", spec.rest)  # the Trainer lists parameters; the user did not
         elif decay is not None:
             values["weight_decay"] = decay
         self.optimizer = deferred_class(choice)(groups, **values)
         return self.optimizer
-
-    def _groups(self, model: nn.Module, decay: float | None) -> list[dict[str, Any]]:
-        """As the Trainer groups parameters: those that decay, then those that do not."""
-        decays = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        kept, none = ({}, {}) if decay is None else ({"weight_decay": decay}, {"weight_decay": 0.0})
-        return [
-            {"params": [parameter for name, parameter in trained if name in decays], **kept},
-            {"params": [parameter for name, parameter in trained if name not in decays], **none},
-        ]
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
