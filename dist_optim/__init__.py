@@ -8,6 +8,11 @@ model and a name), ``checkpoint``, ``schedulers``, then ``integrations``. A room
 Importing this package needs torch alone; upstream packages and frameworks are imported on use.
 """
 
+# ruff: noqa: E402  Ctrl-C is answered before the imports that take seconds
+from dist_optim.integrations import signals as _signals
+
+_signals.end_quietly_on_interrupt()
+
 from dist_optim import optimizers as _optimizers  # noqa: F401  registers the families
 from dist_optim.building.build import build_optimizer
 from dist_optim.building.layerwise_decay import layerwise_decay

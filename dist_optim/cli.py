@@ -18,6 +18,7 @@ from rich.text import Text
 import dist_optim
 from dist_optim import run
 from dist_optim.errors import DistOptimError
+from dist_optim.integrations.signals import interrupt_as_usual
 from dist_optim.specs.catalogue import describe, describe_hyperparameters
 
 __all__ = ["app"]
@@ -45,6 +46,7 @@ def main(
     In Python: dist_optim.build_optimizer(model, NAME, lr=1e-3, ...). This command says which names there are and what
     each of them takes, and runs Hugging Face scripts unmodified.
     """
+    interrupt_as_usual()
 
 
 @app.command("list")

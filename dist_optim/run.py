@@ -34,7 +34,7 @@ from dist_optim.errors import (
 )
 from dist_optim.integrations.environment import refuse_lone_process
 from dist_optim.integrations.refusals import refuse
-from dist_optim.integrations.signals import is_rank_0
+from dist_optim.integrations.signals import interrupt_as_usual, is_rank_0
 from dist_optim.ranks.gloo import use_one_worker_each
 
 __all__ = ["REPLACED", "Replacement", "main", "replace_names"]
@@ -122,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     script = rest[0]
     if not is_module and not Path(script).is_file():
         refuse(UsageError(f"{script!r} is not a file. Give the script to run: {USAGE.splitlines()[0]}"))
+    interrupt_as_usual()
     use_one_worker_each()  # before the script makes a process group
     sys.argv = rest
     sys.path[0] = os.getcwd() if is_module else str(Path(script).resolve().parent)

@@ -57,13 +57,15 @@ class Outcome:
 
 
 @contextmanager
-def started_by_accelerate(strategy: str, training: Training | None = None) -> Iterator[Accelerator]:
+def started_by_accelerate(
+    strategy: str, training: Training | None = None, *, cpu: bool = True
+) -> Iterator[Accelerator]:
     """An Accelerator as a rank of ``accelerate launch`` makes it; its process-wide state ends with the context."""
     settings = training.settings if training else {}
     with mock.patch.dict(os.environ, {**ENVIRONMENTS[strategy], **settings}):
         try:
             accelerator = Accelerator(
-                cpu=True,
+                cpu=cpu,
                 mixed_precision=training.mixed_precision if training else "no",
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
                     num_steps=training.accumulation if training else 1, sync_with_dataloader=False

@@ -126,8 +126,8 @@ def _reference(choice: Choice, mode: str) -> Reference:
     return reference_run(CASE if mode == "absent" else ALL_PRESENT, choice, mode != "one group")
 
 
-def measured_on_ranks(choice: Choice, mode: dict[str, Any], engine: str, directory: str) -> dict[str, Any]:
-    """The body: what comes out under one engine."""
+def measured(choice: Choice, mode: dict[str, Any], engine: str, directory: str) -> dict[str, Any]:
+    """What comes out under one engine: in this process alone, or as the body on every rank."""
     warnings.simplefilter("ignore")
     where, way = ENGINES[engine], mode["mode"]
     try:

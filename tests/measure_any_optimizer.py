@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from any_optimizer import ENGINES, PACKAGES, measured_on_ranks, mode_of
+from any_optimizer import ENGINES, PACKAGES, measured, mode_of
 from any_runs import Choice, imported
 from torch.optim import Optimizer
 
@@ -66,7 +66,8 @@ def measure(choice: Choice, ranks: Ranks) -> dict[str, Any]:
     row: dict[str, Any] = {"mode": mode["mode"]}
     for engine in ENGINES:
         with tempfile.TemporaryDirectory() as folder:
-            row[engine] = ranks.run(measured_on_ranks, choice, mode, engine, folder)
+            body = choice, mode, engine, folder
+            row[engine] = measured(*body) if engine == "one" else ranks.run(measured, *body)
     return row
 
 

@@ -376,14 +376,22 @@ def spoil(session: Session, value: float = math.nan, everywhere: bool = False) -
             part.view(-1)[0] = value
 
 
-def refused_if_nonfinite(engine: Engine, name: str, folder: Path) -> Outcome:
-    """An infinite gradient on the last rank: nothing is changed, and a step by good gradients is right."""
+def nonfinite(
+    engine: Engine, name: str, folder: Path, choice: str, goes_on: Callable[[TorchSession, TorchSession], Outcome]
+) -> Outcome:
+    """Two steps with a choice for infinite gradients, which DeepSpeed makes itself; then ``goes_on``."""
+    options = {"extra": {"on_nonfinite": choice}}
     if engine.is_zero:
-        return refusal(UnsupportedError, lambda: engine.session(name, extra={"on_nonfinite": "raise"}))
-    session, alone = engine.session(name, extra={"on_nonfinite": "raise"}), engine.alone(name)
+        return refusal(UnsupportedError, lambda: engine.session(name, **options))
+    session, alone = engine.session(name, **options), engine.alone(name)
     assert isinstance(session, TorchSession)
     for one in (session, alone):
         one.train(range(2))
+    return goes_on(session, alone)
+
+
+def refused_if_nonfinite(session: TorchSession, alone: TorchSession) -> Outcome:
+    """An infinite gradient on the last rank: nothing is changed, and a step by good gradients is right."""
     before = session.weights()
     session.backward(2)
     spoil(session, math.inf)
@@ -397,14 +405,8 @@ def refused_if_nonfinite(engine: Engine, name: str, folder: Path) -> Outcome:
     return outcome
 
 
-def skipped_if_nonfinite(engine: Engine, name: str, folder: Path) -> Outcome:
+def skipped_if_nonfinite(session: TorchSession, alone: TorchSession) -> Outcome:
     """Infinite gradients on the last rank in step 3, NaN in step 4: as if nobody had asked for these steps."""
-    if engine.is_zero:
-        return refusal(UnsupportedError, lambda: engine.session(name, extra={"on_nonfinite": "skip"}))
-    session, alone = engine.session(name, extra={"on_nonfinite": "skip"}), engine.alone(name)
-    assert isinstance(session, TorchSession)
-    for one in (session, alone):
-        one.train(range(2))
     (optimizer,) = session.optimizers
     for step, value in ((2, math.inf), (3, math.nan)):
         session.backward(step)
@@ -742,8 +744,16 @@ SITUATIONS = (
             **zero("DeepSpeed leaves such a step out"),
         },
     ),
-    Situation("an infinite gradient on one rank, raised", refused_if_nonfinite, EVALUATING),
-    Situation("an infinite gradient on one rank, skipped", skipped_if_nonfinite, EVALUATING),
+    Situation(
+        "an infinite gradient on one rank, raised",
+        partial(nonfinite, choice="raise", goes_on=refused_if_nonfinite),
+        EVALUATING,
+    ),
+    Situation(
+        "an infinite gradient on one rank, skipped",
+        partial(nonfinite, choice="skip", goes_on=skipped_if_nonfinite),
+        EVALUATING,
+    ),
     Situation("loss scaling, an overflow on one rank", scaled, not_for=zero(SCALES)),
     Situation("loss scaling by ShardedGradScaler", partial(scaled, is_sharded=True), not_for=zero(SCALES)),
     Situation(

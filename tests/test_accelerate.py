@@ -177,6 +177,21 @@ def refusal(strategy: str, settings: dict[str, str], optimizer: Any = "sgd") -> 
     return str(caught.value)
 
 
+def refusal_without_cpu() -> str:
+    with started_by_accelerate("ddp", ADAMW, cpu=False) as accelerator:
+        assert accelerator.num_processes == 1
+        with pytest.raises(DistOptimError) as caught:
+            prepare(accelerator, make_model(ADAMW), "sgd", lr=0.1)
+        assert not accelerator._models
+    return str(caught.value)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a plain Accelerator() finds the ranks' devices")
+def test_ranks_that_accelerate_takes_for_jobs_of_their_own_are_told(two_ranks: RankPool) -> None:
+    for text in two_ranks.run(refusal_without_cpu):
+        assert "asked for 2 ranks" in text and "Accelerator(cpu=True)" in text
+
+
 FOUR_RANKS = {
     **{"ACCELERATE_USE_PARALLELISM_CONFIG": cpu_rehearsal.SET_ASIDE, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
     **{"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -214,6 +216,18 @@ def test_an_optimizer_that_is_built_already_is_refused() -> None:
         build(build("adamw_torch", model, lr=0.1), model)
 
 
+Edit = Callable[[list[Any], nn.Parameter], object]
+EDITS: dict[str, tuple[Edit, str]] = {
+    "exchanged": (lambda groups, new: operator.setitem(groups[0]["params"], 0, new), "is missing, 1 are new"),
+    "grown": (lambda groups, new: groups[0]["params"].append(new), "1 are new"),
+    "shrunk": (lambda groups, new: groups[0]["params"].pop(), "is missing"),
+    "reordered": (lambda groups, new: groups[0]["params"].reverse(), "listed otherwise"),
+    "a group more": (lambda groups, new: groups.append({"params": [new], "lr": 0.1}), "has 2 groups.*built with 1"),
+    "a group less": (lambda groups, new: groups.clear(), "has 0 groups.*built with 1"),
+    "no params": (lambda groups, new: groups[0].pop("params"), "is missing, . more are"),
+}
+
+
 def change_after_building(kind: str) -> None:
     """One rank is enough for all to raise; the others would wait for it in the exchange."""
     torch.manual_seed(0)
@@ -224,8 +238,8 @@ def change_after_building(kind: str) -> None:
         net.extra[0] = nn.Parameter(torch.zeros(5, 3))
     elif kind == "converted":
         model.double()
-    elif kind == "exchanged":
-        optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(6, 4))
+    elif kind in EDITS and dist.get_rank() == 1:
+        EDITS[kind][0](optimizer.param_groups, nn.Parameter(torch.zeros(6, 4)))
     elif kind in ("fsdp1", "fsdp2"):
         model = place(model, kind)
     for parameter in model.parameters():
@@ -238,7 +252,7 @@ def change_after_building(kind: str) -> None:
     [
         ("replaced", "'extra.0' of the optimizer is no longer the model's.*Build the optimizer last"),
         ("converted", "'linears.0.weight' was torch.float32 of shape .6, 4. on cpu .* is torch.float64"),
-        ("exchanged", "'linears.0.weight' was exchanged in the optimizer's param_groups"),
+        ("exchanged", "param_groups.0. were edited after building: 'linears.0.weight' is missing, 1 are new.*Put"),
         ("fsdp1", "'linears.0.weight' was .* of shape .6, 4.*integrations.accelerate.prepare"),
         ("fsdp2", "'linears.0.weight' of the optimizer is no longer the model's"),
     ],
@@ -247,6 +261,33 @@ def test_parameters_that_are_no_longer_the_models_are_refused_on_all_ranks(
     kind: str, message: str, two_ranks: RankPool
 ) -> None:
     assert_raised_on_both(two_ranks, f"ParameterError: .*{message}", change_after_building, kind)
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_groups_that_were_edited_are_refused(kind: str, tmp_path: Path) -> None:
+    """By the next step and by the next save; put back, all goes on."""
+    model, (edit, message) = make_net(), EDITS[kind]
+    optimizer = build("sgd", model, lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    edit(optimizer.param_groups, nn.Parameter(torch.zeros(6, 4)))
+    for call in (optimizer.step, optimizer.state_dict, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(errors.ParameterError, match=message):
+            call()
+    with pytest.raises(errors.ParameterError, match=message):
+        dist_optim.save_checkpoint(tmp_path / "run", model, optimizer)
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    optimizer.param_groups = groups
+    optimizer.step()
+    dist_optim.save_checkpoint(tmp_path / "run", model, optimizer)
+
+
+def test_edits_on_one_rank_are_refused_on_all(two_ranks: RankPool) -> None:
+    assert_raised_on_both(two_ranks, "ParameterError: .*has 2 groups", change_after_building, "a group more")
 
 
 def test_parameters_replaced_in_the_middle_of_a_run_are_refused() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_optim
+from dist_optim.errors import RanksDisagreeError
 from dist_optim.testing import RankPool
 
 COLLECTIVES = (
@@ -56,6 +57,19 @@ def collectives_counted() -> Iterator[Counter[str]]:
         gather = counting("all_gather_single", transfer.gather_single)
         with mock.patch.object(transfer, "gather_single", gather):
             yield counted
+
+
+def collectives_of_a_refused_rate() -> dict[str, int]:
+    optimizer = steady("ddp", "sgd", 1)
+    optimizer.param_groups[0]["lr"] *= 1 + dist.get_rank()
+    with collectives_counted() as counted, pytest.raises(RanksDisagreeError, match="group 0, lr"):
+        optimizer.step()
+    return dict(counted)
+
+
+def test_ranks_that_differ_find_out_what_by_one_more_collective(two_ranks: RankPool) -> None:
+    for counted in two_ranks.run(collectives_of_a_refused_rate):
+        assert counted == {"all_reduce": 1, "all_gather_object": 1}
 
 
 class Reads(TorchDispatchMode):
@@ -144,6 +158,20 @@ def test_a_steady_step_reads_no_value_that_upstream_does_not(
 ) -> None:
     for ours, upstreams in two_ranks.run(count_reads, placement, name, 8, options):
         assert ours == upstreams
+
+
+@pytest.mark.parametrize("norm_is_small", [False, True])
+def test_adalomo_reads_one_value_a_tensor(norm_is_small: bool) -> None:
+    """The root mean square of its weights; lomo-optim reads two where that is above the bound."""
+    net_ = net(4)
+    with torch.no_grad():
+        for parameter in net_.parameters():
+            parameter.mul_(1e-6 if norm_is_small else 1.0)
+            parameter.grad = torch.ones_like(parameter)
+    optimizer = dist_optim.build_optimizer(net_, "adalomo", lr=1e-3, fused_backward=False, print_audit=False)
+    with Reads() as reads:
+        optimizer.step()
+    assert reads.count == 2 * 4
 
 
 def agreements_under_zero(sub_group_size: int) -> tuple[int, int]:

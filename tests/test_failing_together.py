@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from placements import full_parameters, place
 from torch import Tensor, nn
 
 import dist_optim
-from dist_optim.errors import DistOptimError, RankFailedError
+from dist_optim.errors import CheckpointError, DistOptimError, RankFailedError, StepFailedError
 from dist_optim.ranks.agreement import agree_on_bits
 from dist_optim.ranks.together import together
 from dist_optim.stepping import presence
@@ -152,3 +153,34 @@ def test_a_gradient_of_a_failed_step_is_not_stepped_by_later() -> None:
     before, first.grad = first.detach().clone(), None
     optimizer.step()
     assert torch.equal(first, before) and all(parameter.grad is not None for parameter in others)
+
+
+def saved_by_another_optimizer(placement: str, folder: Path) -> None:
+    """Two optimizers on one model: the second one's step fails half way on rank 1, and the first one is saved."""
+    model = place(net(), placement)
+    first, *others = model.parameters()
+    one, two = (
+        dist_optim.build_optimizer(model, "adamw_torch", lr=1e-2, params=[{"params": own}], print_audit=False)
+        for own in ([first], others)
+    )
+    dist_optim.save_checkpoint(folder / "before", model, one)
+    model(torch.ones(2, 6)).square().mean().backward()
+    one.step()
+    if dist.get_rank() == 1:
+        fail_in_upstream(model, two)
+    with pytest.raises(StepFailedError):
+        two.step()
+    with pytest.raises(CheckpointError, match="Step 1 failed after a part"):
+        dist_optim.save_checkpoint(folder / "after", model, one)
+    del two  # the weights stay as they are
+    with pytest.raises(CheckpointError, match="Load the last checkpoint"):
+        dist_optim.save_checkpoint(folder / "after", model, one)
+    dist_optim.load_checkpoint(folder / "before", model, one)
+    dist_optim.save_checkpoint(folder / "after", model, one)
+
+
+@pytest.mark.parametrize("placement", ["ddp", "fsdp2"])
+def test_weights_that_another_optimizer_left_half_stepped_are_not_saved(
+    placement: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(saved_by_another_optimizer, placement, tmp_path)

@@ -16,6 +16,7 @@ from parity import Case, build_subject, differences, gradients, make_model, para
 from placements import full_parameters, place
 from redeclared import run_on_local_slices, run_with_spec
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_optim
 from dist_optim.errors import UnsupportedError
@@ -126,15 +127,40 @@ def test_losses_set_in_the_param_groups_are_obeyed(two_ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize("placement", ["ddp", "fsdp2"])
-def test_control_ghosts_without_gradients_are_noticed(placement: str, two_ranks: RankPool) -> None:
-    assert any(two_ranks.run(run_without_ghost_gradients, CASES[0], placement))
+def test_control_places_that_are_not_told_are_noticed(placement: str, two_ranks: RankPool) -> None:
+    assert any(two_ranks.run(run_without_places, CASES[0], placement))
 
 
-def run_without_ghost_gradients(case: Case, placement: str) -> list[str]:
+def run_without_places(case: Case, placement: str) -> list[str]:
     driver = dist_optim.get_spec("grokadamw").driver
-    blind = type("Blind", (type(driver),), {"ghosts_have_gradients": False})()
+    blind = type("Blind", (type(driver),), {"counts_places": False})()
     assert isinstance(blind, UpstreamDriver)
     return run_with_spec(case, placement, {"driver": blind})
+
+
+class Updates(TorchDispatchMode):
+    """Counts upstream's last operation on a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.addcdiv_.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_updates(bucket_bytes: int) -> tuple[int, int]:
+    model = place(nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(8))), "ddp")
+    optimizer = build(model, bucket_bytes=bucket_bytes)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Updates() as updates:
+        optimizer.step()
+    return len(optimizer.plan.buckets), updates.count
+
+
+def test_each_tensor_is_stepped_once_however_many_rounds_there_are(two_ranks: RankPool) -> None:
+    for num_rounds, num_updates in two_ranks.run(count_updates, 128):
+        assert num_rounds > 2 and num_updates == 4  # of eight tensors, those that this rank owns
 
 
 def test_control_norms_of_slices_are_noticed(two_ranks: RankPool) -> None:

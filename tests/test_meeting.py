@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +24,9 @@ from torch.distributed.checkpoint import state_dict as torch_doors
 
 import dist_optim
 from dist_optim.errors import RanksDisagreeError
-from dist_optim.ranks import meeting, whereabouts
+from dist_optim.ranks import first_meeting, meeting, whereabouts
 from dist_optim.ranks.whereabouts import Call, Lookout, Whereabouts
-from dist_optim.testing import RankPool
+from dist_optim.testing import RankFailure, RankPool
 
 Act = Callable[[nn.Module, Any, Path], object]
 
@@ -61,14 +67,16 @@ ELSEWHERE: dict[str, Act] = {
 }
 
 
-def be_impatient() -> None:
-    """In a rank of a pool, for good: looks and idle time are as many, and shorter."""
-    meeting.PATIENCE_S, whereabouts.IDLE_S = 0.3, 0.6
+@contextmanager
+def impatience() -> Iterator[None]:
+    """In a rank of a pool: looks and idle time are as many, and shorter."""
+    with mock.patch.object(meeting, "PATIENCE_S", 0.3), mock.patch.object(whereabouts, "IDLE_S", 0.6):
+        yield
 
 
+@impatience()
 def called_alone(call: str, elsewhere: str, folder: str) -> str:
     """On rank 0 the call; rank 1 waits in a collective of the engine's or its own until rank 0 comes there too."""
-    be_impatient()
     name, act = CALLS[call]
     model, optimizer = trained("ddp", name)
     text = ""
@@ -112,8 +120,32 @@ def test_inside_a_step_too(call: str, tmp_path: Path) -> None:
         check_refusal(pool.run(called_alone, call, "backward", str(tmp_path))[0])
 
 
+@impatience()
+def goes_on_after_a_refusal(folder: str) -> None:
+    """Rank 0 catches the refusal of a step that it took alone, and all go on to the next one."""
+    model, optimizer = trained("ddp", "galore_adamw")
+    if dist.get_rank() == 0:
+        with pytest.raises(RanksDisagreeError, match="needs all ranks"):
+            optimizer.step()
+    optimizer.zero_grad()
+    model(*batch(1), True).backward()
+    if dist.get_rank() == 0:
+        with pytest.raises(RanksDisagreeError) as caught:
+            optimizer.step()
+        Path(folder, "said").write_text(str(caught.value))
+    optimizer.step()
+
+
+def test_a_step_after_a_refused_one_ends_the_job_and_says_why(tmp_path: Path) -> None:
+    """Its collective is still there: the other rank's next step would meet it."""
+    with RankPool(2) as pool, pytest.raises(RankFailure) as caught:
+        pool.run(goes_on_after_a_refusal, str(tmp_path))
+    assert "step() was called on rank 0 alone, was refused, and still waits" in (tmp_path / "said").read_text()
+    assert "RanksDisagreeError" in str(caught.value) and "resume from the last checkpoint" in str(caught.value)
+
+
+@impatience()
 def at_other_calls(folder: str) -> str:
-    be_impatient()
     model, optimizer = trained("ddp", "schedule_free_adamw")
     with pytest.raises(RanksDisagreeError) as caught:
         if dist.get_rank() == 0:
@@ -132,9 +164,9 @@ def test_other_calls_are_told_apart_on_both_ranks(two_ranks: RankPool, tmp_path:
     assert "is at" in first + second
 
 
+@impatience()
 def late(folder: str) -> int:
     """The other rank works for longer than ranks are patient: it comes, and nothing is refused."""
-    be_impatient()
     model, optimizer = trained("ddp", "adamw_torch")
     if dist.get_rank() == 1:
         work = torch.randn(200, 200)
@@ -177,7 +209,95 @@ def test_it_costs_two_operations_a_call_and_none_a_step(two_ranks: RankPool) -> 
         assert swaps <= 2 * 4 and step == 0  # who comes last also clears the notes of the call before
 
 
+@impatience()
+def built_late(says_after_s: float) -> str:
+    """The first build of a job: rank 1 comes when rank 0 has said that it waits for it."""
+    said = io.StringIO()
+    store = dist.distributed_c10d._get_default_store()
+
+    def say(text: str, **_: Any) -> None:
+        said.write(text)
+        store.set("said", "1")
+
+    with mock.patch.object(first_meeting, "SAID_AFTER_S", says_after_s):
+        is_first = dist.get_rank() == 0
+        with mock.patch("builtins.print", say) if is_first else contextlib.nullcontext():
+            if dist.get_rank() == 1:
+                store.wait(["said"])
+            dist_optim.build_optimizer(Net(), "sgd", lr=0.1, print_audit=False)
+    return said.getvalue()
+
+
+def never_built() -> str:
+    store = dist.distributed_c10d._get_default_store()
+    with mock.patch.object(first_meeting, "SAID_AFTER_S", 0.1), contextlib.redirect_stderr(io.StringIO()):
+        if dist.get_rank() == 1:
+            store.wait(["given up"])
+            return ""
+        store.set_timeout(timedelta(seconds=0.3))
+        with pytest.raises(RanksDisagreeError) as caught:
+            dist_optim.build_optimizer(Net(), "sgd", lr=0.1, print_audit=False)
+        store.set("given up", "1")
+        return str(caught.value)
+
+
+def test_a_first_build_on_one_rank_says_whom_it_waits_for() -> None:
+    with RankPool(2) as pool:  # of its own: its ranks have built nothing yet
+        first, second = pool.run(built_late, 0.1)
+        assert "rank 0 waits in build_optimizer() for rank 1, where it was not called yet" in first and not second
+    with RankPool(2) as pool:
+        (text, _) = pool.run(never_built)
+        assert re.search(
+            r"build_optimizer\(\) was called on rank 0, and within 0.3 s not on rank 1\. .*every rank", text
+        )
+
+
+@impatience()
+def built_alone_later() -> str:
+    model, _ = trained("ddp", "adamw_torch")
+    text = ""
+    if dist.get_rank() == 0:
+        with pytest.raises(RanksDisagreeError) as caught:
+            dist_optim.build_optimizer(model, "sgd", lr=0.1, print_audit=False)
+        text = str(caught.value)
+    model(*batch(1), True).backward()
+    dist_optim.build_optimizer(model, "sgd", lr=0.1, print_audit=False)
+    return text
+
+
+def test_a_later_build_on_one_rank_is_refused_there(two_ranks: RankPool) -> None:
+    check_refusal(two_ranks.run(built_alone_later)[0])
+
+
 def test_whereabouts_survive_the_board() -> None:
     found = Whereabouts(call=Call("eval()", (0, 1), 3), waits_in="barrier", answers=7)
     assert Whereabouts.from_text(found.to_text()) == found
     assert Lookout(0).look(1) == Whereabouts(answers=1)
+
+
+FROM_ONE_TO_THE_NEXT = """
+def barrier(arrived, lock):
+    arrived.release()
+    lock.acquire()
+"""
+
+
+def test_a_thread_that_goes_from_one_collective_to_the_next_does_not_wait() -> None:
+    """The frames of both calls may have the same address, and stand on the same line."""
+    names: dict[str, Any] = {}
+    exec(compile(FROM_ONE_TO_THE_NEXT, "torch/distributed/distributed_c10d.py", "exec"), names)
+    arrived, locks = threading.Semaphore(0), [threading.Lock() for _ in range(4)]
+    for lock in locks:
+        lock.acquire()
+    thread = threading.Thread(target=lambda: [names["barrier"](arrived, lock) for lock in locks], daemon=True)
+    thread.start()
+    with mock.patch.object(whereabouts, "IDLE_S", 0.02):
+        lookout = Lookout(thread.ident or 0)
+        for lock in locks:
+            arrived.acquire()
+            time.sleep(0.05)  # by now it stands in the lock
+            assert lookout.look(0).waits_in == "", "seen for the first time"
+            while not lookout.look(0).waits_in.startswith("barrier"):
+                time.sleep(0.05)
+            lock.release()
+    thread.join()

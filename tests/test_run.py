@@ -220,3 +220,31 @@ def test_one_process_in_place_of_several_is_refused(
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "has started one process" in said and said.count("\n") == 1
+
+
+INTERRUPTED_IN_AN_IMPORT = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *others):
+        if name == "torch":  # the first import that takes seconds
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+INSTALLED = "import sys; sys.argv = ['/usr/bin/dist-optim', 'list']; from dist_optim.cli import app; app()"
+
+
+@pytest.mark.parametrize(
+    ("program", "is_ours"),
+    [(["-m", "dist_optim.run", SCRIPT], True), (["-c", INSTALLED], True), (["-c", "import dist_optim"], False)],
+)
+def test_interrupted_while_it_is_imported(program: list[str], is_ours: bool, tmp_path: Path) -> None:
+    """One line from our programs; who imports the package keeps Python's own answer."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IN_AN_IMPORT)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([*PYTHON, *program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if is_ours:
+        assert (done.returncode, done.stderr, done.stdout) == (130, "\ninterrupted\n", "")
+    else:
+        assert done.returncode == -signal.SIGINT and "KeyboardInterrupt" in done.stderr

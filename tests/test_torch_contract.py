@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import dist_optim
+from dist_optim.checkpoint import torch_state_dict
 from dist_optim.errors import StateDictError, UnsupportedError
 from dist_optim.testing import RankPool
 
@@ -349,3 +351,21 @@ def test_what_is_no_state_dict_is_refused(given: Any) -> None:
     _, optimizer = made("none")
     with pytest.raises(StateDictError, match="no optimizer's state dict"):
         optimizer.load_state_dict(given)
+
+
+def test_flat_keys_are_taken_apart_in_one_pass_and_by_the_longest_name() -> None:
+    """``a`` and ``a.b`` are both parameters' names; each key is looked at once."""
+    flat = {"state.a.b.exp_avg": 1, "state.a.step": 2, "param_groups.a.b.lr": 0.1, "param_groups.a.lr": 0.1, "other": 0}
+    looks = 0
+
+    class Counted(dict[str, Any]):
+        def items(self) -> Any:
+            nonlocal looks
+            for item in super().items():
+                looks += 1
+                yield item
+
+    held = mock.Mock(names_by_group=lambda: [["a", "a.b", *(f"layer{number}" for number in range(50))]])
+    found = torch_state_dict._unflattened(mock.Mock(holdings=held), Counted(flat))
+    assert found["state"] == {"a.b": {"exp_avg": 1}, "a": {"step": 2}}
+    assert found["param_groups"][0]["lr"] == 0.1 and looks == len(flat)

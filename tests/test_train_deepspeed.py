@@ -54,11 +54,11 @@ def test_accelerate_reads_the_file_as_the_configuration_of_its_name(name: str) -
 
 
 def deepspeed_launcher() -> list[str]:
-    """Two ranks on a free port: the launcher takes a fixed one otherwise, and 0 for a number."""
+    """One rank on a free port: the launcher takes a fixed one otherwise, and 0 for a number."""
     with socket.socket() as found:
         found.bind(("", 0))
         port = found.getsockname()[1]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(port)]
 
 
 class TestTrained:
@@ -92,13 +92,23 @@ class TestTrained:
         assert (code, others) == (2, [(2, "")])
         assert not (tmp_path / "run").exists()
 
-    def test_by_deepspeed_with_the_optimizer_of_the_configuration(self, tmp_path: Path) -> None:
-        config = json.loads((JSONS / "galore_adamw_zero2.json").read_text())
-        (tmp_path / "own.json").write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": "auto"}))
-        flags = (*SHORT, "--deepspeed", tmp_path / "own.json")
-        run = finished_run(deepspeed_launcher(), tmp_path / "run", *flags)
+    def test_with_the_optimizer_of_the_configuration(self, two_ranks: RankPool, tmp_path: Path) -> None:
+        flags = (*SHORT, "--deepspeed", own_configuration(tmp_path))
+        run = finished_in(two_ranks, tmp_path / "run", *flags)
         assert "low rank 64" in run.output  # target modules and rank are the configuration's
         assert (run.summary["strategy"], run.summary["world_size"]) == ("zero2", 2)
+
+    def test_by_the_launcher_of_deepspeed(self, tmp_path: Path) -> None:
+        """It gives each rank its number as a flag; one rank and one step say whether that is read."""
+        flags = ("--max_steps", "1", "--eval_strategy", "no", "--deepspeed", own_configuration(tmp_path))
+        run = finished_run(deepspeed_launcher(), tmp_path / "run", *flags)
+        assert (run.summary["strategy"], run.summary["world_size"]) == ("zero2", 1)
+
+
+def own_configuration(folder: Path) -> Path:
+    config = json.loads((JSONS / "galore_adamw_zero2.json").read_text())
+    (folder / "own.json").write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": "auto"}))
+    return folder / "own.json"
 
 
 def settled(folder: Path, config: dict[str, Any], *flags: str) -> tuple[dict[str, Any], argparse.Namespace]:

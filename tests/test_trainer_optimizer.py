@@ -218,6 +218,27 @@ def test_a_deferred_optimizer_does_not_step(tmp_path: Path) -> None:
         assert trainer.optimizer is built, "a second train() goes on with the same optimizer"
 
 
+def prepared_by_the_user(directory: str) -> None:
+    """Refused by ``prepare`` itself, on all ranks, and not by the first step; ``train()`` is as it was."""
+    problems = []
+    for strategy in ("ddp", "fsdp1", "fsdp2"):
+        with fresh_accelerate():
+            arguments = arguments_of(Job("sgd"), strategy, directory)
+            trainer = Trainer(make_llama(), arguments, train_dataset=Blocks())
+            deferred = trainer.create_optimizer()
+            try:
+                trainer.accelerator.prepare(trainer.model, deferred)
+            except WrongModeError as error:
+                if "dist_optim.integrations.accelerate.prepare(" in str(error):
+                    continue
+            problems.append(f"{strategy}: not refused")
+    assert_no_problems_on_any_rank(problems)
+
+
+def test_a_deferred_optimizer_is_not_prepared_by_others(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(prepared_by_the_user, str(tmp_path))
+
+
 class OtherTrainer(transformers.Trainer):
     """Stands for the Trainers of other packages: it overrides what they do."""
 

@@ -83,6 +83,13 @@ def test_equals_one_process_on_three_ranks(name: str, stage: int, three_ranks: R
     assert three_ranks.run(zero.distance_given_gradients, run) == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_equals_one_process_on_one_rank(stage: int, one_rank: RankPool) -> None:
+    """Nothing is divided, and DeepSpeed flattens the parameters all the same."""
+    for name in ("galore_adamw", "adafactor"):
+        assert one_rank.run(zero.distance_given_gradients, run_of(name, stage, real_batches=True)) == [0.0]
+
+
 # Every variant with one optimizer, and every second one with GaLore too: all kinds meet most of DeepSpeed's options.
 COVERING = [
     (variant, name)

@@ -21,6 +21,7 @@ from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.inside_backward.handle import install
 from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.ranks.agreement import host_group, num_ranks, own_rank, reachable_devices
+from dist_optim.ranks.first_meeting import meet_first
 from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup
@@ -117,9 +118,11 @@ def build_optimizer(
     Raises:
         UnknownOptimizerError, HyperparameterError, TargetModulesError, MissingPackageError, ParameterError,
         UnsupportedError: See ``dist_optim.errors``; on all ranks together.
-        RanksDisagreeError: Ranks gave different models or arguments, or run different versions of a library.
+        RanksDisagreeError: Ranks gave different models or arguments, or run different versions of a library; or some
+            ranks do not call it (said on stderr after seconds where nothing can be raised yet).
     """
     check_process_group(process_group)
+    meet_first("build_optimizer()", process_group)
     host_group(process_group)  # where one has to be made, all ranks make it now, before any of them can fail
 
     def prepare() -> _Prepared:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
 from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
@@ -29,7 +29,7 @@ from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 from dist_optim.specs.driver import STRUCTURE
 from dist_optim.specs.registry import Trait
 from dist_optim.specs.unwrapping import find_optimizer
-from dist_optim.stepping import rank_state
+from dist_optim.stepping import half_steps, rank_state
 from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.stepping.whole_state import is_slice, memory_order
 
@@ -163,13 +163,17 @@ def optimizer_of(optimizer: Any) -> DistributedOptimizer:
     return inner
 
 
-def refuse_half_step(optimizer: DistributedOptimizer) -> None:
+def refuse_half_step(optimizer: DistributedOptimizer, weights: Iterable[nn.Parameter] = ()) -> None:
     """Nothing is saved between a step that failed half way, on all ranks alike, and a load.
+
+    Args:
+        optimizer: Whose state is to be saved.
+        weights: Also to be saved: another optimizer of theirs may have failed.
 
     Raises:
         CheckpointError: It is so.
     """
-    if reason := optimizer.progress.why_not_saved():
+    if reason := optimizer.progress.why_not_saved() or half_steps.why_not_saved(weights):
         raise CheckpointError(reason)
 
 

@@ -41,6 +41,7 @@ from dist_optim.checkpoint.optimizer_state import (
 from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.layouts.detect import assert_held_by, clean_name, detect
 from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.stepping import half_steps
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -66,8 +67,8 @@ def save_checkpoint(
     inner, directory = optimizer_of(optimizer), Path(directory)
     inner.meet("save_checkpoint()")
     ranks, rank = inner.holdings.all_ranks, own_rank(inner.holdings.all_ranks)
-    refuse_half_step(inner)
     attempt(lambda: assert_held_by(model, inner.holdings.placed), directory, ranks)
+    refuse_half_step(inner, model.parameters())
     with written_aside(directory, ranks) as aside:
         with exported_weights(inner):
             pieces = attempt(lambda: _pieces_of_model(model, ranks), directory, ranks)
@@ -114,6 +115,7 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
     if scheduler is not None:
         _install_schedule(directory, scheduler, schedule, ranks)
     read_pieces(directory / "model", pieces, ranks)
+    half_steps.heal(model.parameters())
     install(inner, incoming)
     return own
 

@@ -17,7 +17,7 @@ Before the first step the tensors are room to load into. All of it is collective
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,18 +176,30 @@ def _unflattened(optimizer: DistributedOptimizer, given: Mapping[str, Any]) -> M
     """Of flat keys the dictionaries that they were."""
     if "state" in given or not given:
         return given if given else {"state": {}, "param_groups": []}
-    state: StateByName = {}
-    groups: list[dict[str, Any]] = []
-    for names in optimizer.holdings.names_by_group():
+    listed = optimizer.holdings.names_by_group()
+    known = {fqn for names in listed for fqn in names}
+    values: dict[str, StateByName] = {"state": {}, "param_groups": {}}
+    for flat, value in given.items():
+        kind, _, rest = flat.partition(".")
+        fqn, key = _split(rest, known)
+        if kind in values and fqn:
+            values[kind].setdefault(fqn, {})[key] = value
+    groups = []
+    for names in listed:
         group: dict[str, Any] = {"params": names}
         for fqn in names:
-            start = len(f"state.{fqn}.")
-            own = {key[start:]: value for key, value in given.items() if key.startswith(f"state.{fqn}.")}
-            state |= {fqn: own} if own else {}
-            prefix = f"param_groups.{fqn}."
-            group |= {key[len(prefix) :]: value for key, value in given.items() if key.startswith(prefix)}
+            group |= values["param_groups"].get(fqn, {})
         groups.append(group)
-    return {"state": state, "param_groups": groups}
+    return {"state": values["state"], "param_groups": groups}
+
+
+def _split(path: str, known: Collection[str]) -> tuple[str, str]:
+    """The longest known name that a dotted path begins with, and the rest; empty names where there is none."""
+    fqn, dot, key = path.rpartition(".")
+    while dot and fqn not in known:
+        fqn, dot, last = fqn.rpartition(".")
+        key = f"{last}.{key}"
+    return (fqn, key) if dot else ("", "")
 
 
 # torch's functions --------------------------------------------------------------------------------------------------

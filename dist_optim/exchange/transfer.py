@@ -52,7 +52,8 @@ def gather_to_owner(
     own = bucket.owned[own_rank(process_group)]
     if bucket.is_replicated or num_ranks(process_group) == 1:
         yield
-        return [{item.index: field[item.index] for item in own} for field in fields]
+        # An engine that flattens parameters does so for one rank too.
+        return [{item.index: _shaped(field[item.index], item.shape) for item in own} for field in fields]
     to_owners, from_holders = ([len(fields) * n for n in sizes] for sizes in (route.to_owners, route.from_holders))
     send = _pack([field[item.index] for items in bucket.owned for field in fields for item in items], bucket)
     received = torch.empty(sum(from_holders), dtype=bucket.dtype, device=bucket.device)
@@ -72,6 +73,10 @@ def gather_to_owner(
         ],
     )
     return full
+
+
+def _shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def scatter_from_owner(
@@ -235,4 +240,4 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 def _write_back(full: Mapping[int, Tensor], local: Mapping[int, Tensor]) -> None:
     """Copy where upstream put the new values into other storage (some optimizers rebind ``.data``)."""
     moved = [index for index, tensor in full.items() if tensor.data_ptr() != local[index].data_ptr()]
-    _copy([local[index] for index in moved], [full[index] for index in moved])
+    _copy([local[index] for index in moved], [_shaped(full[index], local[index].shape) for index in moved])

@@ -109,6 +109,13 @@ class BucketReduction:
         self._land()
         self._restart()
 
+    def forget(self) -> None:
+        """Drop the gradients of a backward pass that ended early, on all ranks."""
+        if self._in_flight is not None:
+            self._in_flight[2].wait()
+        self._came = {}
+        self._restart()
+
     def held_bytes(self) -> int:
         """Bytes of the buckets that exist now."""
         flying = [self._in_flight[1]] if self._in_flight is not None else []

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.errors import DistOptimError, UnsupportedError, WrongModeError
+from dist_optim.errors import DistOptimError, StepFailedError, UnsupportedError, WrongModeError
 from dist_optim.inside_backward.ddp import BucketReduction, retire_reducer
 from dist_optim.inside_backward.guards import MARK, guard_clipping, marked_by
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 
-__all__ = ["FusedBackward", "Shards", "install"]
+__all__ = ["FusedBackward", "Shards", "follow", "install"]
 
 
 def install(
@@ -57,6 +57,14 @@ def install(
     return fused
 
 
+def follow(optimizer: DistributedOptimizer, model: nn.Module) -> None:
+    """Let backward make the updates for another wrapper of the same model, where it made them for one. Collective."""
+    fused = optimizer.inside_backward
+    if isinstance(fused, FusedBackward) and isinstance(model, DistributedDataParallel) and not fused.serves(model):
+        fused.remove()
+        install(optimizer, model, bucket_bytes=fused.bucket_bytes)
+
+
 class Shards:
     """How gradients come to this rank's parts of parameters: already reduced, unless an engine's subclass does it."""
 
@@ -83,6 +91,8 @@ class FusedBackward:
         shards: Shards | None = None,
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self._model = weakref.ref(model)
+        self.bucket_bytes = bucket_bytes
         self._name = optimizer.spec.name
         self._placed = optimizer.placed_parameters()
         self._shards = shards or Shards()
@@ -91,6 +101,7 @@ class FusedBackward:
         self._steps = optimizer.training_step
         self._has_begun = False
         self._is_measuring = False
+        self._has_updated = False
         self._seen: set[int] = set()
         self._removers: list[Callable[[], None]] = []
         held = optimizer.holdings
@@ -107,6 +118,10 @@ class FusedBackward:
     def active(self) -> bool:
         """Whether backward makes the updates."""
         return bool(self._removers)
+
+    def serves(self, model: nn.Module) -> bool:
+        """Whether it was installed on this wrapper."""
+        return self._model() is model
 
     def held_bytes(self) -> int:
         """Bytes of gradients that this rank holds now, for the updates to come: what ``param.grad`` would show."""
@@ -195,15 +210,41 @@ class FusedBackward:
         if self._is_measuring:
             self._steps.measure(gradients)
         else:
+            self._has_updated = True
             self._steps.update(gradients)
 
     def backward(self, loss: Tensor) -> Tensor | None:
-        """``loss.backward()``, twice where the norm of all gradients is needed; returns that norm. Collective."""
-        norm = None
-        if self._steps.lacks_total_norm:
-            norm = self._measure(loss)
-        torch.autograd.backward(loss)
+        """``loss.backward()``, twice where the norm of all gradients is needed; returns that norm. Collective.
+
+        Raises:
+            StepFailedError: It failed after updates were made. Before any, what it failed with is raised, and the next
+                backward pass starts anew.
+        """
+        try:
+            norm = self._measure(loss) if self._steps.lacks_total_norm else None
+            torch.autograd.backward(loss)
+        except Exception as error:
+            if not self._has_updated:
+                self._forget()
+                raise
+            self._steps.abandon()
+            if isinstance(error, DistOptimError):
+                raise
+            raise StepFailedError(
+                f"{self._name}: backward failed with {type(error).__name__} after a part of its updates was made: "
+                "the weights are half of a step, and no smaller batch can repeat it. Load the last checkpoint, or "
+                "build the model anew, and set a smaller batch size there; or build with fused_backward=False."
+            ) from error
         return norm
+
+    def _forget(self) -> None:
+        """What a backward pass has left that ended early."""
+        for index in self._seen:
+            self._shards.parameter(self._placed[index]).grad = None
+        self._has_begun = self._has_updated = False
+        self._seen.clear()
+        self._source.forget()
+        self._steps.forget_norms()
 
     def _measure(self, loss: Tensor) -> Tensor:
         self._is_measuring = True
@@ -237,7 +278,7 @@ class FusedBackward:
         problem = problem or self._stored()
         if problem is not None:
             self._steps.agreement.note(problem)
-        self._has_begun = False
+        self._has_begun = self._has_updated = False
         self._seen.clear()
         self._steps.end()
         if isinstance(self._source, BucketReduction):
@@ -325,6 +366,10 @@ class _Queue:
     def held_bytes(self) -> int:
         """Bytes of this rank's parts of the gradients that wait."""
         return sum(gradient.nbytes for gradient in self._waiting.values())
+
+    def forget(self) -> None:
+        """Drop all that wait."""
+        self._waiting, self._nbytes = {}, 0
 
     def flush(self) -> None:
         """Hand on all that wait."""

@@ -6,7 +6,7 @@ import os
 
 from dist_optim.errors import UsageError
 
-__all__ = ["is_switched_on", "num_ranks_asked_for", "refuse_lone_process"]
+__all__ = ["is_switched_on", "num_ranks_asked_for", "refuse_lone_process", "refuse_separate_ranks"]
 
 
 def is_switched_on(name: str) -> bool:
@@ -32,4 +32,23 @@ def refuse_lone_process() -> None:
         raise UsageError(
             "accelerate launch was asked for several ranks and has started one process, as there is no GPU. Start CPU "
             "ranks with torchrun --nproc_per_node N, or with distributed_type: MULTI_GPU in accelerate's configuration."
+        )
+
+
+def refuse_separate_ranks(num_processes: int) -> None:
+    """Without a GPU a plain `Accelerator()` takes each rank for a job of its own, which nothing keeps in step.
+
+    Args:
+        num_processes: How many processes accelerate has found.
+
+    Raises:
+        UsageError: The launcher was asked for more ranks than that.
+    """
+    refuse_lone_process()
+    asked_for = num_ranks_asked_for()
+    if num_processes == 1 and asked_for != 1:
+        raise UsageError(
+            f"The launcher was asked for {asked_for} ranks, and this Accelerator is one process alone: without a GPU "
+            "it has to be told to use the CPU. Make it with Accelerator(cpu=True), also where the configuration says "
+            "use_cpu: true."
         )

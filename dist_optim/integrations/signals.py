@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-__all__ = ["SignalWatch", "ignore_signals", "is_rank_0"]
+__all__ = ["SignalWatch", "end_quietly_on_interrupt", "ignore_signals", "interrupt_as_usual", "is_rank_0"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 1.0
@@ -56,6 +56,34 @@ class SignalWatch:
                 print(f"\ninterrupted at step {self._step()}", file=sys.stderr, flush=True)
         finally:
             os._exit(128 + signal_number)
+
+
+def end_quietly_on_interrupt() -> None:
+    """In a process that was started to run a program of ours, Ctrl-C ends it with one line, and exit code 130.
+
+    Called before the first import that takes seconds, in which it would end in a traceback.
+    """
+    if _is_program_of_ours():
+        signal.signal(signal.SIGINT, _end_quietly)
+
+
+def interrupt_as_usual() -> None:
+    """From here on the program itself answers KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is _end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_program_of_ours() -> bool:
+    """``dist-optim``, or ``python -m dist_optim.run``: then the name of the program is not known yet, but "-m"."""
+    name = sys.argv[0] if sys.argv else ""
+    modules = [one.removeprefix("-m") for one in sys.orig_argv] if name == "-m" else []
+    return os.path.basename(name) == "dist-optim" or any(one.startswith("dist_optim.") for one in modules)
+
+
+def _end_quietly(number: int, frame: object) -> NoReturn:
+    if is_rank_0():
+        os.write(2, b"\ninterrupted\n")
+    os._exit(128 + number)
 
 
 def ignore_signals() -> None:

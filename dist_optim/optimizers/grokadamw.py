@@ -37,10 +37,34 @@ class ImportedQuietly(UpstreamClass):
             root.setLevel(level)
 
 
-class GrokAdamWDriver(UpstreamDriver):
-    """Finds the state where upstream keeps it, and gives ghosts gradients: a layer's position counts those with one."""
+class _ByPlace(float):
+    """One minus gamma: its n-th power is that of the n-th tensor's place, since upstream counts what it is given."""
 
-    ghosts_have_gradients = True
+    places: list[int]
+
+    def __pow__(self, at: int) -> float:  # type: ignore[override]
+        return float(self) ** self.places[at]
+
+
+class _Gamma(float):
+    """A gamma that knows which places in the whole group the tensors have that upstream will step."""
+
+    places: list[int]
+
+    def __rsub__(self, one: float) -> float:
+        rest = _ByPlace(one - float(self))
+        rest.places = self.places
+        return rest
+
+
+class GrokAdamWDriver(UpstreamDriver):
+    """Finds the state where upstream keeps it, and tells it each tensor's place: its first beta decays by that.
+
+    grokadamw 0.1.2 computes ``beta1 * (1 - group["gamma"]) ** i``. Ghosts with gradients would count too, but upstream
+    steps each of them in each round, at the cost of a small tensor.
+    """
+
+    counts_places = True
     signals = ("train_loss", "eval_loss")
 
     def construct(
@@ -59,6 +83,11 @@ class GrokAdamWDriver(UpstreamDriver):
         losses = {key: arguments[key] for key in self.signals}
         taken = {key: value for key, value in arguments.items() if key not in self.signals}
         return super().construct(optimizer_class, [{**losses, **group} for group in param_groups], taken)
+
+    def take_places(self, optimizer: Optimizer, places: list[list[int]]) -> None:
+        for group, own in zip(optimizer.param_groups, places, strict=True):
+            group["gamma"] = _Gamma(group["gamma"])
+            group["gamma"].places = own
 
     def read_state(self, optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
         # grokadamw 0.1.2 keeps state in group["state"], keyed by parameters: its own state_dict pickles the

@@ -7,6 +7,7 @@ steps them inside backward.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -128,13 +129,20 @@ class AdaLomo(_ClippingOptimizer):
         rms = update.norm(2) / update.numel() ** 0.5
         update.div_((rms / self.clip_threshold).clamp_(min=1.0))
         weight = parameter.float()
-        # A tensor unless the bound is larger: rounded to fp32 at the same places as upstream's.
-        scale = max(self.eps[1], torch.norm(weight, 2.0) / math.sqrt(parameter.numel()))
-        rate = group["lr"] * scale
+        # One wait for the device; upstream has two. Unless the bound is larger, its scale and rate are fp32,
+        # and are rounded here at the same places.
+        rms_of_weight = (torch.norm(weight, 2.0) / math.sqrt(parameter.numel())).item()
+        rounded = _as_fp32 if rms_of_weight > _as_fp32(self.eps[1]) else float
+        rate = rounded(rounded(group["lr"]) * max(self.eps[1], rms_of_weight))
         if group["weight_decay"] > 0.0:
-            weight.mul_(1.0 - rate * group["weight_decay"])
+            weight.mul_(rounded(1.0 - rounded(rate * rounded(group["weight_decay"]))))
         weight.add_(update, alpha=-rate)
         parameter.copy_(weight)
+
+
+def _as_fp32(value: float) -> float:
+    """Rounded once; of a sum or product of two fp32 values it is what fp32 arithmetic gives."""
+    return ctypes.c_float(float(value)).value
 
 
 def _zero_moments(parameter: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ __all__ = [
     "host_group",
     "num_ranks",
     "own_rank",
+    "raise_first_difference",
     "reachable_devices",
 ]
 
@@ -65,9 +66,16 @@ def assert_ranks_equal(
     if num_ranks(process_group) == 1:
         return
     listing = [(name, repr(value)) for name, value in items]
-    if _are_equal(zlib.crc32(repr(listing).encode()), process_group):
-        return
-    listings = gather_objects(listing, process_group)
+    if not _are_equal(zlib.crc32(repr(listing).encode()), process_group):
+        raise_first_difference(what, gather_objects(listing, process_group), remedy)
+
+
+def raise_first_difference(what: str, listings: Sequence[Sequence[tuple[str, str]]], remedy: str) -> None:
+    """Compare named texts that all ranks have gathered. Local, and the same everywhere.
+
+    Raises:
+        RanksDisagreeError: As ``assert_ranks_equal``.
+    """
     for rank, listing in enumerate(listings):
         if listing == listings[0]:
             continue

@@ -25,7 +25,7 @@ from dist_optim.ranks.board import Board
 from dist_optim.ranks.watch import Watch
 from dist_optim.ranks.whereabouts import Call, Whereabouts, standing_at
 
-__all__ = ["MeetingPlace", "meet", "open_place", "waited_for"]
+__all__ = ["MeetingPlace", "are_watched", "left_behind", "meet", "open_place", "waited_for"]
 
 PATIENCE_S = 2.0
 """Between two looks at the others."""
@@ -33,6 +33,8 @@ LOOKS_A_SECOND = 64
 """Of all ranks together: of many ranks that wait for one, each looks less often."""
 
 _places: list[MeetingPlace] = []
+_left_behind: dict[tuple[int, ...], str] = {}
+"""By the ranks, the call whose collective was posted here and refused."""
 
 
 class MeetingPlace:
@@ -120,6 +122,8 @@ def _why_not(found: Whereabouts, own: int) -> str:
 
 def open_place(board: Board, watch: Watch, world: dist.ProcessGroup) -> None:
     """From now on the watched ranks meet there, until their process group ends."""
+    if not any(place.is_open for place in _places):
+        _left_behind.clear()  # another process group
     _places[:] = [MeetingPlace(board, watch, world), *(place for place in _places if place.is_open)]
 
 
@@ -140,6 +144,11 @@ def meet(call: str, process_group: dist.ProcessGroup | None = None) -> None:
             place.meet(call, ranks)
 
 
+def are_watched(process_group: dist.ProcessGroup | None = None) -> bool:
+    """Whether these ranks can ``meet``; the same answer on each."""
+    return _place_for(_ranks_of(process_group)) is not None
+
+
 def waited_for(work: dist.Work, call: str, process_group: dist.ProcessGroup | None = None) -> None:
     """Wait for the collective in which all ranks of the group make this call, and look for those who stay away.
 
@@ -158,7 +167,24 @@ def waited_for(work: dist.Work, call: str, process_group: dist.ProcessGroup | No
         with standing_at(step):
             if _ends_within(work, PATIENCE_S):
                 return
-            place.look_for_others(step)
+            try:
+                place.look_for_others(step)
+            except RanksDisagreeError:
+                _left_behind[ranks] = call
+                raise
+
+
+def left_behind(process_group: dist.ProcessGroup | None = None) -> str:
+    """Why these ranks cannot meet in a step any more: this one left a collective behind, which the others' next would
+    meet in place of its own. Empty where it is not so. Local."""
+    call = _left_behind.get(_ranks_of(process_group)) if _left_behind else None
+    if call is None:
+        return ""
+    return (
+        f"{call} was called on rank {dist.get_rank()} alone, was refused, and still waits for the other ranks: their "
+        "next step would meet it in place of this one. Call it on every rank, let the refusal end the job, and resume "
+        "from the last checkpoint"
+    )
 
 
 def _ends_within(work: dist.Work, timeout_s: float) -> bool:

@@ -84,7 +84,7 @@ class Lookout:
 
     def __init__(self, thread_id: int) -> None:
         self._thread_id = thread_id
-        self._mark: tuple[int, int] = (0, 0)
+        self._mark: tuple[int, int, int] = (0, 0, 0)
         self._since = (0.0, 0.0)  # wall time and processor time when the thread was last seen to move
 
     def look(self, num_read: int) -> Whereabouts:
@@ -92,12 +92,20 @@ class Lookout:
         call = next(iter(_at[-1:]), None)
         frame = sys._current_frames().get(self._thread_id)
         now = (time.monotonic(), time.process_time())
-        mark = (id(frame), frame.f_lasti if frame else 0)
+        # A thread that went from one collective to the next, past a disk say, can stand in a frame at the same address,
+        # on the same line: its own processor time has moved.
+        mark = (id(frame), frame.f_lasti if frame else 0, _thread_time_ns(self._thread_id) if frame else 0)
         elapsed = now[0] - self._since[0]
         if mark != self._mark or now[1] - self._since[1] > IDLE_SHARE * max(elapsed, 1.0):
             self._mark, self._since, elapsed = mark, now, 0.0
         waits_in = _place(frame) if call is None and elapsed >= IDLE_S and _is_in_collective(frame) else ""
         return Whereabouts(call=call, waits_in=waits_in, answers=num_read)
+
+
+def _thread_time_ns(thread_id: int) -> int:
+    """Processor time of a living thread; 0 where the system does not tell it."""
+    clock_of = getattr(time, "pthread_getcpuclockid", None)
+    return 0 if clock_of is None else time.clock_gettime_ns(clock_of(thread_id))
 
 
 def _is_in_collective(frame: FrameType | None) -> bool:

@@ -32,7 +32,9 @@ class UpstreamDriver:
     """Whether param groups carry the parameters' names too, under ``param_names``, as in torch's own optimizers."""
     ghosts_have_gradients: bool = False
     """A parameter that is stepped elsewhere is present as an empty ghost. Where upstream counts only parameters *with*
-    a gradient (GrokAdamW's decay by position), the ghost must carry an empty one."""
+    a gradient, the ghost must carry an empty one; upstream then steps all ghosts in each round."""
+    counts_places: bool = False
+    """Upstream goes by a parameter's place among those of its group that have a gradient: ``take_places`` is called."""
 
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
@@ -83,6 +85,9 @@ class UpstreamDriver:
     def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         """One upstream step. ``parameters`` are those that are really stepped here (no ghosts)."""
         optimizer.step()
+
+    def take_places(self, optimizer: Optimizer, places: list[list[int]]) -> None:
+        """Receive, right before the step, the places of what is stepped, group by group: see ``counts_places``."""
 
     def needs_total_norm(self, values: Mapping[str, Any]) -> bool:
         """Whether a step with these constructor arguments needs the norm of all gradients together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -50,11 +50,22 @@ class Bystander(UpstreamInstance):
         return {}
 
     def show_as(
-        self, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any], values: Mapping[str, Any]
+        self,
+        groups: Sequence[tuple[Collection[str], Mapping[str, Any]]],
+        defaults: Mapping[str, Any],
+        values: Mapping[str, Any],
     ) -> None:
-        """Take over what the owner's optimizer has in its groups, and its plain attributes."""
-        for own, shown, group in zip(self.optimizer.param_groups, self._shown, groups, strict=True):
-            own.update(group)
-            shown.update(group)
+        """Take over what the owner's optimizer has in its groups, and its plain attributes.
+
+        Args:
+            groups: The keys of each group, and those of its values that can be sent; others stay as they are.
+            defaults: The owner's.
+            values: Its attributes.
+        """
+        for own, shown, (keys, sent) in zip(self.optimizer.param_groups, self._shown, groups, strict=True):
+            for group in (own, shown):
+                for key in group.keys() - set(keys):
+                    del group[key]
+                group.update(sent)
         self.optimizer.defaults.update(defaults)
         vars(self.optimizer).update({key: value for key, value in values.items() if key not in vars(_Shown([], {}))})

@@ -13,7 +13,9 @@ from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.stepping import half_steps
 from dist_optim.stepping.division import Division
+from dist_optim.stepping.edited_groups import why_edited
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["Holdings", "Progress"]
@@ -40,13 +42,7 @@ class Progress:
 
     def why_not_saved(self) -> str:
         """Why what is held now must not be saved, and what to do; empty where it may be."""
-        if self.failed_step is None:
-            return ""
-        return (
-            f"Step {self.failed_step} failed after a part of its updates was made: the weights are half of a step, and "
-            "would be saved so. Load the last checkpoint into model and optimizer, or build both anew, and go on from "
-            "there."
-        )
+        return "" if self.failed_step is None else half_steps.text_of(self.failed_step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,6 +71,11 @@ class Holdings:
     """The ranks that share the work."""
     all_ranks: dist.ProcessGroup | None
     """All ranks that train the model: under HSDP the replicas of those that share the work too."""
+
+    @property
+    def members(self) -> list[list[PlacedParameter]]:
+        """The parameters of each group when the optimizer was built."""
+        return [list(group["params"]) for group in self.division.groups]
 
     @property
     def instances(self) -> list[UpstreamInstance]:
@@ -109,9 +110,14 @@ class Holdings:
                 yield instance, index
 
     def names_by_group(self) -> list[list[str]]:
-        """Logical names of the parameters of each group."""
-        names = iter(self.placed)
-        return [[next(names).fqn for _ in group["params"]] for group in self.groups]
+        """Logical names of the parameters of each group.
+
+        Raises:
+            ParameterError: Somebody has edited the groups after building.
+        """
+        if problem := why_edited(self.members, self.groups):
+            raise problem
+        return [[one.fqn for one in group] for group in self.members]
 
     def counters(self) -> list[dict[str, object]]:
         """What upstream counts in its groups, group by group: the same in all instances after a step."""

@@ -24,6 +24,7 @@ from dist_optim.specs.registry import Trait
 from dist_optim.stepping import audit
 from dist_optim.stepping.closures import Evaluations, Once, evaluates, loss_of, mean_loss
 from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES, Division
+from dist_optim.stepping.edited_groups import why_edited
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.loss_scaling import refuse_local_scaler
 from dist_optim.stepping.parameter_guard import NO_JOIN
@@ -56,8 +57,8 @@ class ModelSide(Protocol):
     def reshard(self) -> None:
         """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
 
-    def problem(self, groups: Sequence[ParamGroup]) -> DistOptimError | None:
-        """Why these groups are no longer what the model trains; None where they are. Local."""
+    def problem(self) -> DistOptimError | None:
+        """Why the optimizer's parameters are no longer what the model trains; None where they are. Local."""
 
 
 class DistributedOptimizer(TorchContract):
@@ -131,7 +132,7 @@ class DistributedOptimizer(TorchContract):
 
     def share_groups(self) -> None:
         """Show on every rank what upstream made of its groups, where one rank alone has it. Collective; once."""
-        self.training_step.publish_groups()
+        self.training_step.show_groups()
         self.defaults.update(self.holdings.instances[0].optimizer.defaults)
 
     # Stepping -----------------------------------------------------------------------------------------------------
@@ -196,12 +197,15 @@ class DistributedOptimizer(TorchContract):
 
     def _look_at_model(self) -> DistOptimError | None:
         """Before a step: shards in view, the user's own list of groups taken over; what is wrong with the model."""
+        self.free_gathered_copies()
+        problem = None if self._model_side is None else self._model_side.problem()
+        problem = problem or why_edited(self.holdings.members, self.param_groups)
+        if problem is not None:
+            return problem
         if self.param_groups is not self.holdings.groups:
             self.holdings.groups[:] = self.param_groups
             self.param_groups = self.holdings.groups
-        self.free_gathered_copies()
-        problem = self.spec.problem_in(self.param_groups)
-        return problem or (None if self._model_side is None else self._model_side.problem(self.param_groups))
+        return self.spec.problem_in(self.param_groups)
 
     def step_part(self, present: Sequence[bool]) -> None:
         """The step of an engine that has agreed on it, over all parts of the model, by itself. Collective.

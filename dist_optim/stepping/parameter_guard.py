@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -57,7 +56,7 @@ class ParameterGuard:
             self._freezing.carry_over()
             reshard(model)
 
-    def problem(self, groups: Iterable[Mapping[str, Any]]) -> ParameterError | None:
+    def problem(self) -> ParameterError | None:
         """The first parameter that is not what it was, if any. Local; call ``reshard`` before: a unit that is gathered
         shows other parameters.
 
@@ -70,16 +69,11 @@ class ParameterGuard:
         if model is None:
             return None
         current = {id(parameter) for parameter in model.parameters()}
-        listed = {id(parameter) for group in groups for parameter in group["params"]}
         for one, as_built in zip(self._placed, self._as_built, strict=True):
             if id(one.parameter) not in current:
                 return ParameterError(
                     f"Parameter {one.fqn!r} of the optimizer is no longer the model's: the model was wrapped, or its "
                     f"parameters replaced, after the optimizer was built. {REMEDY}"
-                )
-            if id(one.parameter) not in listed:
-                return ParameterError(
-                    f"Parameter {one.fqn!r} was exchanged in the optimizer's param_groups after building. {REMEDY}"
                 )
             look = _look_of(one.parameter)
             if look != as_built:

@@ -15,8 +15,16 @@ import torch
 import torch.distributed as dist
 
 from dist_optim.errors import DistOptimError, RanksDisagreeError, StepFailedError
-from dist_optim.ranks.agreement import agree_on_bits, assert_ranks_equal, host_group, num_ranks, own_rank
-from dist_optim.ranks.meeting import waited_for
+from dist_optim.ranks.agreement import (
+    agree_on_bits,
+    gather_objects,
+    host_group,
+    num_ranks,
+    own_rank,
+    raise_first_difference,
+)
+from dist_optim.ranks.liveness import report_failure
+from dist_optim.ranks.meeting import left_behind, waited_for
 from dist_optim.ranks.together import raise_together
 from dist_optim.specs.driver import ParamGroup
 
@@ -69,13 +77,17 @@ class StepAgreement:
 
         Raises:
             DistOptimError: On all ranks, what was a problem on any.
-            RanksDisagreeError: On all ranks: a gradient is missing on some only, or values or gradients differ.
+            RanksDisagreeError: On all ranks: a gradient is missing on some only, or values or gradients differ. On this
+                rank, while the others are ended with its reason: an earlier call was refused, and still waits.
         """
         if self._is_alone:
             if problem is not None:
                 raise problem
             self.is_skipping = skips
             return list(has)
+        if reason := left_behind(self._ranks):
+            report_failure(reason)
+            raise RanksDisagreeError(f"{reason}. No parameter was changed here.")
         digests = [_digest([("call", call), *values]), *samples]
         mine = [bit for digest in digests for bit in _bits(digest)]
         others = [not bit for bit in mine]
@@ -182,15 +194,14 @@ def _bits(digest: int | None) -> list[bool]:
 
 
 def _raise_on_values(call: str, values: Sequence[tuple[str, Any]], ranks: dist.ProcessGroup | None) -> None:
-    assert_ranks_equal(
+    gathered = gather_objects((call, [(name, repr(value)) for name, value in values]), ranks)
+    raise_first_difference(
         "Ranks have parted",
-        [("the call", call)],
+        [[("the call", repr(theirs))] for theirs, _ in gathered],
         "Make the same calls, in the same order, on every rank.",
-        ranks,
     )
-    assert_ranks_equal(
+    raise_first_difference(
         "Hyperparameters differ between ranks",
-        values,
+        [theirs for _, theirs in gathered],
         "Change them on all ranks alike; a schedule that follows a metric must see the same, reduced metric on all.",
-        ranks,
     )

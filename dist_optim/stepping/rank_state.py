@@ -24,6 +24,7 @@ from dist_optim.errors import StateDictError
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.driver import STRUCTURE
 from dist_optim.specs.state_codec import decode, encode
+from dist_optim.stepping import half_steps
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.sharing import from_owner
 from dist_optim.stepping.whole_state import StateByName, gathered, own_state, parts_of
@@ -160,6 +161,7 @@ def install(
             instance.extras.write(extras)
         instance.write_counters(own)
     progress.num_steps, progress.mode, progress.failed_step = num_steps, mode, None
+    half_steps.heal(one.parameter for one in held.placed)
 
 
 def _refuse_others(given: Any) -> None:

@@ -48,7 +48,7 @@ class OwnersWord:
             after = _generators() if self._before else None
             moved = after if after and _digest(after) != self._before else None
             upstream = instance.optimizer
-            groups = [_plain(group) for group in upstream.param_groups]
+            groups = [(list(group), _plain(group)) for group in upstream.param_groups]
             said = groups, _plain(upstream.defaults), _plain(vars(upstream)), self._before, moved
         groups, defaults, values, before, moved = broadcast_from_owner(said, self._held)
         if isinstance(instance, Bystander):

@@ -18,6 +18,7 @@ from dist_optim.exchange.norms import NormOf, combine_norms, norm_in_fp32, norm_
 from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
 from dist_optim.ranks.agreement import num_ranks
+from dist_optim.stepping import half_steps
 from dist_optim.stepping.before_step import BeforeStep
 from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.detached import Act, DetachedStep, write_back
@@ -319,6 +320,12 @@ class TrainingStep:
         self._norm_dtypes.clear()
         return total
 
+    def forget_norms(self) -> None:
+        """Drop what was measured: the gradients that it is about will not be updated by."""
+        self._norms.clear()
+        self._norm_dtypes.clear()
+        self._total = None
+
     def clip_updates_by(self, total: Tensor) -> None:
         """Let the updates of this step know the norm of all gradients."""
         self._total = total
@@ -364,6 +371,11 @@ class TrainingStep:
         if self._check_ranks_every and progress.num_steps % self._check_ranks_every == 0:
             compare_ranks(held, progress)
 
+    def abandon(self) -> None:
+        """Note that this step has failed after updates were made. Local; on all ranks."""
+        self._progress.failed_step = self._progress.num_steps + 1
+        half_steps.leave_half((one.parameter for one in self._held.placed), self._progress.failed_step)
+
     def _note_changed_values(self) -> None:
         changed = self._before.changed_value()
         if changed is not None:
@@ -379,7 +391,7 @@ class TrainingStep:
         try:
             self.agreement.after(self._held.spec.name, self._progress.num_steps)
         except Exception:
-            self._progress.failed_step = self._progress.num_steps + 1
+            self.abandon()
             raise
 
     def publish_groups(self) -> None:
@@ -390,3 +402,10 @@ class TrainingStep:
         self._word.spread()
         for group, values in zip(self._held.groups, self._held.published(), strict=True):
             group.update(values)
+
+    def show_groups(self) -> None:
+        """Once, at first: the user's groups have upstream's keys and no others. Collective as ``publish_groups``."""
+        self.publish_groups()
+        for group, inner in zip(self._held.groups, self._held.instances[0].optimizer.param_groups, strict=True):
+            for key in group.keys() - inner.keys() - {"params"}:
+                del group[key]

@@ -155,6 +155,8 @@ class UpstreamInstance:
         for index, ghost in self.ghosts.items():
             if self._ghosts[index] == "with gradients":
                 ghost.grad = torch.zeros_like(ghost) if present[index] and ghost.requires_grad else None
+        if self.driver.counts_places:
+            self.driver.take_places(self.optimizer, self._places(gradients, present))
         try:
             with self._watch:
                 if closure is None:
@@ -184,6 +186,17 @@ class UpstreamInstance:
         for index in indices:
             if index not in self._of_model:
                 self.shadows[index].grad = None
+
+    def _places(self, gradients: Mapping[int, Tensor], present: Sequence[bool]) -> list[list[int]]:
+        """Group by group, of what is stepped now: how many before it have a gradient."""
+        places: list[list[int]] = [[] for _ in self.optimizer.param_groups]
+        num_before = [0] * len(places)
+        for index, group in self._group_of.items():
+            if present[index] and (self.ghosts.get(index) is None or self.ghosts[index].requires_grad):
+                if index in gradients:
+                    places[group].append(num_before[group])
+                num_before[group] += 1
+        return places
 
     def step_each(
         self, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor], keys: Collection[str]

@@ -25,8 +25,9 @@ from dist_optim.integrations.accelerate.schedules import (
     schedule_of_engine,
 )
 from dist_optim.integrations.accelerate.state import serve_state
-from dist_optim.integrations.environment import is_switched_on
+from dist_optim.integrations.environment import is_switched_on, refuse_separate_ranks
 from dist_optim.overrides import check
+from dist_optim.ranks.first_meeting import meet_first
 from dist_optim.ranks.together import together
 from dist_optim.specs.registry import OptimizerSpec
 
@@ -86,6 +87,8 @@ def prepare(
             f"dist_optim.integrations.accelerate needs accelerate ({error}). Install it with: "
             "pip install 'dist-optim[train]'"
         ) from error
+
+    meet_first("prepare()")
 
     def check() -> OptimizerSpec:
         _refuse_arguments(accelerator, model)
@@ -160,6 +163,7 @@ def _refuse_arguments(accelerator: Any, model: Any) -> None:
 def _refuse(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> OptimizerSpec:
     """The spec; what this rank cannot serve is refused. Turns the CPU rehearsal on where it is due."""
     check("accelerate")
+    refuse_separate_ranks(accelerator.num_processes)
     spec = resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
     if cpu_rehearsal.is_ignored(accelerator):
         cpu_rehearsal.turn_fsdp_on(accelerator)

@@ -122,3 +122,22 @@ def _refuse_other_trajectory(optimizer: Optimizer, model: nn.Module) -> None:
             f"create_optimizer made a {type(optimizer).__name__} itself, which does not train alike on more than "
             f"one rank. {INSTEAD} Or call super().create_optimizer() and change its param groups."
         )
+
+
+def refuse_smaller_batch(trainer: Any, error: Exception) -> None:
+    """``auto_find_batch_size`` starts again where memory ended; FSDP is then in the middle of a pass, and stays there.
+
+    It would add the next gradients to those of the pass that failed, or wait for ever. Local: of the rank that failed.
+
+    Raises:
+        UnsupportedError: Memory ended under FSDP, and would be answered with a smaller batch.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    is_answered = trainer.args.auto_find_batch_size and should_reduce_batch_size(error)
+    if is_answered and trainer.accelerator.distributed_type.value == "FSDP":
+        raise UnsupportedError(
+            f"auto_find_batch_size: memory ended with {trainer._train_batch_size} rows a rank, in the middle of a pass "
+            "of FSDP, which cannot begin anew in this process. Start again with a smaller per_device_train_batch_size, "
+            "and more gradient_accumulation_steps for the same batch."
+        ) from error

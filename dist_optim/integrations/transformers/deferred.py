@@ -33,10 +33,29 @@ class DeferredOptimizer(Optimizer):
         **hyperparameters: ``lr``, ``target_modules``, and everything else that ``dist_optim.build_optimizer`` takes.
     """
 
+    is_awaited = False
+    """Whether the Trainer prepares it now."""
+
     def __init__(self, params: Iterable[Any], choice: str | type[Optimizer], **hyperparameters: Any) -> None:
         self.choice = choice
         self.hyperparameters = dict(hyperparameters)
         super().__init__(params, _group_defaults(choice, self.hyperparameters))
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """Asked by accelerate's ``prepare``, which anybody may call: only the Trainer then builds what it gets back.
+
+        Raises:
+            WrongModeError: Somebody else has called it. Nothing was prepared but what came before it.
+        """
+        if not self.is_awaited:
+            raise WrongModeError(
+                f"accelerator.prepare was given what create_optimizer() returned, and {self.choice} is not built yet: "
+                "train() builds it when the model is in place. For a loop of your own, call "
+                "dist_optim.integrations.accelerate.prepare(accelerator, model, name, lr=...) with the plain model, "
+                "which places the model and builds the optimizer."
+            )
+        return False
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
         """Refused."""

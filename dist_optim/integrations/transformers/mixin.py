@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_optim.inside_backward.handle import follow
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.transformers import deepspeed as trainer_deepspeed
 from dist_optim.integrations.transformers import rehearsal as trainer_rehearsal
@@ -27,6 +28,7 @@ from dist_optim.integrations.transformers.checks import (
     check_given_optimizer,
     check_made_by_hand,
     check_strategy,
+    refuse_smaller_batch,
 )
 from dist_optim.integrations.transformers.choosing import choice_of, class_and_keywords, keywords_of
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer, deferred_class
@@ -156,6 +158,14 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
         elif not self.is_deepspeed_enabled and self.model_wrapped is self.model and num_ranks() > 1:
             self.model._is_accelerate_prepared = False
 
+    def training_step(self, *positional: Any, **named: Any) -> Any:
+        """As in transformers; where memory ends and cannot be answered with a smaller batch, it says so."""
+        try:
+            return super().training_step(*positional, **named)  # type: ignore[misc]
+        except Exception as error:
+            refuse_smaller_batch(self, error)
+            raise
+
     def evaluation_loop(self, *positional: Any, **named: Any) -> Any:
         """As in transformers; also before any training under FSDP2, which accelerate places with an optimizer only."""
         if self.accelerator.is_fsdp2 and not is_sharded(self.model):
@@ -174,6 +184,9 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
         modules: list[nn.Module] = [self.model_wrapped]
 
         def prepare_and_build(*objects: Any, **options: Any) -> Any:
+            for part in objects:
+                if isinstance(part, DeferredOptimizer):
+                    part.is_awaited = True
             if self.is_deepspeed_enabled:
                 self._let_backward_serve(None)
                 objects = trainer_deepspeed.build_deferred(objects, self._num_training_steps)
@@ -213,6 +226,8 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             return prepared
         if isinstance(part, Optimizer) and isinstance(inner, Optimizer) and not self.is_deepspeed_enabled:
             check_made_by_hand(inner, model)
+        if isinstance(inner, DistributedOptimizer) and not self.is_deepspeed_enabled:
+            follow(inner, model)  # auto_find_batch_size wraps the model anew
         return part
 
     def _let_backward_serve(self, optimizer: DistributedOptimizer | None) -> None:
