@@ -72,7 +72,8 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
 
 
 def _refuse_extras(held: Holdings) -> None:
-    if held.extras():
+    readable = [instance.extras for instance in held.instances if instance.extras is not None]
+    if not all(extras.is_as_constructed() for extras in readable):
         raise StateDictError(
             f"{held.spec.name} keeps more than state of its parameters, for which torch.distributed.checkpoint has no "
             "place. Save it with dist_optim.save_checkpoint, or with state_dict() on every rank."

@@ -35,6 +35,8 @@ class Snapshot:
     tensors: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
     groups: dict[int, dict[str, Any]] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
+    is_as_constructed: bool = True
+    """Whether the rest is what the constructor left: then it may differ by what the constructor was given."""
 
     def first_difference(self, other: Snapshot, indices: Collection[int] | None = None) -> str:
         """What of these tensors, and of the groups that both have, is not equal to the bit; empty where all is."""
@@ -50,6 +52,8 @@ class Snapshot:
             for key in ours.keys() | theirs.keys():
                 if not same(ours.get(key), theirs.get(key)):
                     return f"{key!r} in the values of group {number}"
+        if self.is_as_constructed and other.is_as_constructed:
+            return ""
         for key in self.rest.keys() | other.rest.keys():
             if not same(self.rest.get(key), other.rest.get(key)):
                 return "what it keeps outside the state of its tensors"
@@ -207,7 +211,7 @@ class Subject:
                 group = self.optimizer.param_groups[number]
                 values = {key: copied(one) for key, one in group.items() if key not in ("params", "param_names")}
                 found.groups[number] = values
-        found.rest = copied(self.extras.read())
+        found.rest, found.is_as_constructed = copied(self.extras.read()), self.extras.is_as_constructed()
         return found
 
 

@@ -50,13 +50,19 @@ class Extras:
             ) from error
 
     def read(self) -> dict[str, Any]:
-        """Plain tensors, and one text that says how they belong together; empty where all is as it was constructed.
+        """Plain tensors, and one text that says how they belong together; empty where there is nothing.
+
+        What was never changed is in it too: it may come from the weights that the instance was constructed on.
 
         Raises:
             StateDictError: There is something in it that is no data.
         """
         text, leaves = self._encoded()
-        return {} if _mark(text, leaves) == self._at_start else {**leaves, STRUCTURE: text}
+        return {**leaves, STRUCTURE: text} if any(any(kept.values()) for kept in self._found().values()) else {}
+
+    def is_as_constructed(self) -> bool:
+        """Whether nothing was changed or replaced since."""
+        return _mark(*self._encoded()) == self._at_start
 
     def write(self, encoded: Mapping[str, Any]) -> None:
         """Install what ``read`` returned, in what is there already: what two objects share, they share afterwards."""
