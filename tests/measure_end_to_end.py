@@ -22,14 +22,15 @@ PAGE = RESULTS.with_suffix(".md")
 WORLD_SIZE = 4
 
 
-def measure_all() -> list[dict[str, Any]]:
-    """One row a run."""
-    rows = []
+def measure_all(names: list[str]) -> list[dict[str, Any]]:
+    """One row a run; those of other names, where some are asked for, keep their figures."""
+    kept = {row["name"]: row for row in json.loads(RESULTS.read_text())} if names else {}
+    wanted = [run for run in RUNS if not names or run.name in names or str(run) not in kept]
     with RankPool(WORLD_SIZE, timeout_s=300) as pool:
-        for run in track(RUNS, description=f"{WORLD_SIZE} ranks"):
+        for run in track(wanted, description=f"{WORLD_SIZE} ranks"):
             measured: Measured = pool.run(measure, run, list(PLACEMENTS))[0]
-            rows.append({"name": str(run), "floor": measured.floor, **measured.distances})
-    return rows
+            kept[str(run)] = {"name": str(run), "floor": measured.floor, **measured.distances}
+    return [kept[str(run)] for run in RUNS]
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -58,7 +59,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    rows = measure_all()
+    rows = measure_all(sys.argv[1:])
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     PAGE.write_text(page(rows))
     print(f"written: {RESULTS.name}, {PAGE.name}")

@@ -124,6 +124,10 @@ def page(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     rows = measure_all(sys.argv[1:] or measured_names())
+    if sys.argv[1:]:  # the others keep their figures
+        new = {row["name"]: row for row in rows}
+        rows = [*(row for row in json.loads(RESULTS.read_text()) if row["name"] not in new), *rows]
+        rows = sorted(rows, key=lambda row: str(row["name"]))
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     PAGE.write_text(page(rows))
     print(f"written: {RESULTS.name}, {PAGE.name}")
