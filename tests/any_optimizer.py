@@ -12,16 +12,24 @@ from any_runs import (
     CASE,
     Choice,
     Reference,
+    Regression,
     reference_of_engine,
     reference_run,
     reference_with_closure,
     run_given_gradients,
     run_under_zero,
     run_with_closure,
+    weights_of,
 )
+from parity import make_model
 from torch.optim import Optimizer
 
+from dist_optim.building.choice import resolve
+from dist_optim.building.groups import arrange
 from dist_optim.errors import DistOptimError
+from dist_optim.layouts import detect
+from dist_optim.proving.prove import prove
+from dist_optim.specs.verdict import Verdict
 
 ENGINES: Mapping[str, str | int] = {
     "one": "none",
@@ -114,9 +122,6 @@ def mode_of(choice: Choice) -> dict[str, Any]:
 
 
 def _start(mode: str) -> dict[str, torch.Tensor]:
-    from any_runs import Regression, weights_of
-    from parity import make_model
-
     return weights_of(Regression() if "closure" in mode else make_model(CASE if mode == "absent" else ALL_PRESENT))
 
 
@@ -153,3 +158,19 @@ def measured(choice: Choice, mode: dict[str, Any], engine: str, directory: str) 
     verdict = held.spec.verdict
     is_whole = held.division.is_together and engine != "one"
     return {"result": "whole" if is_whole else "exact", "text": verdict.reason if verdict else ""}
+
+
+def verdict_of(choice: Choice, mode: str) -> Verdict | None:
+    """The verdict by which the class was measured under DDP; None where a name stands for it."""
+    spec = resolve(choice.load())
+    if not spec.is_undescribed or "closure" in mode:
+        return None
+    model = make_model(CASE if mode == "absent" else ALL_PRESENT)
+    placed = detect(model)
+    groups: Any = None
+    if mode != "one group":
+        matrices = [one.parameter for one in placed.values() if len(one.shape) > 1]
+        others = [one.parameter for one in placed.values() if len(one.shape) <= 1]
+        groups = [{"params": matrices, "lr": 0.02}, {"params": others}]
+    arranged, arguments = arrange(model, spec, placed, choice.arguments, params=groups)
+    return prove(spec, arranged, arguments)

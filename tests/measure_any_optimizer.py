@@ -9,6 +9,7 @@ A class is run alone in one process first: one that fails there is listed, and n
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import inspect
 import json
@@ -17,10 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from any_optimizer import ENGINES, PACKAGES, measured, mode_of
+from any_optimizer import ENGINES, PACKAGES, measured, mode_of, verdict_of
 from any_runs import Choice, imported
 from torch.optim import Optimizer
 
+from dist_optim.proving.known import FILE, as_known
 from dist_optim.testing import RankPool
 from dist_optim.testing.failure import RankFailure
 
@@ -71,6 +73,28 @@ def measure(choice: Choice, ranks: Ranks) -> dict[str, Any]:
     return row
 
 
+def verdicts_of(results: dict[str, Any], choices: dict[str, Choice]) -> dict[str, Any]:
+    """What ``known.json`` holds: the verdicts of classes that came out right, with their own defaults."""
+    known: dict[str, Any] = {}
+    for label, row in results["classes"].items():
+        choice = choices.get(label)
+        is_right = "alone" not in row and row["DDP"]["result"] in ("exact", "whole")
+        if choice is None or not is_right or choice.arguments or choice.of_matrices:
+            continue
+        verdict = verdict_of(choice, row["mode"])
+        entry = None if verdict is None else as_known(choice.load(), verdict)
+        known |= {} if entry is None else dict([entry])
+    return dict(sorted(known.items()))
+
+
+def all_choices() -> dict[str, Choice]:
+    found: dict[str, Choice] = {}
+    for module, (_, choices) in PACKAGES.items():
+        with contextlib.suppress(ImportError):
+            found |= {f"{module}.{name}": choices.get(name, Choice(module, name)) for name in classes_of(module)}
+    return found
+
+
 def main(wanted: list[str]) -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "classes": {}}
     ranks = Ranks()
@@ -95,6 +119,7 @@ def main(wanted: list[str]) -> None:
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
             PAGE.write_text(page(results))
     ranks.close()
+    FILE.write_text(json.dumps(verdicts_of(results, all_choices()), indent=1) + "\n")
 
 
 MARKS = {

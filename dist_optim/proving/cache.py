@@ -27,7 +27,7 @@ from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.specs.verdict import Verdict
 from dist_optim.stepping.own_code import OwnCode
 
-__all__ = ["VARIABLE", "remembered"]
+__all__ = ["VARIABLE", "remembered", "sources_of"]
 
 VARIABLE = "DIST_OPTIM_PROOF_CACHE"
 """The folder of the files, instead of one below the user's cache; set and empty for none."""
@@ -61,7 +61,7 @@ def remembered(
 
 def _file(optimizer_class: type, digest: str) -> Path | None:
     """Where the verdict is kept; None for classes that another process may not find the same again."""
-    if "<locals>" in optimizer_class.__qualname__ or not _sources(optimizer_class):
+    if "<locals>" in optimizer_class.__qualname__ or not sources_of(optimizer_class):
         return None
     folder = os.environ.get(VARIABLE)
     if folder == "":
@@ -110,7 +110,7 @@ def _digest(
             f"{optimizer_class.__module__}.{optimizer_class.__qualname__}",
             _version(optimizer_class),
             [torch.__version__, platform.python_version(), platform.machine(), _own_digest()],
-            _sources(optimizer_class),
+            sources_of(optimizer_class),
             _plain(arguments),
             _structure(groups),
             list(kinds),
@@ -159,7 +159,7 @@ def _version(optimizer_class: type) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names)))
 
 
-def _sources(optimizer_class: type) -> list[str]:
+def sources_of(optimizer_class: type) -> list[str]:
     """Digests of the files that hold the class and its bases; of torch's own, its version speaks."""
     if optimizer_class.__module__.startswith("torch."):
         return ["torch"]

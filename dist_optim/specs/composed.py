@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.errors import DistOptimError, HyperparameterError
+from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
 from dist_optim.specs.driver import ParamGroup, UpstreamDriver, as_given
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope, problem_of
 from dist_optim.specs.registry import OptimizerSpec, Trait
@@ -68,14 +68,20 @@ class ComposedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the parts in order; a closure is evaluated once, before all of them."""
+        """Step the parts in order; a closure is evaluated once, before all of them.
+
+        A part that nobody described may ask for the loss, and gets that one; a part that asks again fails.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for part in self.shown_parts():
             shown = [one for group in part.optimizer.param_groups for one in group["params"] if one.numel()]
-            part.spec.driver.step(part.optimizer, shown)
+            if closure is not None and part.spec.is_undescribed:
+                part.optimizer.step(_OneAnswer(part.spec.name, loss))
+            else:
+                part.spec.driver.step(part.optimizer, shown)
         return loss
 
     def train(self) -> None:
@@ -90,6 +96,22 @@ class ComposedOptimizer(Optimizer):
         for part in self.shown_parts():
             if Trait.WEIGHT_SWAPPING in part.spec.traits:
                 getattr(part.optimizer, mode)()
+
+
+class _OneAnswer:
+    """The closure as one part of several sees it: evaluated already."""
+
+    def __init__(self, name: str, loss: Any) -> None:
+        self._name, self._loss, self._is_used = name, loss, False
+
+    def __call__(self) -> Any:
+        if self._is_used:
+            raise UnsupportedError(
+                f"{self._name} evaluates its closure a second time in one step, and the other optimizers beside it were "
+                "stepped for one evaluation. Build it alone, on its own parameters."
+            )
+        self._is_used = True
+        return self._loss
 
 
 class _StateOfParts(MutableMapping[Tensor, Any]):
