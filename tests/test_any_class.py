@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
-from any_classes import TRAPS, AscendsInTwoCalls
+import torch
+from any_classes import TRAPS, AscendsInTwoCalls, FollowsLoss
 from any_runs import (
     CASE,
     WITH_SCALAR,
@@ -113,3 +115,23 @@ def equals_itself_under_zero(name: str, stage: int, directory: str) -> None:
 @pytest.mark.parametrize("name", ["PullsToStart", "DecaysItsRate", "DrawsNoise", "KeepsAttributes", "ClipsTogether"])
 def test_under_zero(two_ranks: RankPool, name: str, stage: int, tmp_path: Path) -> None:
     two_ranks.run(equals_itself_under_zero, name, stage, str(tmp_path))
+
+
+def test_a_part_of_several_gets_the_loss() -> None:
+    plain, model = Regression(), Regression()
+    follower, other = FollowsLoss(plain.first.parameters(), lr=0.1), torch.optim.SGD(plain.second.parameters(), lr=0.1)
+    groups: Any = [{"params": "first.*", "optim": FollowsLoss, "lr": 0.1}, {"params": "*", "optim": "sgd", "lr": 0.1}]
+    optimizer = dist_optim.build_optimizer(model, FollowsLoss, params=groups, print_audit=False)
+
+    def loss_of(net: nn.Module, step: int) -> Any:
+        net.zero_grad()
+        loss = net(batch(step))
+        loss.backward()
+        return loss.detach()
+
+    for step in range(3):
+        loss = loss_of(plain, step)
+        follower.step(functools.partial(torch.clone, loss))
+        other.step()
+        optimizer.step(functools.partial(loss_of, model, step))
+    assert not [str(gap) for gap in gaps_between(weights_of(plain), weights_of(model), "in the end") if gap.absolute]

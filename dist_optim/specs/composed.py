@@ -107,7 +107,7 @@ class _OneAnswer:
     def __call__(self) -> Any:
         if self._is_used:
             raise UnsupportedError(
-                f"{self._name} evaluates its closure a second time in one step, and the other optimizers beside it were "
+                f"{self._name} evaluates its closure a second time in one step, and the optimizers beside it are "
                 "stepped for one evaluation. Build it alone, on its own parameters."
             )
         self._is_used = True
