@@ -20,6 +20,7 @@ from situations_alone import EVERY_ROW
 from dist_optim.checkpoint import optimizer_state
 from dist_optim.errors import CheckpointError, ParameterError
 from dist_optim.stepping import before_step, gradients, optimizer, presence
+from dist_optim.stepping.group_values import GroupValues
 from dist_optim.stepping.holdings import Progress
 from dist_optim.stepping.parameter_guard import ParameterGuard
 from dist_optim.stepping.upstream_instance import UpstreamInstance
@@ -123,7 +124,7 @@ BREAKS: dict[str, tuple[object, str, object]] = {
     # The package has a function of the module's name.
     "detect does not reshard": (import_module("dist_optim.layouts.detect"), "reshard", lambda model: None),
     "install does not clear": (UpstreamInstance, "write_encoded_state", write_without_clearing),
-    "install keeps the counters": (UpstreamInstance, "write_counters", lambda self, counters: None),
+    "install keeps the counters": (GroupValues, "write_counters", lambda self, counters: None),
     "failures are forgotten": (presence.StepAgreement, "after", forget),
     "rates are not compared": (presence.StepAgreement, "before", agree_on_presence_alone),
     "presence is not compared": (presence.StepAgreement, "before", agree_on_own_gradients),

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.stepping.group_values import GroupValues
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["Bystander"]
@@ -40,10 +41,9 @@ class Bystander(UpstreamInstance):
         self.shadows, self.ghosts = {}, {}
         self._group_of, self._of_model, self._model_dtypes = {}, set(), {}
         self._keeps_tensors, self._ghosts = True, []
-        self.is_two_way = [spec.is_undescribed_in(group) for group in groups]
         shown = [{**spec.values_in(group, arguments), "params": []} for group in groups]
         self.optimizer = _Shown(shown, dict(arguments))
-        self._shown = [dict(group) for group in shown]
+        self.group_values = GroupValues(self.optimizer, [spec.is_undescribed_in(group) for group in groups])
 
     def step(self, *_: Any, **__: Any) -> dict[int, Any]:
         """Nothing is stepped here."""
@@ -62,10 +62,6 @@ class Bystander(UpstreamInstance):
             defaults: The owner's.
             values: Its attributes.
         """
-        for own, shown, (keys, sent) in zip(self.optimizer.param_groups, self._shown, groups, strict=True):
-            for group in (own, shown):
-                for key in group.keys() - set(keys):
-                    del group[key]
-                group.update(sent)
+        self.group_values.take_over(groups)
         self.optimizer.defaults.update(defaults)
         vars(self.optimizer).update({key: value for key, value in values.items() if key not in vars(_Shown([], {}))})

@@ -121,14 +121,14 @@ class Holdings:
 
     def counters(self) -> list[dict[str, object]]:
         """What upstream counts in its groups, group by group: the same in all instances after a step."""
-        return self.instances[0].group_counters(self.pushed_keys | {"params"})
+        return self.instances[0].group_values.counters(self.pushed_keys | {"params"})
 
     def published(self) -> list[dict[str, object]]:
         """What upstream shows in its groups: its counters, and all of them where nobody described what it writes."""
         if not self.spec.is_undescribed:
             return self.counters()
-        whole = [instance.published() for instance in self.instances][0]
-        both = zip(self.instances[0].is_two_way, whole, self.counters(), strict=True)
+        whole = [instance.group_values.published() for instance in self.instances][0]
+        both = zip(self.instances[0].group_values.is_two_way, whole, self.counters(), strict=True)
         return [group if is_two_way else counted for is_two_way, group, counted in both]
 
     def extras(self) -> dict[str, object]:

@@ -159,7 +159,7 @@ def install(
     for instance in held.instances:
         if instance.extras is not None:
             instance.extras.write(extras)
-        instance.write_counters(own)
+        instance.group_values.write_counters(own)
     progress.num_steps, progress.mode, progress.failed_step = num_steps, mode, None
     half_steps.heal(one.parameter for one in held.placed)
 

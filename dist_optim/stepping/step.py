@@ -118,7 +118,7 @@ class TrainingStep:
             raise problem
         self.present = present
         for instance in self._held.instances:
-            instance.push_hyperparameters(self._held.groups, self._held.pushed_keys)
+            instance.group_values.push(self._held.groups, self._held.pushed_keys)
 
     def agree_on_gradients(self, problem: DistOptimError | None = None, call: str = "step()") -> list[bool]:
         """Which parameters have a stored gradient, the same answer on every rank; what else ``begin`` raises for."""
@@ -260,7 +260,7 @@ class TrainingStep:
         local, gradients = self._held.local_instance, gradients or {}
         self._is_one_by_one = False
         for instance in self._held.instances:
-            instance.push_hyperparameters(self._held.groups, self._held.pushed_keys)
+            instance.group_values.push(self._held.groups, self._held.pushed_keys)
         if self._held.division.keeps_tensors:
             self.detached.act(act, gradients)
             self.publish_groups()

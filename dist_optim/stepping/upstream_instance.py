@@ -28,6 +28,7 @@ from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.specs.verdict import Ghosts
 from dist_optim.stepping.code_watch import CodeWatch
 from dist_optim.stepping.extras import Extras
+from dist_optim.stepping.group_values import GroupValues, counters_in
 
 __all__ = ["UpstreamInstance", "as_if_alone"]
 
@@ -66,7 +67,7 @@ class UpstreamInstance:
         self._group_of: dict[int, int] = {}
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._keeps_tensors = values is not None
-        self.is_two_way = [spec.is_undescribed_in(group) for group in groups]
+        is_two_way = [spec.is_undescribed_in(group) for group in groups]
         self._of_model = {index for index, value in (values or {}).items() if isinstance(value, nn.Parameter)}
         self._ghosts: list[Ghosts] = [spec.ghosts_in(group) for group in groups for _ in group["params"]]
         self._watch: AbstractContextManager[object] = nullcontext()
@@ -96,14 +97,14 @@ class UpstreamInstance:
                 f"They were: {', '.join(f'{key}={value!r}' for key, value in arguments.items())}."
             ) from error
         if spec.is_undescribed:
-            _refuse_own_groups(spec.name, self.optimizer, upstream_groups, self.is_two_way)
+            _refuse_own_groups(spec.name, self.optimizer, upstream_groups, is_two_way)
         if Trait.WEIGHT_SWAPPING in spec.traits:
             # Upstream starts in eval mode, and refuses to step there. A wrapper may have the method, and its inner not.
             with contextlib.suppress(*([AttributeError] if spec.is_undescribed else [])):
                 self.optimizer.train()  # type: ignore[attr-defined]
         owners = self.driver.undescribed(self.optimizer) if spec.is_undescribed else {}
         self.extras = Extras(owners, {**self.shadows, **self.ghosts}) if owners else None
-        self._shown = [dict(group) for group in self.optimizer.param_groups]
+        self.group_values = GroupValues(self.optimizer, is_two_way)
 
     def _make_parameter(
         self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size], values: Mapping[int, Tensor]
@@ -218,7 +219,7 @@ class UpstreamInstance:
         every_group = self.optimizer.param_groups
         for index, gradient in gradients.items():
             shadow, group = self.shadows[index], every_group[self._group_of[index]]
-            members, counters = group["params"], _counters_in(group, keys)
+            members, counters = group["params"], counters_in(group, keys)
             shadow.grad = as_if_alone(gradient)
             try:
                 self.optimizer.param_groups, group["params"] = [group], [shadow]
@@ -231,7 +232,7 @@ class UpstreamInstance:
 
     def tick(self, keys: Collection[str]) -> None:
         """Let the groups' counters move on by one step, after ``step_each`` of what has a gradient in this step."""
-        if any(_counters_in(group, keys) for group in self.optimizer.param_groups):
+        if any(counters_in(group, keys) for group in self.optimizer.param_groups):
             self.driver.step(self.optimizer, [])
 
     def call(
@@ -285,47 +286,6 @@ class UpstreamInstance:
             elif shadow.data_ptr() != tensor.data_ptr():
                 shadow.data.copy_(tensor)
 
-    # Hyperparameters ----------------------------------------------------------------------------------------------
-
-    def push_hyperparameters(self, groups: Sequence[ParamGroup], keys: Collection[str]) -> None:
-        """Write the outer groups' hyperparameters into upstream's groups (schedules change the outer ones).
-
-        A class that nobody described may write its own: of its groups, only what was changed outside is pushed.
-        """
-        every = zip(groups, self.optimizer.param_groups, self._shown, self.is_two_way, strict=True)
-        for outer, inner, shown, is_two_way in every:
-            if is_two_way:
-                _push_changes(outer, inner, shown)
-                continue
-            for key in keys & inner.keys() & outer.keys():
-                if isinstance(inner[key], Tensor):
-                    inner[key].copy_(torch.as_tensor(outer[key]))  # kept as a tensor where upstream wants one
-                else:
-                    inner[key] = outer[key]
-
-    def published(self) -> list[dict[str, Any]]:
-        """Upstream's groups as they are now, without parameters: what it wrote there itself is the truth."""
-        values = [
-            {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            for group in self.optimizer.param_groups
-        ]
-        for shown, own in zip(self._shown, values, strict=True):
-            shown.update(own)
-        return values
-
-    def group_counters(self, keys: Collection[str]) -> list[dict[str, Any]]:
-        """What upstream itself keeps in its groups (step counts, running sums), group by group."""
-        return [
-            {key: value for key, value in group.items() if key not in keys and _is_plain(value)}
-            for group in self.optimizer.param_groups
-        ]
-
-    def write_counters(self, counters: Sequence[Mapping[str, Any]]) -> None:
-        """Install counters that ``group_counters`` returned."""
-        for group, values in zip(self.optimizer.param_groups, counters, strict=True):
-            for key, value in values.items():
-                group[key] = value.clone() if isinstance(value, Tensor) else value
-
     # State --------------------------------------------------------------------------------------------------------
 
     def encoded_state(self, index: int) -> dict[str, Any]:
@@ -375,15 +335,6 @@ def _refuse_own_groups(
         )
 
 
-def _push_changes(outer: ParamGroup, inner: ParamGroup, shown: ParamGroup) -> None:
-    for key, value in outer.items():
-        if isinstance(inner.get(key), Tensor):
-            if inner[key] is not value:
-                inner[key].copy_(torch.as_tensor(value))
-        elif key != "params" and not (key in shown and _is_same(shown[key], value)):
-            shown[key] = inner[key] = value
-
-
 def _refuse_changed_gradients(
     name: str, before: Mapping[int, tuple[Tensor, int]], now: Mapping[int, Tensor | None]
 ) -> None:
@@ -413,25 +364,3 @@ def as_if_alone(gradient: Tensor) -> Tensor:
     A gradient inside a bucket begins anywhere.
     """
     return gradient if gradient.data_ptr() % ALIGNMENT == 0 else gradient.clone()
-
-
-def _counters_in(group: ParamGroup, keys: Collection[str]) -> dict[str, Any]:
-    """Copies of what upstream itself keeps in a group."""
-    found = {key: value for key, value in group.items() if key not in keys and key != "params" and _is_plain(value)}
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
-
-
-def _is_same(shown: Any, value: Any) -> bool:
-    """Whether a value of a group is still what upstream was shown; a tensor that is not the same one is pushed."""
-    if shown is value:
-        return True
-    if isinstance(shown, Tensor) or isinstance(value, Tensor) or type(shown) is not type(value):
-        return False
-    try:
-        return bool(shown == value)
-    except Exception:  # values that cannot be compared are pushed
-        return False
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, tuple, Tensor))

@@ -1,0 +1,114 @@
+"""The values of param groups between the user and an upstream optimizer: hyperparameters in, counters out.
+
+Of a class that nobody described both ways are open for every value: what was changed outside is pushed, and what the
+class wrote itself is the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dist_optim.specs.driver import ParamGroup
+
+__all__ = ["GroupValues", "counters_in"]
+
+_OF_TENSORS = ("params", "param_names")
+
+
+class GroupValues:
+    """What one upstream optimizer has in its groups.
+
+    Args:
+        optimizer: Upstream's.
+        is_two_way: Of each group, whether its class may write hyperparameters.
+    """
+
+    def __init__(self, optimizer: Optimizer, is_two_way: Sequence[bool]) -> None:
+        self._optimizer = optimizer
+        self.is_two_way = list(is_two_way)
+        self._shown = [dict(group) for group in optimizer.param_groups]
+
+    def push(self, groups: Sequence[ParamGroup], keys: Collection[str]) -> None:
+        """Write hyperparameters of the user's groups into upstream's (schedules change the user's).
+
+        Args:
+            groups: The user's.
+            keys: Which values are hyperparameters, where somebody described the class.
+        """
+        every = zip(groups, self._optimizer.param_groups, self._shown, self.is_two_way, strict=True)
+        for outer, inner, shown, is_two_way in every:
+            if is_two_way:
+                _push_changes(outer, inner, shown)
+                continue
+            for key in keys & inner.keys() & outer.keys():
+                if isinstance(inner[key], Tensor):
+                    inner[key].copy_(torch.as_tensor(outer[key]))  # kept as a tensor where upstream wants one
+                else:
+                    inner[key] = outer[key]
+
+    def published(self) -> list[dict[str, Any]]:
+        """Upstream's groups as they are now, without parameters; from now on they count as what the user was shown."""
+        values = [
+            {key: value for key, value in group.items() if key not in _OF_TENSORS}
+            for group in self._optimizer.param_groups
+        ]
+        for shown, own in zip(self._shown, values, strict=True):
+            shown.update(own)
+        return values
+
+    def take_over(self, groups: Sequence[tuple[Collection[str], Mapping[str, Any]]]) -> None:
+        """Have in upstream's groups these keys, and no others, and of them these values, where they are given."""
+        for own, shown, (keys, values) in zip(self._optimizer.param_groups, self._shown, groups, strict=True):
+            for group in (own, shown):
+                for key in group.keys() - set(keys):
+                    del group[key]
+                group.update(values)
+
+    def counters(self, keys: Collection[str]) -> list[dict[str, Any]]:
+        """What upstream itself counts in its groups (steps, running sums), group by group: not under these keys."""
+        return [
+            {key: value for key, value in group.items() if key not in keys and _is_plain(value)}
+            for group in self._optimizer.param_groups
+        ]
+
+    def write_counters(self, counters: Sequence[Mapping[str, Any]]) -> None:
+        """Install what ``counters`` returned."""
+        for group, values in zip(self._optimizer.param_groups, counters, strict=True):
+            for key, value in values.items():
+                group[key] = value.clone() if isinstance(value, Tensor) else value
+
+
+def counters_in(group: ParamGroup, keys: Collection[str]) -> dict[str, Any]:
+    """Copies of what upstream itself keeps in a group."""
+    found = {key: value for key, value in group.items() if key not in keys and key != "params" and _is_plain(value)}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
+
+
+def _push_changes(outer: ParamGroup, inner: ParamGroup, shown: ParamGroup) -> None:
+    for key, value in outer.items():
+        if isinstance(inner.get(key), Tensor):
+            if inner[key] is not value:
+                inner[key].copy_(torch.as_tensor(value))
+        elif key != "params" and not (key in shown and _is_same(shown[key], value)):
+            shown[key] = inner[key] = value
+
+
+def _is_same(shown: Any, value: Any) -> bool:
+    """Whether a value of a group is still what the user was shown; a tensor that is not the same one is pushed."""
+    if shown is value:
+        return True
+    if isinstance(shown, Tensor) or isinstance(value, Tensor) or type(shown) is not type(value):
+        return False
+    try:
+        return bool(shown == value)
+    except Exception:  # values that cannot be compared are pushed
+        return False
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, tuple, Tensor))
