@@ -255,11 +255,22 @@ def run_with_closure(
 # DeepSpeed ------------------------------------------------------------------------------------------------------------
 
 
+def _groups_for_engine(choice: Choice, model: nn.Module) -> Any:
+    """All parameters; in groups where the class must be told which are matrices."""
+    parameters = list(model.parameters())
+    if not choice.of_matrices:
+        return parameters
+    return [
+        {"params": [one for one in parameters if one.ndim > 1], **choice.of_matrices},
+        {"params": [one for one in parameters if one.ndim <= 1], **choice.of_others},
+    ]
+
+
 def reference_of_engine(choice: Choice) -> Reference:
     """The network of the closures, trained by its own gradients. Raises what the class raises."""
     model = Regression()
     draw_alike()
-    optimizer = choice.alone(list(model.parameters()))
+    optimizer = choice.alone(_groups_for_engine(choice, model))
     _call(optimizer, "train")
     for step in range(STEPS_OF_CLOSURE):
         model.zero_grad()
@@ -278,7 +289,8 @@ def run_under_zero(
 
     def engine_of() -> Any:
         model = Regression()
-        client = build_optimizer_for_engine(model, choice.load(), print_audit=False, **choice.arguments)
+        params = _groups_for_engine(choice, model) if choice.of_matrices else None
+        client = build_optimizer_for_engine(model, choice.load(), params=params, print_audit=False, **choice.arguments)
         config = {
             "train_micro_batch_size_per_gpu": 6,
             "gradient_clipping": 0.0,

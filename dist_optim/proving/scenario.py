@@ -20,7 +20,7 @@ from dist_optim.specs.driver import ParamGroup
 
 __all__ = ["Scenario", "Step", "scenarios_of"]
 
-Feature = Literal["nonfinite", "swap", "closure", "absent", "spike", "zero"]
+Feature = Literal["nonfinite", "swap", "closure", "absent", "spike", "zero", "still"]
 SIDES = (6, 5, 4, 3)
 LARGE = (17, 24)
 """Sides of two larger matrices, for thresholds on sizes."""
@@ -34,7 +34,9 @@ NUM_LONG, NUM_SHORT, NUM_SIZED = 520, 48, 4
 LATE = 45
 """The step in which the last tensor gets its first gradient."""
 WARMUP = 12
-DROPPED_IN_ORDER: tuple[Feature, ...] = ("nonfinite", "swap", "closure", "absent", "spike", "zero")
+DROPPED_IN_ORDER: tuple[Feature, ...] = ("nonfinite", "swap", "closure", "absent", "spike", "zero", "still")
+"""A step is *still* where the learning rate is 0: some classes divide by it."""
+ALMOST_STILL = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class Scenario:
     def without(self, features: frozenset[Feature] | set[Feature]) -> Scenario:
         """The same, with these features left out everywhere."""
         steps = tuple(replace(step, features=step.features - features) for step in self.steps)
+        if "still" in features:
+            steps = tuple(replace(step, rate=ALMOST_STILL) if step.rate == 0 else step for step in steps)
         return replace(self, steps=steps)
 
     def until(self, step: int) -> Scenario:
@@ -140,6 +144,8 @@ def _long_schedule() -> tuple[Step, ...]:
             features.add("closure")
         if at in (LATE + 30, LATE + 47, 300):
             features.add("swap")
+        if at == 0 or 200 <= at < 203:
+            features.add("still")
         rate = at / WARMUP if at <= WARMUP else {100: 0.5, 200: 0.0, 203: 1.0, 400: 0.25}.get(at)
         steps.append(Step((1.0, 1e-2, 3.0, 30.0)[at // 40 % 4], rate, frozenset(features)))
     return tuple(steps)
@@ -175,10 +181,12 @@ def _tiny_groups(
 
 
 def _few(group: ParamGroup, per_kind: int) -> list[PlacedParameter]:
-    """The first trained tensors of each number of dimensions, and of each dtype."""
-    taken: dict[tuple[int, torch.dtype], list[PlacedParameter]] = {}
+    """The first trained tensors of each kind: classes treat vectors, rows, tall and wide matrices by their own ways."""
+    taken: dict[tuple[object, ...], list[PlacedParameter]] = {}
     for placed in group["params"]:
-        alike = taken.setdefault((len(placed.shape), placed.dtype), [])
+        is_wide = len(placed.shape) > 1 and placed.shape[0] < placed.shape[1]
+        kind = (len(placed.shape), placed.dtype, tuple(side == 1 for side in placed.shape), is_wide)
+        alike = taken.setdefault(kind, [])
         if len(alike) < per_kind and placed.is_trained:
             alike.append(placed)
     return [placed for alike in taken.values() for placed in alike]

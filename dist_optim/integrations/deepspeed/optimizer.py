@@ -91,7 +91,6 @@ class ZeroOptimizer(Optimizer):
         self._had_gradient: set[str] = set()
         self._present: set[str] = set()
         self.training_weights: list[dict[str, Tensor]] | None = None  # set aside while the engine saves averaged ones
-        self._counters: set[str] = set()  # keys of upstream's groups that are no hyperparameters
         # DeepSpeed flattens what it is given: frozen parameters are ours to remember.
         outer: list[ParamGroup] = []
         for number, group in enumerate(groups):
@@ -168,7 +167,6 @@ class ZeroOptimizer(Optimizer):
             part.share_groups()
         replicated = [one for part in self._parts for one in part.holdings.placed if one.layout.is_replicated]
         self._samples = GradientSamples(replicated, group, group) if replicated else None
-        self._counters = {"params", *self._parts[0].holdings.counter_keys()}
         self._pull_hyperparameters()
         fail_together(engine)
         if Trait.WEIGHT_SWAPPING in self.spec.traits:
@@ -314,13 +312,18 @@ class ZeroOptimizer(Optimizer):
     def _push_hyperparameters(self, part: DistributedOptimizer) -> None:
         for outer in self._outer:
             inner = part.param_groups[outer[GROUP_NUMBER]]
-            inner.update({key: outer[key] for key in (inner.keys() & outer.keys()) - self._counters})
+            inner.update({key: outer[key] for key in self._shared(inner) & outer.keys()})
 
     def _pull_hyperparameters(self) -> None:
         """Show in DeepSpeed's groups what upstream's hold; what upstream counts there differs from call to call."""
         for outer in self._outer:
             inner = self._parts[0].param_groups[outer[GROUP_NUMBER]]
-            outer.update({key: value for key, value in inner.items() if key not in self._counters})
+            outer.update({key: inner[key] for key in self._shared(inner)})
+
+    def _shared(self, inner: ParamGroup) -> set[str]:
+        """Keys that DeepSpeed's groups have too: hyperparameters, and where nobody described the class all of them."""
+        is_two_way = self.spec.is_undescribed_in(inner)
+        return set(inner) - {"params"} if is_two_way else inner.keys() & self._parts[0].holdings.pushed_keys
 
     def _trainable(self) -> list[PlacedParameter]:
         return [p for group in self._groups for p in group["params"] if p.is_trained]
