@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 import dist_optim
 from dist_optim.layouts import detect
+from dist_optim.ranks.agreement import own_rank
 
 CASE = Case("any", torch.optim.SGD, {}, linear=((7, 5), (5, 7), (3, 8), (1, 6)), extra=((3,), (1,), (9, 4)))
 """Odd sizes, and fewer rows than ranks."""
@@ -150,6 +151,9 @@ def run_given_gradients(
 
     template, model = make_model(case), place(make_model(case), placement)
     draw_alike()
+    if own_rank():  # the first rank draws as one process does
+        torch.manual_seed(50 + own_rank())
+        random.seed(50 + own_rank())
     optimizer = build(model)
     problems = []
     for step in range(case.steps):

@@ -15,6 +15,7 @@ from any_runs import (
     Choice,
     Regression,
     batch,
+    change_rates,
     reference_of_engine,
     reference_run,
     reference_with_closure,
@@ -23,10 +24,12 @@ from any_runs import (
     run_with_closure,
     weights_of,
 )
-from parity import full_parameters, gaps_between, place
+from parity import full_parameters, gaps_between, gradients, inject, make_model, place
 from torch import nn
 
 import dist_optim
+from dist_optim.errors import StateDictError
+from dist_optim.layouts import detect
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 PLACEMENTS = ("ddp", "fsdp2 units", "fsdp1")
@@ -43,7 +46,7 @@ def trap(name: str) -> Choice:
 
 
 def equals_itself(name: str, placement: str, independent: bool | None) -> None:
-    case = CASE if "fsdp" in placement else WITH_SCALAR
+    case = WITH_SCALAR if placement in ("none", "ddp") else CASE
     expected = reference_run(case, trap(name))
     problems, _ = run_given_gradients(case, trap(name), expected, placement, independent=independent)
     assert_no_problems_on_any_rank(problems[:5])
@@ -53,6 +56,65 @@ def equals_itself(name: str, placement: str, independent: bool | None) -> None:
 @pytest.mark.parametrize("name", [kind.__name__ for kind in TRAPS])
 def test_whole_at_one_owner(two_ranks: RankPool, name: str, placement: str) -> None:
     two_ranks.run(equals_itself, name, placement, False)
+
+
+@pytest.mark.parametrize("name", ["PullsToStart", "ClipsTogether", "DrawsNoise", "KeepsAttributes", "FollowsDistance"])
+def test_replicas_of_shards_step_alike(four_ranks: RankPool, name: str) -> None:
+    four_ranks.run(equals_itself, name, "hsdp", False)
+
+
+def moved_by_a_checkpoint(name: str, directory: str) -> None:
+    """Saved under DDP by the one rank that steps, loaded under FSDP2 where each steps a part."""
+    expected = reference_run(CASE, trap(name))
+    model = place(make_model(CASE), "ddp")
+    optimizer = build(model, name, independent=False)
+    for step in range(5):
+        take_step(model, optimizer, step)
+    dist_optim.save_checkpoint(directory, model, optimizer)
+    second = place(make_model(CASE), "fsdp2 units")
+    resumed = build(second, name, independent=True)
+    dist_optim.load_checkpoint(directory, second, resumed)
+    for step in range(5, CASE.steps):
+        take_step(second, resumed, step)
+    gaps = gaps_between(expected.weights[-1], full_parameters(second), "in the end")
+    assert_no_problems_on_any_rank([str(gap) for gap in gaps if gap.absolute != 0])
+
+
+def build(model: nn.Module, name: str, **options: Any) -> dist_optim.DistributedOptimizer:
+    placed = detect(model).values()
+    matrices = [one.parameter for one in placed if len(one.shape) > 1]
+    others = [one.parameter for one in placed if len(one.shape) <= 1]
+    groups: Any = [{"params": matrices, "lr": 0.02}, {"params": others}]
+    return dist_optim.build_optimizer(model, trap(name).load(), params=groups, print_audit=False, **options)
+
+
+def take_step(model: nn.Module, optimizer: dist_optim.DistributedOptimizer, step: int) -> None:
+    inject(model, gradients(CASE, make_model(CASE), step))
+    change_rates(optimizer, step)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["KeepsAttributes", "NestedState", "PullsToStart", "DecaysItsRate"])
+def test_a_checkpoint_moves_from_one_owner_to_many(two_ranks: RankPool, name: str, tmp_path: Path) -> None:
+    two_ranks.run(moved_by_a_checkpoint, name, str(tmp_path / "saved"))
+
+
+def refused_where_it_does_not_fit(directory: str) -> None:
+    model = place(make_model(CASE), "ddp")
+    optimizer = build(model, "SlowWeights", independent=False)
+    for step in range(4):
+        take_step(model, optimizer, step)
+    dist_optim.save_checkpoint(directory, model, optimizer)
+    apart = build(model, "SlowWeights", independent=True)
+    before, weights = repr(apart.state_share()), weights_of(model)
+    with pytest.raises(StateDictError, match="independent=False"):
+        dist_optim.load_checkpoint(directory, model, apart)
+    assert repr(apart.state_share()) == before
+    assert all(torch.equal(one, weights[name]) for name, one in weights_of(model).items())
+
+
+def test_what_one_rank_kept_of_all_tensors_is_refused_where_many_step(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(refused_where_it_does_not_fit, str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("placement", ["ddp", "fsdp2 units"])

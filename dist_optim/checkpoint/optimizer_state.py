@@ -31,6 +31,7 @@ from dist_optim.specs.registry import Trait
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping import half_steps, rank_state
 from dist_optim.stepping.optimizer import DistributedOptimizer
+from dist_optim.stepping.sharing import assert_extras_alike
 from dist_optim.stepping.whole_state import is_slice, memory_order
 
 __all__ = [
@@ -181,6 +182,8 @@ def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
     """Write record and tensors into an empty folder. Collective."""
     ranks, is_first = optimizer.holdings.all_ranks, own_rank(optimizer.holdings.all_ranks) == 0
     pieces, scalars, groups, structure = attempt(lambda: _held(optimizer), directory, ranks)
+    held = optimizer.holdings
+    assert_extras_alike(attempt(held.extras, directory, ranks), held)
     write_pieces(directory / "tensors", pieces, ranks)
     memory_orders = {name: order for name, piece in pieces.items() if (order := _memory_order(piece))}
     gathered = gather_objects((scalars, memory_orders, structure), ranks)
@@ -277,6 +280,7 @@ def _checked(directory: Path, optimizer: DistributedOptimizer) -> tuple[dict[str
                 f"{tuple(placed.shape)}. Load it into the model that it was saved from."
             )
     rank_state.check_groups(optimizer.holdings, record["param_groups"])
+    rank_state.check_extras(optimizer.holdings, {STRUCTURE: record["extras"]} if record.get("extras") else {})
     stored = stored_tensors(directory / "tensors")
     for name, weight in _weights(optimizer.holdings.placed).items():
         if name in stored and stored[name].dtype != weight.dtype:

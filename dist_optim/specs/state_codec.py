@@ -14,7 +14,7 @@ import functools
 import sys
 import types
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_optim.errors import StateDictError
 
-__all__ = ["Leaves", "decode", "encode", "is_plain", "restore"]
+__all__ = ["Leaves", "decode", "encode", "is_plain", "parameters_in", "restore"]
 
 Leaves = dict[str, Tensor]
 _SCALARS = (bool, int, float, str, type(None))
@@ -129,6 +129,14 @@ def restore(existing: Any, tree: Any, leaves: Mapping[str, Tensor], parameter_of
         both = zip(existing, tree["tuple"], strict=True)
         return tuple(restore(was, item, leaves, parameter_of) for was, item in both)
     return decode(tree, leaves, parameter_of)
+
+
+def parameters_in(tree: Any) -> Iterator[int]:
+    """Indices of the parameters that a tree refers to."""
+    if isinstance(tree, dict):
+        yield from (tree[key] for key in ("parameter", "id of") if isinstance(tree.get(key), int))
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from parameters_in(item)
 
 
 def _encode_tensor(value: Tensor, name: str, leaves: Leaves, index_of: IndexOf) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import StateDictError, UnsupportedError
 from dist_optim.specs.driver import STRUCTURE
-from dist_optim.specs.state_codec import Leaves, encode, restore
+from dist_optim.specs.state_codec import Leaves, encode, parameters_in, restore
 
 __all__ = ["Extras"]
 
@@ -31,13 +31,20 @@ class Extras:
     Args:
         optimizers: The objects of upstream's, by name, just constructed: one, or several in one instance.
         parameters: What stands in its groups, by position among all parameters.
+        stepped: Positions of what is stepped here; all when None.
 
     Raises:
         UnsupportedError: It keeps something that is no data, so that it could never be saved.
     """
 
-    def __init__(self, optimizers: Mapping[str, Optimizer], parameters: Mapping[int, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        optimizers: Mapping[str, Optimizer],
+        parameters: Mapping[int, nn.Parameter],
+        stepped: Collection[int] | None = None,
+    ) -> None:
         self._optimizers = dict(optimizers)
+        self._stepped = set(parameters if stepped is None else stepped)
         self._parameters = parameters
         self._index_of = {id(parameter): index for index, parameter in parameters.items()}
         try:
@@ -63,6 +70,17 @@ class Extras:
     def is_as_constructed(self) -> bool:
         """Whether nothing was changed or replaced since."""
         return _mark(*self._encoded()) == self._at_start
+
+    def why_not_written(self, encoded: Mapping[str, Any]) -> str:
+        """Why ``write`` cannot install this here, and what to do; empty where it can."""
+        tree = json.loads(encoded[STRUCTURE]) if encoded else {}
+        missing = sorted(set(parameters_in(tree)) - self._stepped)
+        if not missing:
+            return ""
+        return (
+            f"It was saved by one rank that steps all tensors, and keeps parameter {missing[0]} outside their state; "
+            "here several ranks step them. Build the optimizer with independent=False, as it was."
+        )
 
     def write(self, encoded: Mapping[str, Any]) -> None:
         """Install what ``read`` returned, in what is there already: what two objects share, they share afterwards."""

@@ -29,7 +29,18 @@ from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.sharing import from_owner
 from dist_optim.stepping.whole_state import StateByName, gathered, own_state, parts_of
 
-__all__ = ["MODE", "STEPS", "check_groups", "install", "is_replicated", "plain_groups", "read", "read_share", "write"]
+__all__ = [
+    "MODE",
+    "STEPS",
+    "check_extras",
+    "check_groups",
+    "install",
+    "is_replicated",
+    "plain_groups",
+    "read",
+    "read_share",
+    "write",
+]
 
 STEPS, MODE = "dist_optim_num_steps", "dist_optim_mode"
 """Keys of the first param group, in what torch's doors take: how far the optimizer has come."""
@@ -230,6 +241,7 @@ def _check(held: Holdings, state_dict: Mapping[str, Any]) -> None:
                 "Every rank must load its own share, with the optimizer and the number of ranks that saved it."
             )
     check_groups(held, state_dict["param_groups"])
+    check_extras(held, state_dict.get("extras", {}))
     here = {held.placed[index].fqn for _, index in held.stepped_here()}
     known = {placed.fqn for placed in held.placed} if is_whole else here
     foreign = sorted(set(state_dict["state"]) - known)
@@ -238,6 +250,17 @@ def _check(held: Holdings, state_dict: Mapping[str, Any]) -> None:
             f"The state dict holds state of {foreign[:5]}, which this rank does not own. Build the optimizer with the "
             "arguments of the saved run (bucket sizes, target_modules and param groups decide who owns what)."
         )
+
+
+def check_extras(held: Holdings, extras: Mapping[str, Any]) -> None:
+    """Refuse what upstream keeps outside the state of its parameters, where it cannot be installed here.
+
+    Raises:
+        StateDictError: With the reason.
+    """
+    readable = (instance.extras for instance in held.instances if instance.extras is not None)
+    if reason := next(filter(None, (one.why_not_written(extras) for one in readable)), ""):
+        raise StateDictError(f"{held.spec.name}: {reason}")
 
 
 def check_groups(held: Holdings, saved: Sequence[Mapping[str, Any]]) -> None:

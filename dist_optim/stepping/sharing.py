@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.ranks.agreement import host_group, num_ranks
+from dist_optim.errors import StateDictError
+from dist_optim.ranks.agreement import gather_objects, host_group, num_ranks, own_rank
+from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.division import SOLE_OWNER
 from dist_optim.stepping.holdings import Holdings
 
-__all__ = ["OwnersWord", "broadcast_from_owner", "from_owner"]
+__all__ = ["OwnersWord", "assert_extras_alike", "broadcast_from_owner", "from_owner"]
 
 _PLAIN = (bool, int, float, str, Tensor, type(None))
 
@@ -25,18 +27,29 @@ class OwnersWord:
     """What the one rank that steps says after each step; nothing where every rank steps a part.
 
     A rank whose random generators stood as the owner's before a step takes them over after it: ranks that were seeded
-    alike still draw alike, as where each of them runs upstream.
+    alike still draw alike, as where each of them runs upstream. Replicas of the shards (HSDP) have an owner each: all
+    of them draw as the first does.
     """
 
     def __init__(self, held: Holdings) -> None:
         self._held = held
         self._is_needed = held.division.is_together and num_ranks(held.process_group) > 1
         self._before = ""
+        self._own: dict[str, Any] | None = None
+        """This replica's generators, while it draws as the first one does."""
 
     def note_generators(self) -> None:
-        """Before the owner's step."""
-        if self._is_needed:
-            self._before = _digest(_generators())
+        """Before the owner's step. Collective where there are replicas."""
+        if not self._is_needed:
+            return
+        if self._held.num_replicas > 1:
+            first = gather_objects(
+                _generators() if own_rank(self._held.all_ranks) == 0 else None, self._held.all_ranks
+            )[0]
+            own = _generators()
+            self._own = None if _digest(own) == _digest(first) else own
+            _set_generators(first)
+        self._before = _digest(_generators())
 
     def spread(self) -> None:
         """After it. Collective on the ranks that share the work."""
@@ -55,7 +68,9 @@ class OwnersWord:
             instance.show_as(groups, defaults, values)
             if moved and before == self._before:
                 _set_generators(moved)
-        self._before = ""
+        if self._own is not None:
+            _set_generators(self._own)
+        self._before, self._own = "", None
 
 
 def broadcast_from_owner(value: Any, held: Holdings) -> Any:
@@ -67,14 +82,39 @@ def broadcast_from_owner(value: Any, held: Holdings) -> Any:
 
 
 def from_owner(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
-    """What upstream keeps that is no parameter's, where one rank alone has it; elsewhere every rank has the same.
+    """What upstream keeps that is no parameter's: from the rank that alone has it, or that of all, which is the same.
 
-    Collective in the first case.
+    Collective on the ranks that share the work.
+
+    Raises:
+        StateDictError: On all ranks: several ranks step the tensors, and it is not the same on all of them.
     """
-    if not held.division.is_together or num_ranks(held.process_group) == 1:
+    if num_ranks(held.process_group) == 1:
         return extras
-    found: dict[str, Any] = broadcast_from_owner({key: _copied(value) for key, value in extras.items()}, held)
-    return found
+    if held.division.is_together:
+        found: dict[str, Any] = broadcast_from_owner({key: _copied(value) for key, value in extras.items()}, held)
+        return found
+    assert_extras_alike(extras, held)
+    return extras
+
+
+def assert_extras_alike(extras: dict[str, Any], held: Holdings) -> None:
+    """Where several ranks step, what is kept outside the state of parameters is saved once: it must be the same.
+
+    Collective on the ranks that share the work.
+
+    Raises:
+        StateDictError: On all ranks: it is not.
+    """
+    if held.division.is_together or num_ranks(held.process_group) == 1:
+        return
+    mark = {key: fingerprint(value) if isinstance(value, Tensor) else value for key, value in extras.items()}
+    marks = gather_objects(mark, held.process_group)
+    if any(one != marks[0] for one in marks):
+        raise StateDictError(
+            f"{held.spec.name} keeps something for single tensors outside optimizer.state, and each rank has that of "
+            "the tensors that it steps: it would be lost. Build it with independent=False, so that one rank has it all."
+        )
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

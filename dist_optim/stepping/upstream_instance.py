@@ -103,7 +103,7 @@ class UpstreamInstance:
             with contextlib.suppress(*([AttributeError] if spec.is_undescribed else [])):
                 self.optimizer.train()  # type: ignore[attr-defined]
         owners = self.driver.undescribed(self.optimizer) if spec.is_undescribed else {}
-        self.extras = Extras(owners, {**self.shadows, **self.ghosts}) if owners else None
+        self.extras = Extras(owners, {**self.shadows, **self.ghosts}, self.shadows) if owners else None
         self.group_values = GroupValues(self.optimizer, is_two_way)
 
     def _make_parameter(
@@ -180,6 +180,7 @@ class UpstreamInstance:
         """Let upstream see these gradients; parameters that are the model's own have theirs."""
         for index, gradient in gradients.items():
             if index not in self._of_model:
+                self.shadows[index].requires_grad_(True)  # also of one that was frozen when this was built
                 self.shadows[index].grad = gradient.to(self.shadows[index].dtype)
 
     def take_gradients(self, indices: Collection[int]) -> None:
