@@ -28,8 +28,8 @@ Leaves = dict[str, Tensor]
 _SCALARS = (bool, int, float, str, type(None))
 _SEQUENCES: Mapping[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
-IndexOf = Callable[[Tensor | int], int | None] | None
-"""Which parameter a tensor is, or has this ``id``."""
+IndexOf = Callable[[Tensor | int], Any] | None
+"""Which parameter a tensor is; of a number, the tree of what it means: the id or the address of a parameter."""
 _NAMED = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
@@ -45,15 +45,15 @@ def encode(value: Any, name: str, leaves: Leaves, index_of: IndexOf = None) -> A
         value: What is to be stored.
         name: Where it is, for names and messages.
         leaves: Receives the tensors.
-        index_of: Which parameter a tensor is, or a number is the ``id`` of, where the tree will be read by ``restore``;
-            None for ``decode``.
+        index_of: Which parameter a tensor is, or a number means, where the tree will be read by ``restore``; None for
+            ``decode``.
 
     Raises:
         StateDictError: There is something in it that is no data.
     """
     kind = type(value)
-    if kind is int and index_of is not None and (at := index_of(value)) is not None:
-        return {"id of": at}
+    if kind is int and index_of is not None and (reference := index_of(value)) is not None:
+        return reference
     if isinstance(value, enum.Enum):
         return {"enum": _class_name(value, name), "name": value.name}
     if kind in _SCALARS:
@@ -134,7 +134,7 @@ def restore(existing: Any, tree: Any, leaves: Mapping[str, Tensor], parameter_of
 def parameters_in(tree: Any) -> Iterator[int]:
     """Indices of the parameters that a tree refers to."""
     if isinstance(tree, dict):
-        yield from (tree[key] for key in ("parameter", "id of") if isinstance(tree.get(key), int))
+        yield from (tree[key] for key in ("parameter", "id of", "address of") if isinstance(tree.get(key), int))
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
         yield from parameters_in(item)
 
@@ -177,6 +177,8 @@ def _decode(tree: dict[str, Any], leaves: Mapping[str, Tensor], parameter_of: Ca
         return found.data if tree["is_data"] else found
     if "id of" in tree and parameter_of is not None:
         return id(parameter_of(tree["id of"]))
+    if "address of" in tree and parameter_of is not None:
+        return parameter_of(tree["address of"]).data_ptr()
     if "numpy" in tree:
         import numpy
 

@@ -17,6 +17,9 @@ from dist_optim.specs.state_codec import Leaves, encode, parameters_in, restore
 
 __all__ = ["Extras"]
 
+LEAST_ADDRESS = 1 << 16
+"""No object lies lower: smaller numbers are not asked what they mean."""
+
 
 @functools.cache
 def _of_torch() -> frozenset[str]:
@@ -103,15 +106,23 @@ class Extras:
     def _found(self) -> dict[str, Any]:
         return {name: _kept_by(optimizer) for name, optimizer in self._optimizers.items()}
 
-    def _index(self, tensor: Tensor | int) -> int | None:
-        """Which parameter a tensor is, or lies on, or a number is the id of: a class may keep any of them."""
-        if isinstance(tensor, int):
-            return self._index_of.get(tensor)
-        if id(tensor) in self._index_of or not tensor.numel():
-            return self._index_of.get(id(tensor))
-        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+    def _index(self, given: Tensor | int) -> Any:
+        """Which parameter a tensor is, or lies on, or a number means: a class may keep any of them."""
+        if isinstance(given, int):
+            return self._meaning(given)
+        if id(given) in self._index_of or not given.numel():
+            return self._index_of.get(id(given))
+        place = given.data_ptr(), given.shape, given.stride()
         same = (at for at, one in self._parameters.items() if (one.data_ptr(), one.shape, one.stride()) == place)
         return next(same, None)
+
+    def _meaning(self, number: int) -> dict[str, int] | None:
+        if number < LEAST_ADDRESS:
+            return None
+        if number in self._index_of:
+            return {"id of": self._index_of[number]}
+        at = next((at for at, one in self._parameters.items() if one.data_ptr() == number), None)
+        return None if at is None else {"address of": at}
 
     def _parameter(self, index: int) -> Tensor:
         if index not in self._parameters:
