@@ -126,7 +126,4 @@ def test_resume_page_is_what_its_results_give_and_every_bit_is_equal() -> None:
     assert {row["name"] for row in rows} == set(measure_resume.measured_names()), "run `make parity`"
     figures = [cell for row in rows for cell in row["cells"].values() if not isinstance(cell, str)]
     assert len(figures) > 250 and not any(figures)
-    assert {row["name"] for row in rows for cell in row["cells"].values() if isinstance(cell, str)} <= {
-        "kron",
-        "prodigy",
-    }
+    assert {row["name"] for row in rows for cell in row["cells"].values() if isinstance(cell, str)} <= REFUSED_SOMEWHERE
