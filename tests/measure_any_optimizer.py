@@ -27,7 +27,8 @@ from dist_optim.testing import RankPool
 from dist_optim.testing.failure import RankFailure
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS, PAGE = DOCS / "any_optimizer.json", DOCS / "any-optimizer.md"
+RESULTS, PAGE, README = DOCS / "any_optimizer.json", DOCS / "any-optimizer.md", DOCS.parent / "README.md"
+BEGIN, END = "<!-- counts: begin (written by make any-optimizer) -->", "<!-- counts: end -->"
 
 
 def classes_of(module: str) -> list[str]:
@@ -117,8 +118,14 @@ def main(wanted: list[str]) -> None:
             )
             sys.stdout.flush()
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            PAGE.write_text(page(results))
     ranks.close()
+    write(results)
+
+
+def write(results: dict[str, Any]) -> None:
+    """The page, the README's counts, and what is known by name and version."""
+    PAGE.write_text(page(results))
+    README.write_text(with_counts(README.read_text(), readme_table(results)))
     FILE.write_text(json.dumps(verdicts_of(results, all_choices()), indent=1) + "\n")
 
 
@@ -159,6 +166,33 @@ def page(results: dict[str, Any]) -> str:
         reasons="\n".join(reasons),
         alone="\n".join(alone),
     )
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    """The counts, for the README."""
+    run = {label: row for label, row in results["classes"].items() if "alone" not in row}
+    packages = ", ".join(sorted(results["versions"]))
+    lines = [
+        f"Of {len(run)} classes of {packages} that run in one process, on two ranks:",
+        "",
+        f"| engine | {' | '.join(MARKS.values())} |",
+        "| --- | " + " | ".join("---" for _ in MARKS) + " |",
+    ]
+    lines += [
+        f"| {engine} | " + " | ".join(str(count(run, engine, result)) for result in MARKS) + " |"
+        for engine in ENGINES
+        if engine != "one"
+    ]
+    return "\n".join(lines)
+
+
+def with_counts(readme: str, table: str) -> str:
+    """The README with the counts between their marks."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"The README has lost the marks {BEGIN!r} and {END!r}.")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def count(run: dict[str, Any], engine: str, result: str) -> int:
