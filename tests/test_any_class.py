@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def trap(name: str) -> Choice:
     return Choice("any_classes", name)
 
 
-def equals_itself(name: str, placement: str, independent: bool | None) -> None:
-    case = WITH_SCALAR if placement in ("none", "ddp") else CASE
+def equals_itself(name: str, placement: str, independent: bool | None, dtype: torch.dtype = torch.float32) -> None:
+    case = replace(WITH_SCALAR if placement in ("none", "ddp") else CASE, dtype=dtype)
     expected = reference_run(case, trap(name))
     problems, _ = run_given_gradients(case, trap(name), expected, placement, independent=independent)
     assert_no_problems_on_any_rank(problems[:5])
@@ -121,6 +122,11 @@ def test_what_one_rank_kept_of_all_tensors_is_refused_where_many_step(two_ranks:
 @pytest.mark.parametrize("name", [kind.__name__ for kind in TRAPS])
 def test_as_it_is_proven(two_ranks: RankPool, name: str, placement: str) -> None:
     two_ranks.run(equals_itself, name, placement, None)
+
+
+@pytest.mark.parametrize("name", ["KeepsAlias", "WarmsMomentum", "ClipsLate", "TakesMissingAsZero", "NestedState"])
+def test_in_half_precision(two_ranks: RankPool, name: str) -> None:
+    two_ranks.run(equals_itself, name, "fsdp2 units", None, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", [kind.__name__ for kind in TRAPS])
