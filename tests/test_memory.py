@@ -65,11 +65,11 @@ def peak_of_full_tensors() -> tuple[int, int]:
     held: list[int] = []
     upstream_step = UpstreamInstance.step
 
-    def step(self: UpstreamInstance, parameters: Any, gradients: Any, present: Any) -> Any:
+    def step(self: UpstreamInstance, parameters: Any, gradients: Any, present: Any, closure: Any = None) -> Any:
         shown = [tensor for field in (parameters, gradients) for tensor in field.values()]
         held.append(sum(tensor.untyped_storage().nbytes() for tensor in shown))
         held[-1] += sum(full_bytes(other) for other in created if other is not self)
-        return upstream_step(self, parameters, gradients, present)
+        return upstream_step(self, parameters, gradients, present, closure)
 
     created: list[UpstreamInstance] = []
     upstream_init = UpstreamInstance.__init__
