@@ -149,7 +149,8 @@ class ComposedDriver(UpstreamDriver):
     specs: Mapping[str, OptimizerSpec]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "wants_names", any(spec.driver.wants_names for spec in self.specs.values()))
+        for name in ("wants_names", "counts_places"):
+            object.__setattr__(self, name, any(getattr(spec.driver, name) for spec in self.specs.values()))
 
     def _of(self, values: Mapping[str, Any]) -> UpstreamDriver:
         return self.specs[values[OPTIM]].driver
@@ -210,6 +211,15 @@ class ComposedDriver(UpstreamDriver):
         for part in optimizer.shown_parts():
             own = [one for one in parameters if optimizer.holder_of(one) is part]
             part.spec.driver.step(part.optimizer, own)
+
+    def take_places(self, optimizer: Optimizer, places: list[list[int]]) -> None:
+        """Each part that goes by places gets those of its own groups."""
+        assert isinstance(optimizer, ComposedOptimizer)
+        of_group = list(zip((group[OPTIM] for group in optimizer.param_groups), places, strict=True))
+        for part in optimizer.shown_parts():
+            if part.spec.driver.counts_places:
+                name = part.optimizer.param_groups[0][OPTIM]
+                part.spec.driver.take_places(part.optimizer, [own for optim, own in of_group if optim == name])
 
     def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
         """What the group's algorithm takes for such a tensor."""
