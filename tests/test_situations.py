@@ -17,11 +17,10 @@ from sessions import ENGINES, HAS_DEEPSPEED, Engine
 from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, cell
 from situations_alone import EVERY_ROW
 
-from dist_optim.checkpoint import optimizer_state
+from dist_optim.checkpoint import optimizer_state, run_state
 from dist_optim.errors import CheckpointError, ParameterError
 from dist_optim.stepping import before_step, gradients, optimizer, presence
 from dist_optim.stepping.group_values import GroupValues
-from dist_optim.stepping.holdings import Progress
 from dist_optim.stepping.parameter_guard import ParameterGuard
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 from dist_optim.testing import RankPool
@@ -134,7 +133,7 @@ BREAKS: dict[str, tuple[object, str, object]] = {
         "_training_weights",
         no_trained_weights_of_what_is_frozen_now,
     ),
-    "half steps are saved": (Progress, "why_not_saved", lambda self: ""),
+    "half steps are saved": (run_state, "refuse_half_step", lambda optimizer, weights: None),
     "gradients are not looked at": (before_step, "first_nonfinite", lambda placed: None),
     "a plain scaler passes": (optimizer, "refuse_local_scaler", lambda held, caller: None),
     "Join passes": (ParameterGuard, "_refuse_join", lambda self: None),

@@ -86,7 +86,7 @@ def shards_stepped_alone(case: Case) -> list[str]:
     def runs_locally(spec: Any, placed: Any, values: Any) -> bool:
         return not placed.layout.is_replicated
 
-    with mock.patch.object(dist_optim.stepping.optimizer, "runs_on_local_slices", runs_locally):
+    with mock.patch.object(dist_optim.stepping.division, "runs_on_local_slices", runs_locally):
         return run_case(case, "fsdp2")
 
 

@@ -21,7 +21,7 @@ from zero import ZeroRun
 
 from dist_optim.integrations.deepspeed import optimizer as zero_optimizer
 from dist_optim.layouts.detect_zero import Call
-from dist_optim.stepping import optimizer as optimizer_module
+from dist_optim.stepping import division
 from dist_optim.testing import RankPool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -36,7 +36,7 @@ def run_of(name: str, stage: int, **more: Any) -> ZeroRun:
 
 def distance_with_halves_stepped_alone(run: ZeroRun) -> float:
     """Each rank steps the half of the matrix that it holds."""
-    with mock.patch.object(optimizer_module, "runs_on_local_slices", lambda *_: True):
+    with mock.patch.object(division, "runs_on_local_slices", lambda *_: True):
         engine = zero.engine_of(run)
     zero.train_engine(engine, run)
     expected = zero.Reference(run).train().weights()

@@ -151,8 +151,11 @@ class NamedDriver(UpstreamDriver):
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:
-        named = [pair for group in param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
         build: Any = optimizer_class
+        given: list[Any] = param_groups
+        if given and isinstance(given[0], tuple):  # as a user gives one group without values
+            return build(given, **arguments)
+        named = [pair for group in given for pair in zip(group["param_names"], group["params"], strict=True)]
         return build(named, **arguments)
 
 

@@ -46,7 +46,7 @@ class Extras:
         parameters: Mapping[int, nn.Parameter],
         stepped: Collection[int] | None = None,
     ) -> None:
-        self._optimizers = dict(optimizers)
+        self._objects = dict(optimizers)
         self._stepped = set(parameters if stepped is None else stepped)
         self._parameters = parameters
         self._index_of = {id(parameter): index for index, parameter in parameters.items()}
@@ -92,7 +92,7 @@ class Extras:
         leaves = {key: value.clone() for key, value in encoded.items() if key != STRUCTURE}
         found = self._found()
         restore(found, json.loads(encoded[STRUCTURE]), leaves, self._parameter)
-        for name, optimizer in self._optimizers.items():
+        for name, optimizer in self._objects.items():
             vars(optimizer).update(found[name]["attributes"])
             state = optimizer.state
             for key in [key for key in state if not isinstance(key, Tensor)]:
@@ -104,7 +104,7 @@ class Extras:
         return json.dumps(encode(self._found(), "extras", leaves, self._index)), leaves
 
     def _found(self) -> dict[str, Any]:
-        return {name: _kept_by(optimizer) for name, optimizer in self._optimizers.items()}
+        return {name: _kept_by(optimizer) for name, optimizer in self._objects.items()}
 
     def _index(self, given: Tensor | int) -> Any:
         """Which parameter a tensor is, or lies on, or a number means: a class may keep any of them."""

@@ -163,7 +163,8 @@ def _refuse_arguments(accelerator: Any, model: Any) -> None:
 def _refuse(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> OptimizerSpec:
     """The spec; what this rank cannot serve is refused. Turns the CPU rehearsal on where it is due."""
     check("accelerate")
-    refuse_separate_ranks(accelerator.num_processes)
+    if accelerator.distributed_type.value != "DEEPSPEED":  # which has a remedy of its own
+        refuse_separate_ranks(accelerator.num_processes)
     spec = resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
     if cpu_rehearsal.is_ignored(accelerator):
         cpu_rehearsal.turn_fsdp_on(accelerator)
