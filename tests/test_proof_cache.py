@@ -61,8 +61,9 @@ def test_the_same_question_is_answered_from_memory_and_from_the_file(proofs: Cou
 
 
 def test_models_that_are_tried_alike_share_a_verdict(proofs: Counted) -> None:
-    asked(nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 200)))
-    asked(nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 200), nn.Linear(200, 200)))
+    layers = [nn.Linear(200, 300), nn.Linear(300, 200), nn.Linear(200, 300), nn.Linear(300, 200)]
+    asked(nn.Sequential(*layers))
+    asked(nn.Sequential(*layers, nn.Linear(200, 400)))
     assert proofs.count == 1
 
 
