@@ -153,7 +153,9 @@ def _encode_tensor(value: Tensor, name: str, leaves: Leaves, index_of: IndexOf) 
 def _encode_dict(value: Mapping[Any, Any], name: str, leaves: Leaves, index_of: IndexOf) -> dict[str, Any]:
     items = []
     for at, (key, item) in enumerate(value.items()):
-        inner = f"{name}.{key}" if isinstance(key, (str, int)) and "/" not in str(key) else f"{name}.{at}"
+        # A number may be an id, another one in every process: names go by places then.
+        is_name = (isinstance(key, str) and "/" not in key) or (isinstance(key, int) and 0 <= key < 1 << 16)
+        inner = f"{name}.{key if is_name else at}"
         items.append([encode(key, f"{inner}.key", leaves, index_of), encode(item, inner, leaves, index_of)])
     default = {"of": "defaultdict"} if isinstance(value, defaultdict) else {}
     return {"dict": items, **default}
