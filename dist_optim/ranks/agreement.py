@@ -6,6 +6,7 @@ initialised process group the caller is alone, and each is a local operation.
 
 from __future__ import annotations
 
+import re
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from dist_optim.errors import RanksDisagreeError
 __all__ = [
     "agree_on_bits",
     "assert_ranks_equal",
+    "described",
     "gather_objects",
     "host_group",
     "num_ranks",
@@ -65,7 +67,7 @@ def assert_ranks_equal(
     """
     if num_ranks(process_group) == 1:
         return
-    listing = [(name, repr(value)) for name, value in items]
+    listing = [(name, described(value)) for name, value in items]
     if not _are_equal(zlib.crc32(repr(listing).encode()), process_group):
         raise_first_difference(what, gather_objects(listing, process_group), remedy)
 
@@ -88,6 +90,11 @@ def raise_first_difference(what: str, listings: Sequence[Sequence[tuple[str, str
         raise RanksDisagreeError(
             f"{what}: rank 0 has {len(listings[0])} entries and rank {rank} has {len(listing)}. {remedy}"
         )
+
+
+def described(value: Any) -> str:
+    """A value as text that is the same on every rank: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _are_equal(number: int, process_group: ProcessGroup | None) -> bool:

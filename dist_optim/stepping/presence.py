@@ -185,7 +185,7 @@ def hyperparameters_of(groups: Sequence[ParamGroup], keys: Collection[str]) -> l
 
 
 def _digest(values: Sequence[tuple[str, Any]]) -> int:
-    return zlib.crc32(repr(values).encode())
+    return zlib.crc32(described(values).encode())
 
 
 def _bits(digest: int | None) -> list[bool]:

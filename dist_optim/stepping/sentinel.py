@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_optim.errors import RanksDisagreeError
-from dist_optim.ranks.agreement import gather_objects
+from dist_optim.ranks.agreement import described, gather_objects
 from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.presence import hyperparameters_of
@@ -41,7 +41,7 @@ def compare_ranks(holdings: Holdings, progress: Progress) -> None:
 def _marks(held: Holdings) -> dict[str, Any]:
     """Name to value or fingerprint; a name says which part it is of, so that only equal parts are compared."""
     keys = {key for group in held.groups for key in group} - {"params"}
-    marks = dict(hyperparameters_of(held.groups, keys))
+    marks = {name: described(value) for name, value in hyperparameters_of(held.groups, keys)}
     for placed in held.placed:
         where = "" if placed.layout.is_replicated else f", slice {held.rank}"
         marks[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
