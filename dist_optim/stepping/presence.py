@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dist_optim.errors import DistOptimError, RanksDisagreeError, StepFailedError
-from dist_optim.ranks.agreement import (
+from dist_optim.ranks.agreement import (, described
     agree_on_bits,
     gather_objects,
     host_group,

@@ -41,7 +41,7 @@ def compare_ranks(holdings: Holdings, progress: Progress) -> None:
 def _marks(held: Holdings) -> dict[str, Any]:
     """Name to value or fingerprint; a name says which part it is of, so that only equal parts are compared."""
     keys = {key for group in held.groups for key in group} - {"params"}
-    marks = {name: described(value) for name, value in hyperparameters_of(held.groups, keys)}
+    marks: dict[str, Any] = {name: described(value) for name, value in hyperparameters_of(held.groups, keys)}
     for placed in held.placed:
         where = "" if placed.layout.is_replicated else f", slice {held.rank}"
         marks[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
