@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from dist_optim.errors import DistOptimError, RanksDisagreeError, StepFailedError
-from dist_optim.ranks.agreement import (, described
+from dist_optim.ranks.agreement import (
     agree_on_bits,
+    described,
     gather_objects,
     host_group,
     num_ranks,
