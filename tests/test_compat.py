@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
@@ -12,7 +13,7 @@ from typing import Any
 
 import measure_compat
 import pytest
-from compat import CHOSEN, ROOT, ROWS, Row, lower_bounds, project
+from compat import AS_PINNED, CHOSEN, ROOT, ROWS, Row, lower_bounds, project
 from packaging.requirements import Requirement
 
 MEASURE = "run `make compat` and commit what it writes"
@@ -46,6 +47,18 @@ def test_results_are_of_todays_ranges_and_tests_and_all_have_passed() -> None:
     spoiled["rows"][0]["versions"]["torch"] = "2.13.0"
     spoiled["rows"][1]["parts"]["Trainer"]["failed"] = ["test"]
     assert stale(spoiled) == [f"{ROWS[0].name}: other torch", f"{ROWS[1].name}: Trainer has not passed"], "control"
+
+
+def test_what_is_measured_as_pinned_has_its_pin_as_lowest_version() -> None:
+    pins = dict(
+        line.split(";")[0].strip().split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    asked = " ".join(" ".join(one) for one in project()["optional-dependencies"].values())
+    for name in AS_PINNED:
+        (lowest,) = re.findall(rf"\b{name}>=([\d.]+)", asked)
+        assert f"{pins[name]}.".startswith(f"{lowest}."), name
 
 
 def test_chosen_tests_exist() -> None:
