@@ -28,6 +28,7 @@ from dist_optim.building.choice import resolve
 from dist_optim.building.groups import arrange
 from dist_optim.errors import DistOptimError
 from dist_optim.layouts import detect
+from dist_optim.proving.known import without_roots
 from dist_optim.proving.prove import prove
 from dist_optim.specs.verdict import Verdict
 
@@ -149,7 +150,7 @@ def measured(choice: Choice, mode: dict[str, Any], engine: str, directory: str) 
             expected = reference_run(case, choice, way != "one group")
             problems, optimizer = run_given_gradients(case, choice, expected, where, way != "one group")
     except DistOptimError as error:
-        return {"result": "refused", "text": str(error)[:300]}
+        return {"result": "refused", "text": without_roots(str(error))[:300]}
     except Exception as error:
         return {"result": "failed", "text": f"{type(error).__name__}: {error}"[:300]}
     if problems:
@@ -157,7 +158,7 @@ def measured(choice: Choice, mode: dict[str, Any], engine: str, directory: str) 
     held = optimizer.holdings
     verdict = held.spec.verdict
     is_whole = held.division.is_together and engine != "one"
-    return {"result": "whole" if is_whole else "exact", "text": verdict.reason if verdict else ""}
+    return {"result": "whole" if is_whole else "exact", "text": without_roots(verdict.reason) if verdict else ""}
 
 
 def verdict_of(choice: Choice, mode: str) -> Verdict | None:

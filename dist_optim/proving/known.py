@@ -21,7 +21,7 @@ from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, signature_records
 from dist_optim.specs.verdict import Verdict
 
-__all__ = ["FILE", "as_known", "known_verdict"]
+__all__ = ["FILE", "as_known", "known_verdict", "without_roots"]
 
 FILE = Path(__file__).with_name("known.json")
 """Written by ``make any-optimizer``: by class, the digest of its sources and its verdict."""
@@ -54,7 +54,15 @@ def as_known(optimizer_class: type, verdict: Verdict) -> tuple[str, dict[str, An
         return None
     values = asdict(replace(verdict, evidence={}))
     values = {key: value for key, value in values.items() if key not in ("evidence", "name")}
+    values["reason"] = without_roots(verdict.reason)
     return _name(optimizer_class), {"sources": sources, "verdict": {**values, "unreached": unreached}}
+
+
+def without_roots(text: str) -> str:
+    """A text without the folders that packages are installed in."""
+    for root in sorted(filter(None, sys.path), key=len, reverse=True):
+        text = text.replace(root.rstrip(os.sep) + os.sep, "")
+    return text
 
 
 @lru_cache(maxsize=1)
