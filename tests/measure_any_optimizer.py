@@ -129,6 +129,13 @@ def write(results: dict[str, Any]) -> None:
     FILE.write_text(json.dumps(verdicts_of(results, all_choices()), indent=1) + "\n")
 
 
+WORDS = {
+    "exact": "exact and sharded",
+    "whole": "exact and whole",
+    "refused": "refused",
+    "differs": "differ",
+    "failed": "fail",
+}
 MARKS = {
     "exact": "exact",
     "whole": "exact, whole",
@@ -172,17 +179,12 @@ def readme_table(results: dict[str, Any]) -> str:
     """The counts, for the README."""
     run = {label: row for label, row in results["classes"].items() if "alone" not in row}
     packages = ", ".join(sorted(results["versions"]))
-    lines = [
-        f"Of {len(run)} classes of {packages} that run in one process, on two ranks:",
-        "",
-        f"| engine | {' | '.join(MARKS.values())} |",
-        "| --- | " + " | ".join("---" for _ in MARKS) + " |",
-    ]
-    lines += [
-        f"| {engine} | " + " | ".join(str(count(run, engine, result)) for result in MARKS) + " |"
-        for engine in ENGINES
-        if engine != "one"
-    ]
+    texts: dict[str, list[str]] = {}
+    for engine in ENGINES:
+        counts = (f"{count(run, engine, result)} {word}" for result, word in WORDS.items())
+        texts.setdefault(", ".join(counts), []).append(engine)
+    lines = [f"Of {len(run)} classes of {packages} that run in one process:"]
+    lines += [f"{' and '.join(engines)}: {text}." for text, engines in texts.items() if engines != ["one"]]
     return "\n".join(lines)
 
 
