@@ -31,7 +31,7 @@ from dist_optim.specs.registry import Trait
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping import half_steps, rank_state
 from dist_optim.stepping.optimizer import DistributedOptimizer
-from dist_optim.stepping.sharing import assert_extras_alike
+from dist_optim.stepping.sharing import shared_extras
 from dist_optim.stepping.whole_state import is_slice, memory_order
 
 __all__ = [
@@ -183,7 +183,8 @@ def write_optimizer(directory: Path, optimizer: DistributedOptimizer) -> None:
     ranks, is_first = optimizer.holdings.all_ranks, own_rank(optimizer.holdings.all_ranks) == 0
     pieces, scalars, groups, structure = attempt(lambda: _held(optimizer), directory, ranks)
     held = optimizer.holdings
-    assert_extras_alike(attempt(held.extras, directory, ranks), held)
+    if not shared_extras(attempt(held.extras, directory, ranks), held):
+        structure = ""
     write_pieces(directory / "tensors", pieces, ranks)
     memory_orders = {name: order for name, piece in pieces.items() if (order := _memory_order(piece))}
     gathered = gather_objects((scalars, memory_orders, structure), ranks)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_optim.errors import StateDictError
 
-__all__ = ["Leaves", "decode", "encode", "is_plain", "parameters_in", "restore"]
+__all__ = ["Leaves", "decode", "encode", "has_content", "is_plain", "parameters_in", "restore"]
 
 Leaves = dict[str, Tensor]
 _SCALARS = (bool, int, float, str, type(None))
@@ -129,6 +129,15 @@ def restore(existing: Any, tree: Any, leaves: Mapping[str, Tensor], parameter_of
         both = zip(existing, tree["tuple"], strict=True)
         return tuple(restore(was, item, leaves, parameter_of) for was, item in both)
     return decode(tree, leaves, parameter_of)
+
+
+def has_content(tree: Any) -> bool:
+    """Whether there is more in a tree than references to parameters, names and switches: tensors, or fractions."""
+    if isinstance(tree, dict):
+        return not tree.keys().isdisjoint({"tensor", "numpy", "complex", "generator"}) or any(
+            map(has_content, tree.values())
+        )
+    return any(map(has_content, tree)) if isinstance(tree, list) else isinstance(tree, float)
 
 
 def parameters_in(tree: Any) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import sys
 from typing import Any
@@ -14,11 +15,13 @@ from torch import Tensor
 from dist_optim.errors import StateDictError
 from dist_optim.ranks.agreement import gather_objects, host_group, num_ranks, own_rank
 from dist_optim.ranks.fingerprints import fingerprint
+from dist_optim.specs.driver import STRUCTURE
+from dist_optim.specs.state_codec import has_content
 from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.division import SOLE_OWNER
 from dist_optim.stepping.holdings import Holdings
 
-__all__ = ["OwnersWord", "assert_extras_alike", "broadcast_from_owner", "from_owner"]
+__all__ = ["OwnersWord", "shared_extras", "broadcast_from_owner", "from_owner"]
 
 _PLAIN = (bool, int, float, str, Tensor, type(None))
 
@@ -94,27 +97,30 @@ def from_owner(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
     if held.division.is_together:
         found: dict[str, Any] = broadcast_from_owner({key: _copied(value) for key, value in extras.items()}, held)
         return found
-    assert_extras_alike(extras, held)
-    return extras
+    return shared_extras(extras, held)
 
 
-def assert_extras_alike(extras: dict[str, Any], held: Holdings) -> None:
+def shared_extras(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
     """Where several ranks step, what is kept outside the state of parameters is saved once: it must be the same.
 
-    Collective on the ranks that share the work.
+    What only refers to the parameters of each rank is not saved: a constructor refers to them again. Collective on the
+    ranks that share the work.
 
     Raises:
         StateDictError: On all ranks: it is not.
     """
     if held.division.is_together or num_ranks(held.process_group) == 1:
-        return
+        return extras
     mark = {key: fingerprint(value) if isinstance(value, Tensor) else value for key, value in extras.items()}
     marks = gather_objects(mark, held.process_group)
-    if any(one != marks[0] for one in marks):
+    if all(one == marks[0] for one in marks):
+        return extras
+    if any(has_content(json.loads(one[STRUCTURE])) for one in marks if one):
         raise StateDictError(
             f"{held.spec.name} keeps something for single tensors outside optimizer.state, and each rank has that of "
             "the tensors that it steps: it would be lost. Build it with independent=False, so that one rank has it all."
         )
+    return {}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
