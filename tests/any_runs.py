@@ -247,7 +247,9 @@ def run_with_closure(
     """As ``run_given_gradients``; the engine reduces the gradients of every evaluation."""
     model = place(Regression(), placement)
     draw_alike()
-    optimizer = dist_optim.build_optimizer(model, choice.load(), print_audit=False, **choice.arguments)
+    optimizer = dist_optim.build_optimizer(  # in several rounds
+        model, choice.load(), print_audit=False, bucket_bytes=64, **choice.arguments
+    )
     losses = train_with_closure(model, optimizer, is_second)
     gaps = gaps_between(expected.weights[-1], full_parameters(model), "in the end")
     problems = [str(gap) for gap in gaps if gap.absolute != 0]

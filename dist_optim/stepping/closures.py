@@ -64,6 +64,10 @@ class Once:
         self._name = name
         self._is_used = False
 
+    def again(self) -> Once:
+        """The same for another instance, which evaluates its own."""
+        return Once(self._loss, self._name)
+
     def __call__(self) -> Any:
         if self._is_used:
             raise UnsupportedError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_optim.exchange.plan import Bucket, Route
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
-from dist_optim.stepping.closures import Evaluations
+from dist_optim.stepping.closures import Evaluations, Once
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.sharing import OwnersWord
 from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
@@ -78,11 +78,11 @@ class DetachedStep:
         self._word.note_generators()
         if local is not None:
             slices = {index: held.placed[index].local() for index in held.local_indices if index in gradients}
-            updated = step_one(local, slices, {index: gradients[index] for index in slices}, closure)
+            updated = step_one(local, slices, {index: gradients[index] for index in slices}, _own(closure))
         if isinstance(closure, Evaluations):
             updates = self._evaluating(closure, rounds, step_one)
         else:
-            updates = [step_one(instance, *whole, closure) for instance, whole in self._by_instance(rounds)]
+            updates = [step_one(instance, *whole, _own(closure)) for instance, whole in self._by_instance(rounds)]
         agree()
         if local is not None:
             write_back(held, updated)
@@ -176,6 +176,11 @@ class DetachedStep:
         run_tasks(
             scatter_from_owner(one.bucket, updated, one.local, one.route, self._held.process_group) for one in rounds
         )
+
+
+def _own(closure: Closure) -> Closure:
+    """Each instance evaluates once."""
+    return closure.again() if isinstance(closure, Once) else closure
 
 
 def write_back(held: Holdings, updated: Tensors) -> None:
