@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
+from dist_optim.errors import DistOptimError, HyperparameterError
 from dist_optim.specs.driver import ParamGroup, UpstreamDriver, as_given
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope, problem_of
+from dist_optim.specs.once import Once
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.specs.verdict import Ghosts, Verdict
 
 __all__ = ["OPTIM", "ComposedOptimizer", "ComposedSpec", "composed_spec"]
 
+BESIDE_OTHERS = "and the optimizers beside it are stepped for one evaluation. Build it alone, on its own parameters."
 OPTIM = "optim"
 """The key of a param group that names its algorithm."""
 _OPTIM_RECORD = Hyperparameter(name=OPTIM, kind="str", default=None, meaning="which optimizer steps the group")
@@ -79,7 +81,7 @@ class ComposedOptimizer(Optimizer):
         for part in self.shown_parts():
             shown = [one for group in part.optimizer.param_groups for one in group["params"] if one.numel()]
             if closure is not None and part.spec.is_undescribed:
-                part.optimizer.step(_OneAnswer(part.spec.name, loss))
+                part.optimizer.step(Once(loss, part.spec.name, BESIDE_OTHERS))
             else:
                 part.spec.driver.step(part.optimizer, shown)
         return loss
@@ -96,22 +98,6 @@ class ComposedOptimizer(Optimizer):
         for part in self.shown_parts():
             if Trait.WEIGHT_SWAPPING in part.spec.traits:
                 getattr(part.optimizer, mode)()
-
-
-class _OneAnswer:
-    """The closure as one part of several sees it: evaluated already."""
-
-    def __init__(self, name: str, loss: Any) -> None:
-        self._name, self._loss, self._is_used = name, loss, False
-
-    def __call__(self) -> Any:
-        if self._is_used:
-            raise UnsupportedError(
-                f"{self._name} evaluates its closure a second time in one step, and the optimizers beside it are "
-                "stepped for one evaluation. Build it alone, on its own parameters."
-            )
-        self._is_used = True
-        return self._loss
 
 
 class _StateOfParts(MutableMapping[Tensor, Any]):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.errors import DistOptimError, UnsupportedError
+from dist_optim.errors import DistOptimError
 from dist_optim.ranks.agreement import gather_objects, num_ranks
 from dist_optim.ranks.together import together
 from dist_optim.specs.registry import OptimizerSpec
@@ -22,9 +22,13 @@ from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.sharing import broadcast_from_owner
 
-__all__ = ["Evaluations", "Once", "evaluates", "loss_of", "mean_loss"]
+__all__ = ["ON_MANY_RANKS", "Evaluations", "evaluates", "loss_of", "mean_loss"]
 
 Closure = Callable[[], Any]
+ON_MANY_RANKS = (
+    "which it never did when it was tried out; its tensors are stepped on several ranks. Build it with "
+    "independent=False: one rank steps all of them, and evaluates as often as it likes."
+)
 _GO_ON, _DONE = "evaluate", "done"
 
 
@@ -49,34 +53,6 @@ def mean_loss(loss: Any, ranks: dist.ProcessGroup | None) -> Any:
         return loss
     mean = sum(values) / len(values)
     return loss.detach().new_tensor(mean).view(loss.shape) if isinstance(loss, Tensor) else mean
-
-
-class Once:
-    """The closure of a class that was seen to evaluate it once: what it returned, before the step.
-
-    Args:
-        loss: The mean over the ranks.
-        name: The optimizer's, for the message.
-    """
-
-    def __init__(self, loss: Any, name: str) -> None:
-        self._loss = loss
-        self._name = name
-        self._is_used = False
-
-    def again(self) -> Once:
-        """The same for another instance, which evaluates its own."""
-        return Once(self._loss, self._name)
-
-    def __call__(self) -> Any:
-        if self._is_used:
-            raise UnsupportedError(
-                f"{self._name} evaluates its closure a second time in one step, which it never did when it was tried "
-                "out; its tensors are stepped on several ranks. Build it with independent=False: one rank steps all of "
-                "them, and evaluates as often as it likes."
-            )
-        self._is_used = True
-        return self._loss
 
 
 class Evaluations:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dist_optim.exchange.plan import Bucket, Route
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
-from dist_optim.stepping.closures import Evaluations, Once
+from dist_optim.specs.once import Once
+from dist_optim.stepping.closures import Evaluations
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.sharing import OwnersWord
 from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone

@@ -20,9 +20,10 @@ from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import Scope
+from dist_optim.specs.once import Once
 from dist_optim.specs.registry import Trait
 from dist_optim.stepping import audit
-from dist_optim.stepping.closures import Evaluations, Once, evaluates, loss_of, mean_loss
+from dist_optim.stepping.closures import ON_MANY_RANKS, Evaluations, evaluates, loss_of, mean_loss
 from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES, Division
 from dist_optim.stepping.edited_groups import why_edited
 from dist_optim.stepping.holdings import Holdings, Progress
@@ -184,7 +185,7 @@ class DistributedOptimizer(TorchContract):
         verdict = self.spec.verdict
         if verdict is None or not verdict.evaluations:
             return None
-        return Once(mean_loss(loss, self.holdings.all_ranks), self.spec.name)
+        return Once(mean_loss(loss, self.holdings.all_ranks), self.spec.name, ON_MANY_RANKS)
 
     def _why_no_step(self, closure: Callable[[], Any] | None) -> DistOptimError | None:
         verdict = self.spec.verdict
