@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from parity import EXTRA, LINEAR, Case, Net
@@ -22,7 +22,7 @@ class Named:
 def adam_mini(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     from pytorch_optimizer import AdamMini
 
-    optimizer = AdamMini(Named(groups))  # type: ignore[arg-type]
+    optimizer = AdamMini(cast("Any", Named(groups)))  # typed or not, as pytorch-optimizer is installed
     decay = {id(one): group["weight_decay"] for group in groups for one in group["params"]}
     for group in optimizer.param_groups:
         group["weight_decay"] = decay[id(group["params"][0])]
