@@ -24,7 +24,7 @@ def installed_by_ci() -> tuple[str, str]:
     """The extras of .ci/environment, and the Python that it takes before all others."""
     text = (ROOT / ".ci" / "environment").read_text()
     extras, version = (
-        re.search(r"^extras=(\S+)$", text, re.MULTILINE),
+        re.search(r'-e "\.\[(\S+)\]"', text),
         re.search(r"candidates=\(python(3\.\d+) ", text),
     )
     assert extras and version
