@@ -31,6 +31,7 @@ from torch import nn
 import dist_optim
 from dist_optim.errors import StateDictError
 from dist_optim.layouts import detect
+from dist_optim.specs.state_codec import encode
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 PLACEMENTS = ("ddp", "fsdp2 units", "fsdp1")
@@ -203,3 +204,11 @@ def test_a_part_of_several_gets_the_loss() -> None:
         other.step()
         optimizer.step(functools.partial(loss_of, model, step))
     assert not [str(gap) for gap in gaps_between(weights_of(plain), weights_of(model), "in the end") if gap.absolute]
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_equal_sets_are_stored_alike(kind: type) -> None:
+    """A set has its order from how it came about, and of strings from the process: ranks would differ."""
+    one, other = kind([0, 8]), kind([8, 0])
+    assert one == other and list(one) != list(other)
+    assert encode(one, "", {}) == encode(other, "", {}) == {kind.__name__: [0, 8]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import json
 import sys
 import types
 from collections import defaultdict, deque
@@ -65,6 +66,8 @@ def encode(value: Any, name: str, leaves: Leaves, index_of: IndexOf = None) -> A
     for label, sequence in _SEQUENCES.items():
         if kind is sequence:
             items = [encode(item, f"{name}.{at}", leaves, index_of) for at, item in enumerate(value)]
+            if "set" in label:
+                items.sort(key=json.dumps)  # its own order is another one in each process
             return {label: items, **({"maxlen": value.maxlen} if label == "deque" else {})}
     if isinstance(value, dict):
         return _encode_dict(value, name, leaves, index_of)
