@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from accelerated import Training, started_by_accelerate
-from placements import full_parameters
+from placements import full_parameters, own_group
 from resuming import gap_after_resume, prepared_for, train_steps
+from test_accelerate_deepspeed import accelerator_of
+from zero import ZeroRun
 
+from dist_optim.checkpoint.blocks import Pieces, read_pieces
+from dist_optim.checkpoint.engine_view import view_of
+from dist_optim.checkpoint.index import stored_tensors
 from dist_optim.errors import CheckpointError
 from dist_optim.testing import RankFailure, RankPool, assert_equal
 
@@ -23,6 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "grokadamw": {"lr": 1e-2},
     "adafactor": {"lr": 1e-2},
 }
+SHARDS = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 
 
 def resume(name: str, strategy: str, directory: Path) -> None:
@@ -35,6 +44,71 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     name: str, strategy: str, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(resume, name, strategy, tmp_path / "state")
+
+
+@contextmanager
+def prepared_under(strategy: str, name: str) -> Iterator[tuple[Any, ...]]:
+    """Accelerator, model, optimizer, schedule; ``zero2`` and ``zero3`` are of DeepSpeed."""
+    training = Training(name, RUNS[name], settings=SHARDS if strategy == "fsdp2 shards" else {})
+    if strategy.startswith("zero"):
+        run = ZeroRun(name, RUNS[name], int(strategy[4]), real_batches=True)
+        with accelerator_of(run) as accelerator:
+            yield accelerator, *prepared_for(accelerator, training)
+        return
+    with started_by_accelerate(strategy.split()[0], training) as accelerator:
+        yield accelerator, *prepared_for(accelerator, training)
+
+
+def everything_in(folder: Path) -> dict[str, torch.Tensor]:
+    """State of the optimizer, and what it holds beside."""
+    found = stored_tensors(folder / "dist_optim" / "tensors")
+    pieces = {name: Pieces.whole(torch.empty(one.shape, dtype=one.dtype)) for name, one in found.items()}
+    read_pieces(folder / "dist_optim" / "tensors", pieces, own_group())
+    return {name: next(iter(piece.blocks.values())) for name, piece in pieces.items()}
+
+
+def saves_for_others(name: str, strategy: str, folder: Path) -> dict[str, torch.Tensor]:
+    with prepared_under(strategy, name) as (accelerator, model, optimizer, scheduler):
+        train_steps(accelerator, model, optimizer, scheduler, range(3))
+        accelerator.save_state(str(folder))
+        return weights_of(optimizer)
+
+
+def saves_what_it_loaded(name: str, strategy: str, folder: Path, again: Path) -> dict[str, torch.Tensor]:
+    with prepared_under(strategy, name) as (accelerator, model, optimizer, scheduler):
+        train_steps(accelerator, model, optimizer, scheduler, range(10, 12))
+        accelerator.load_state(str(folder))
+        accelerator.save_state(str(again))
+        before, after = everything_in(folder), everything_in(again)
+        assert_equal(after, before)
+        assert scheduler.scheduler.last_epoch == 3, "one step each"
+        return weights_of(optimizer)
+
+
+def weights_of(optimizer: Any) -> dict[str, torch.Tensor]:
+    """What is trained, whole."""
+    view = view_of(optimizer)
+    view.look()
+    own = [(one.fqn, one.shape, one.layout, one.local().detach().clone()) for one in view.training_weights()]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    whole = {fqn: torch.zeros(shape) for fqn, shape, _, _ in own}
+    for rank, parts in enumerate(everyone):
+        for fqn, _, layout, local in parts:
+            layout.view_of(whole[fqn], rank).copy_(local)
+    return whole
+
+
+EVERY = ["ddp", "fsdp1", "fsdp2", "fsdp2 shards", "zero2", "zero3"]
+
+
+@pytest.mark.parametrize("saving", EVERY)
+def test_what_one_strategy_saves_every_other_loads(saving: str, two_ranks: RankPool, tmp_path: Path) -> None:
+    name = "galore_adamw"
+    saved = two_ranks.run(saves_for_others, name, saving, tmp_path / "state")[0]
+    for loading in EVERY:
+        loaded = two_ranks.run(saves_what_it_loaded, name, loading, tmp_path / "state", tmp_path / loading)[0]
+        assert_equal(loaded, saved)
 
 
 def resume_by_accelerate_alone(name: str, strategy: str, directory: Path) -> None:

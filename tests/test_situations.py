@@ -110,13 +110,14 @@ def no_samples(self: gradients.GradientSamples, num_steps: int) -> list[int | No
     return [None] * (1 + self._num_parts)
 
 
-def no_trained_weights_of_what_is_frozen_now(optimizer: Any) -> Any:
-    placed = [replace(one, is_trained=one.parameter.requires_grad) for one in optimizer.holdings.placed]
-    with mock.patch.object(optimizer, "holdings", replace(optimizer.holdings, placed=tuple(placed))):
-        return _training_weights(optimizer)
+def no_trained_weights_of_what_is_frozen_now(view: Any) -> Any:
+    held = view.optimizer.holdings
+    placed = [replace(one, is_trained=one.parameter.requires_grad) for one in held.placed]
+    with mock.patch.object(view.optimizer, "holdings", replace(held, placed=tuple(placed))):
+        return _separate_weights(view)
 
 
-_training_weights = optimizer_state._training_weights
+_separate_weights = optimizer_state._separate_weights
 
 
 BREAKS: dict[str, tuple[object, str, object]] = {
@@ -130,7 +131,7 @@ BREAKS: dict[str, tuple[object, str, object]] = {
     "whole gradients on shards pass": (before_step, "odd_gradient", lambda placed: None),
     "what is trained is asked anew": (
         optimizer_state,
-        "_training_weights",
+        "_separate_weights",
         no_trained_weights_of_what_is_frozen_now,
     ),
     "half steps are saved": (run_state, "refuse_half_step", lambda optimizer, weights: None),

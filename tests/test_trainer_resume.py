@@ -17,7 +17,7 @@ import transformers
 from end_to_end import make_llama
 from placements import full_parameters
 from safetensors.torch import load_file
-from trainers import Blocks, Job, arguments_of, fresh_accelerate, gap_between, train
+from trainers import STRATEGIES, ZERO, Blocks, Job, Outcome, arguments_of, fresh_accelerate, gap_between, train
 from transformers.trainer_utils import get_last_checkpoint
 
 from dist_optim.checkpoint import save_optimizer
@@ -66,24 +66,58 @@ def test_resumed_training_is_the_uninterrupted_one(
     two_ranks.run(resume_equals_uninterrupted, name, strategies, str(tmp_path))
 
 
-def resumes_at_its_end_elsewhere(saving: str, strategies: list[str], directory: str) -> None:
-    """Every strategy opens the checkpoint at the step where it was saved, the last one, and only exports."""
-    job, problems = Job("galore_adamw", {**SCHEDULED, "max_steps": 3}), []
-    train(job, saving, Path(directory) / "saved")
-    checkpoint = Path(directory) / "saved" / "checkpoint-3"
-    saved = load_file(checkpoint / "model.safetensors")
-    for opening in strategies:
-        opened = train(replace(job, resume=str(checkpoint)), opening, Path(directory) / opening)
-        if any(not torch.equal(saved[name], opened.weights[name]) for name in saved):
-            problems.append(f"{saving} opened under {opening}: other weights")
+SHARDS = STRATEGIES["fsdp2"]["fsdp_config"] | {"state_dict_type": "SHARDED_STATE_DICT"}
+IN_PIECES = ZERO | {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}}
+"""ZeRO-3 that must not gather weights to save them."""
+
+
+def trained_under(strategy: str, job: Job, folder: Path) -> Outcome:
+    """``zero3 pieces`` and ``fsdp2 shards``: the weights of a checkpoint are nowhere whole."""
+    if strategy == "zero3 pieces":
+        with mock.patch("trainers.load_file", lambda path: {}):
+            return train(job, "zero3", folder, deepspeed=IN_PIECES)
+    if strategy == "fsdp2 shards":
+        with mock.patch("trainers.load_file", lambda path: {}):
+            return train(job, "fsdp2", folder, fsdp_config=SHARDS)
+    return train(job, strategy, folder)
+
+
+def saves_for_others(name: str, saving: str, directory: str) -> None:
+    """Three steps and a checkpoint."""
+    trained_under(saving, Job(name, {**SCHEDULED, "max_steps": 3}), Path(directory) / saving)
+    written = {path.name for path in (Path(directory) / saving / "checkpoint-3").iterdir()}
+    problems = [f"DeepSpeed's own files: {one}" for one in written if one.startswith("global_step")]
+    in_pieces = {"zero3 pieces": "dist_optim_weights", "fsdp2 shards": "pytorch_model_fsdp_0"}
+    if in_pieces.get(saving, "model.safetensors") not in written:
+        problems.append(f"no weights: {sorted(written)}")
     assert_no_problems_on_any_rank(problems)
 
 
-@pytest.mark.parametrize("saving", ["ddp", "fsdp1", "fsdp2"])
+def stands_where_it_was_saved(name: str, saving: str, opening: str, directory: str) -> dict[str, torch.Tensor]:
+    """Opened at its last step, which is not repeated: what it then exports."""
+    job = Job(name, {**SCHEDULED, "max_steps": 3}, resume=str(Path(directory) / saving / "checkpoint-3"))
+    return trained_under(opening, job, Path(directory) / f"{saving} in {opening}").weights
+
+
+EVERY = ["ddp", "fsdp1", "fsdp2", "fsdp2 shards", "zero0", "zero2", "zero3", "zero3 pieces"]
+
+
+@pytest.mark.parametrize("saving", EVERY)
 def test_a_checkpoint_opens_under_any_strategy_and_its_last_step_is_not_repeated(
-    saving: str, two_ranks: RankPool, tmp_path: Path
+    saving: str, two_ranks: RankPool, one_rank: RankPool, tmp_path: Path
 ) -> None:
-    two_ranks.run(resumes_at_its_end_elsewhere, saving, ["ddp", "fsdp1", "fsdp2"], str(tmp_path))
+    name = "galore_adamw"
+    two_ranks.run(saves_for_others, name, saving, str(tmp_path))
+    found = {"alone": one_rank.run(stands_where_it_was_saved, name, saving, "alone", str(tmp_path))[0]}
+    for opening in ("ddp", "fsdp2", "zero2", "zero3"):
+        found[opening] = two_ranks.run(stands_where_it_was_saved, name, saving, opening, str(tmp_path))[0]
+    differing = [
+        f"{saving} opened under {opening}: {key} is another"
+        for opening, weights in found.items()
+        for key, weight in found["ddp"].items()
+        if not torch.equal(weight, weights[key])
+    ]
+    assert not differing
 
 
 def resume_without_state(directory: str) -> float:

@@ -30,7 +30,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from dist_optim.checkpoint.index import IndexReader
 from dist_optim.errors import CheckpointError
+from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Layout, boxes_on
+from dist_optim.ranks.agreement import own_rank
 from dist_optim.ranks.together import together
 
 __all__ = ["Pieces", "read_pieces", "write_pieces"]
@@ -51,6 +53,11 @@ class Pieces:
         return cls(tensor.shape, tensor.dtype, {torch.Size([0] * tensor.ndim): tensor.detach()})
 
     @classmethod
+    def of(cls, local: Tensor, placed: PlacedParameter) -> Pieces:
+        """This rank's part of a tensor that is cut as the parameter is."""
+        return cls.part(local, placed.layout, placed.shape, own_rank(placed.process_group))
+
+    @classmethod
     def part(cls, local: Tensor, layout: Layout, shape: torch.Size, rank: int) -> Pieces:
         """What ``rank`` holds of a tensor of this shape; ``local`` is the storage of it."""
         if layout.is_replicated:
@@ -61,6 +68,16 @@ class Pieces:
         parts = flat.split(sizes) if len(boxes) > 1 else [flat] * len(boxes)
         blocks = {torch.Size(box.offsets): part.view(box.sizes) for box, part in zip(boxes, parts, strict=True)}
         return cls(shape, local.dtype, blocks)
+
+    def room(self, dtype: torch.dtype) -> Pieces:
+        """The same blocks on memory of their own, in another dtype."""
+        blocks = {offsets: torch.empty_like(block, dtype=dtype) for offsets, block in self.blocks.items()}
+        return Pieces(self.shape, dtype, blocks)
+
+    def fill(self, room: Pieces) -> None:
+        """Copy what was read into ``room``."""
+        for offsets, block in self.blocks.items():
+            block.copy_(room.blocks[offsets])
 
 
 def write_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: dist.ProcessGroup | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_optim.checkpoint.optimizer_state import optimizer_of
+from dist_optim.checkpoint.engine_view import view_of
 from dist_optim.specs.registry import Trait
 
 __all__ = ["exported_weights"]
@@ -22,20 +22,21 @@ def exported_weights(optimizer: Any) -> Iterator[None]:
     ``eval()`` and ``train()`` alone would round, and so saving would change the run. Collective on all ranks.
 
     Args:
-        optimizer: A ``DistributedOptimizer``, or accelerate's wrapper around one.
+        optimizer: A ``DistributedOptimizer``, DeepSpeed's ``engine.optimizer``, or accelerate's wrapper around one.
     """
-    inner = optimizer_of(optimizer)
-    if Trait.WEIGHT_SWAPPING not in inner.spec.traits or inner.mode == "eval":
+    view = view_of(optimizer)
+    inner = view.optimizer
+    if Trait.WEIGHT_SWAPPING not in view.spec.traits or inner.mode == "eval":
         yield
         return
-    swapped = [inner.holdings.placed[index] for index in inner.holdings.trained]
-    kept = [placed.local().to("cpu", copy=True) for placed in swapped]  # no second copy beside the model
+    view.look()
+    kept = [one.local().to("cpu", copy=True) for one in view.training_weights()]  # no second copy beside the model
     inner.eval()
     try:
         yield
     finally:
         inner.train()
         with torch.no_grad():
-            for placed, local in zip(swapped, kept, strict=True):
-                placed.local().copy_(local)
-        inner.free_gathered_copies()
+            for one, local in zip(view.training_weights(), kept, strict=True):
+                one.local().copy_(local)
+        view.refresh()

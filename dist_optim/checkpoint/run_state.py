@@ -16,30 +16,30 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
 from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
+from dist_optim.checkpoint.engine_view import EngineView, view_of
 from dist_optim.checkpoint.exported import exported_weights
-from dist_optim.checkpoint.index import check_files, stored_tensors
+from dist_optim.checkpoint.index import StoredTensor, check_files, stored_tensors
+from dist_optim.checkpoint.model_weights import saved_buffers
 from dist_optim.checkpoint.optimizer_state import (
     Incoming,
     install,
     look_into,
-    optimizer_of,
+    name_of_weights,
     read_state,
     refuse_half_step,
     write_optimizer,
 )
 from dist_optim.errors import CheckpointError, DistOptimError
-from dist_optim.layouts.detect import assert_held_by, clean_name, detect
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.stepping import half_steps
 
@@ -56,30 +56,30 @@ def save_checkpoint(
 
     Args:
         directory: On a disk that all ranks share. It appears whole, or not at all; one that is there is replaced.
-        model: As it is trained: wrapped, sharded.
-        optimizer: Its ``DistributedOptimizer``, or accelerate's wrapper around one.
+        model: As it is trained: wrapped, sharded; DeepSpeed's engine.
+        optimizer: Its ``DistributedOptimizer``, DeepSpeed's ``engine.optimizer``, or accelerate's wrapper around one.
         scheduler: Anything with a ``state_dict()`` of plain values, or None.
         own: Plain values of this rank (progress, the state of random generators) that ``load_checkpoint`` returns.
 
     Raises:
         CheckpointError: On all ranks; a checkpoint that was there is untouched.
     """
-    inner, directory = optimizer_of(optimizer), Path(directory)
-    inner.meet("save_checkpoint()")
-    ranks, rank = inner.holdings.all_ranks, own_rank(inner.holdings.all_ranks)
-    attempt(lambda: assert_held_by(model, inner.holdings.placed), directory, ranks)
-    refuse_half_step(inner, model.parameters())
+    view, directory = view_of(optimizer), Path(directory)
+    view.meet("save_checkpoint()")
+    ranks, rank, scheduler = view.ranks, own_rank(view.ranks), scheduler or view.schedule
+    attempt(lambda: view.model_parameters(model), directory, ranks)
+    refuse_half_step(view, model.parameters())
     with written_aside(directory, ranks) as aside:
-        with exported_weights(inner):
-            pieces = attempt(lambda: _pieces_of_model(model, ranks), directory, ranks)
+        with exported_weights(view):
+            pieces = attempt(lambda: _pieces_of_model(model, view), directory, ranks)
             write_pieces(aside / "model", pieces, ranks)
         attempt(lambda: (aside / "optimizer").mkdir() if rank == 0 else None, directory, ranks)
-        write_optimizer(aside / "optimizer", inner)
+        write_optimizer(aside / "optimizer", view)
         attempt(lambda: _write_plain(aside, rank, scheduler, own), directory, ranks)
         about = {
             "format": FORMAT,
-            "optimizer": inner.spec.name,
-            "steps": inner.num_steps,
+            "optimizer": view.spec.name,
+            "steps": view.optimizer.num_steps,
             "world_size": num_ranks(ranks),
         }
         attempt(lambda: write_json(aside / RECORD, about) if rank == 0 else None, directory, ranks)
@@ -97,26 +97,30 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
         CheckpointError: On all ranks: the folder is missing, incomplete, damaged, or of another model.
         StateDictError: On all ranks: it was saved from another optimizer, or from other param groups.
     """
-    inner, directory = optimizer_of(optimizer), opened(Path(directory))
-    inner.meet("load_checkpoint()")
-    ranks = inner.holdings.all_ranks
+    view, directory = view_of(optimizer), opened(Path(directory))
+    view.meet("load_checkpoint()")
+    ranks = view.ranks
 
-    def look() -> tuple[dict[str, Pieces], Incoming, Any, Any]:
-        assert_held_by(model, inner.holdings.placed)
-        pieces = _pieces_of_model(model, ranks)
-        about = _checked(directory, pieces)
+    def look() -> tuple[Incoming, dict[str, Pieces], dict[str, Pieces], Any, Any]:
+        view.look()
+        incoming = look_into(directory / "optimizer", view)
+        about = _record_in(directory)
+        rooms, targets = _rooms_for_model(directory / "model", model, view, incoming)
         check_files(directory / "model", own_rank(ranks), num_ranks(ranks))
-        incoming = look_into(directory / "optimizer", inner)
         rank = own_rank(ranks) if about["world_size"] == num_ranks(ranks) else 0
-        return pieces, incoming, *_read_plain(directory, rank, scheduler)
+        return incoming, rooms, targets, *_read_plain(directory, rank, scheduler)
 
-    pieces, incoming, schedule, own = attempt(look, directory, ranks, is_reading=True)
-    read_state(inner, incoming)
+    incoming, rooms, targets, schedule, own = attempt(look, directory, ranks, is_reading=True)
+    read_state(view, incoming)
+    if scheduler is None and schedule is not None:
+        scheduler = view.schedule
     if scheduler is not None:
         _install_schedule(directory, scheduler, schedule, ranks)
-    read_pieces(directory / "model", pieces, ranks)
+    read_pieces(directory / "model", rooms, ranks)
+    for name, target in targets.items():
+        target.fill(rooms[name])
     half_steps.heal(model.parameters())
-    install(inner, incoming)
+    install(view, incoming)
     return own
 
 
@@ -131,45 +135,65 @@ def _install_schedule(directory: Path, scheduler: Any, saved: Any, ranks: dist.P
         raise
 
 
-def _pieces_of_model(model: nn.Module, ranks: dist.ProcessGroup | None) -> dict[str, Pieces]:
+def _pieces_of_model(model: nn.Module, view: EngineView) -> dict[str, Pieces]:
     """Parameters as this rank holds them, and the buffers that belong to a state dict; tied tensors once."""
-    placed = detect(model, ranks)
-    parts = {
-        name: Pieces.part(one.local(), one.layout, one.shape, own_rank(one.process_group))
-        for name, one in placed.items()
+    parts = {name: Pieces.of(one.local(), one) for name, one in view.model_parameters(model).items()}
+    return {**parts, **{name: Pieces.whole(buffer) for name, buffer in saved_buffers(model).items()}}
+
+
+def _rooms_for_model(
+    folder: Path, model: nn.Module, view: EngineView, incoming: Incoming
+) -> tuple[dict[str, Pieces], dict[str, Pieces]]:
+    """What is to be read into, by name; and where that is then to be copied to, where the dtypes differ.
+
+    What is trained is read from the training weights, where the checkpoint has such, and then not from the model's.
+    """
+    stored, targets = stored_tensors(folder), _pieces_of_model(model, view)
+    changing = {name for name, one in view.model_parameters(model).items() if one.is_trained}
+    trained = {one.fqn: Pieces.of(one.local(), one) for one in view.training_weights()}
+    targets |= trained
+    is_separate = {name for name in trained if name_of_weights(name) in incoming.weights}
+
+    def fits(name: str) -> bool:
+        there, here = stored.get(name), targets.get(name)
+        if there is None or here is None or there.shape != here.shape:
+            return False
+        is_half_of_it = _is_wider(here.dtype, there.dtype) or (view.has_masters and _is_wider(there.dtype, here.dtype))
+        return there.dtype == here.dtype or name in is_separate or (name not in changing and is_half_of_it)
+
+    different = sorted(name for name in stored.keys() | targets.keys() if not fits(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"The checkpoint {str(folder.parent)!r} is of another model: {name!r} is {_described(stored.get(name))} in "
+            f"it and {_described(targets.get(name))} in the model ({len(different)} names differ). Build the model "
+            "that was saved, in the dtype that it was saved in."
+        )
+    rooms = {
+        name: target if target.dtype == stored[name].dtype else target.room(stored[name].dtype)
+        for name, target in targets.items()
+        if name not in is_separate
     }
-    return {**parts, **{name: Pieces.whole(buffer) for name, buffer in _saved_buffers(model)}}
+    return rooms, {name: targets[name] for name, room in rooms.items() if room is not targets[name]}
 
 
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield clean_name(model, f"{path}.{name}" if path else name), buffer
+def _is_wider(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every value of the other has an equal in the one."""
+    return one.is_floating_point and other.is_floating_point and torch.promote_types(one, other) == one
 
 
-def _checked(directory: Path, pieces: dict[str, Pieces]) -> dict[str, Any]:
+def _record_in(directory: Path) -> dict[str, Any]:
     about = read_json(directory / RECORD)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CheckpointError(
             f"{str(directory / RECORD)!r} has a format that this version of dist_optim does not know. Load it with the "
             "version that wrote it."
         )
-    stored = {name: (tuple(one.shape), one.dtype) for name, one in stored_tensors(directory / "model").items()}
-    wanted = {name: (tuple(piece.shape), piece.dtype) for name, piece in pieces.items()}
-    different = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"The checkpoint {str(directory)!r} is of another model: {name!r} is {_described(stored.get(name))} in it "
-            f"and {_described(wanted.get(name))} in the model ({len(different)} names differ). Build the model that "
-            "was saved, in the dtype that it was saved in."
-        )
     return about
 
 
-def _described(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "none" if found is None else f"{found[1]} of shape {found[0]}"
+def _described(found: StoredTensor | Pieces | None) -> str:
+    return "none" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
 
 
 def _write_plain(aside: Path, rank: int, scheduler: Any, own: Any) -> None:

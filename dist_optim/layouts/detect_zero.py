@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_optim.errors import UnsupportedLayoutError
+from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
 from dist_optim.ranks.agreement import gather_objects, host_group, own_rank, reachable_devices
 from dist_optim.ranks.together import together
@@ -29,6 +30,7 @@ __all__ = [
     "check_slices",
     "logical_shape",
     "read_calls",
+    "stored_place",
     "with_reachable_groups",
     "wrapper_kind",
 ]
@@ -85,6 +87,20 @@ def logical_shape(parameter: nn.Parameter) -> torch.Size:
 def wrapper_kind(engine: Any) -> str:
     """The class name of what DeepSpeed put around the optimizer; empty where it put nothing (stage 0, fp32)."""
     return "" if engine.optimizer is engine.basic_optimizer else type(engine.optimizer).__name__
+
+
+def stored_place(name: str, parameter: Any, position: int) -> PlacedParameter:
+    """Where the model's own values of a parameter are stored: whole, or at stage 3 a slice on each rank."""
+    if not hasattr(parameter, "ds_tensor"):
+        shape = parameter.shape
+        return PlacedParameter(name, parameter, shape, Replicated(), None, position, parameter.requires_grad)
+    process_group, numel = parameter.ds_process_group, parameter.ds_numel
+    size = -(-numel // dist.get_world_size(process_group))
+    layout = FlatRange.cut(numel, size, dist.get_world_size(process_group))
+    own = layout.numel_on(torch.Size([numel]), own_rank(process_group))
+    values = nn.Parameter(parameter.ds_tensor.data.view(-1)[:own], requires_grad=False)
+    shape = torch.Size(parameter.ds_shape)
+    return PlacedParameter(name, values, shape, layout, process_group, position, parameter.requires_grad)
 
 
 def read_calls(engine: Any, groups: Sequence[NamedParameters]) -> list[Call]:

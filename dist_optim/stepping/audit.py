@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.registry import Trait
 from dist_optim.stepping.division import is_half
@@ -21,7 +22,7 @@ MAX_SHAPES = 6
 
 def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
     """One line a param group (algorithm, tensors, elements, bytes, logical shapes), then each owner's share."""
-    world_size = max(1, len(held.plan.buckets[0].owned)) if held.plan.buckets else 1
+    world_size = num_ranks(held.all_ranks)
     lines = [f"dist_optim: {held.spec.name} on {world_size} rank{'s' if world_size > 1 else ''}"]
     matrix_keys = set(held.spec.in_scope(Scope.MATRIX))
     placed = iter(held.placed)

@@ -100,19 +100,27 @@ def from_owner(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
     return shared_extras(extras, held)
 
 
-def shared_extras(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
+def shared_extras(extras: dict[str, Any], held: Holdings, *of_other_parts: dict[str, Any]) -> dict[str, Any]:
     """Where several ranks step, what is kept outside the state of parameters is saved once: it must be the same.
 
     What only refers to the parameters of each rank is not saved: a constructor refers to them again. Collective on the
     ranks that share the work.
 
+    Args:
+        extras: What this rank keeps.
+        held: Who steps what.
+        of_other_parts: What it keeps where an engine steps the model in parts, in the other ones.
+
     Raises:
         StateDictError: On all ranks: it is not.
     """
-    if held.division.is_together or num_ranks(held.process_group) == 1:
+    if not of_other_parts and (held.division.is_together or num_ranks(held.process_group) == 1):
         return extras
-    mark = {key: fingerprint(value) if isinstance(value, Tensor) else value for key, value in extras.items()}
-    marks = gather_objects(mark, held.process_group)
+    marks = [
+        mark
+        for marks in gather_objects([_marks(one) for one in (extras, *of_other_parts)], held.process_group)
+        for mark in marks
+    ]
     if all(one == marks[0] for one in marks):
         return extras
     if any(has_content(json.loads(one[STRUCTURE])) for one in marks if one):
@@ -121,6 +129,10 @@ def shared_extras(extras: dict[str, Any], held: Holdings) -> dict[str, Any]:
             "the tensors that it steps: it would be lost. Build it with independent=False, so that one rank has it all."
         )
     return {}
+
+
+def _marks(extras: dict[str, Any]) -> dict[str, Any]:
+    return {key: fingerprint(value) if isinstance(value, Tensor) else value for key, value in extras.items()}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

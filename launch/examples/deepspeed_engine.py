@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import dist_optim
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.deepspeed import register
 
@@ -36,6 +37,7 @@ for step in range(10):
     engine.step()
     if engine.global_rank == 0:
         print(f"step {step}: loss {loss.item():.3f}")
-engine.save_checkpoint("runs/deepspeed_engine")
+# Loads under any strategy and number of ranks; engine.save_checkpoint writes DeepSpeed's own files.
+dist_optim.save_checkpoint("runs/deepspeed_engine", engine, engine.optimizer)
 engine.destroy()
 torch.distributed.destroy_process_group()  # its threads must end before the interpreter does

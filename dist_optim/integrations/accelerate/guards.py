@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from dist_optim.checkpoint.engine_view import is_ours
 from dist_optim.errors import UnsupportedError
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping.optimizer import DistributedOptimizer
@@ -19,7 +20,7 @@ __all__ = ["guard_calls", "served_optimizers"]
 
 def served_optimizers(accelerator: Accelerator) -> list[Any]:
     """Our optimizers among those that this accelerator knows, in accelerate's wrapper, in the order of ``prepare``."""
-    return [one for one in accelerator._optimizers if find_optimizer(one, DistributedOptimizer) is not None]
+    return [one for one in accelerator._optimizers if is_ours(one)]
 
 
 def guard_calls(accelerator: Accelerator) -> None:

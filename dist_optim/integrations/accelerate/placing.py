@@ -103,6 +103,7 @@ def prepare(
         placed, prepared, engine_schedule, built = prepare_engine(
             accelerator, model, optimizer, scheduler is not None, options
         )
+        serve_state(accelerator)
         if scheduler is None:
             return placed, prepared, schedule_of_engine(engine_schedule)
     else:

@@ -2,7 +2,8 @@
 
 accelerate asks an optimizer's ``state_dict`` on rank 0 alone (DDP), or takes a step with zero gradients to find out
 what FSDP should have sharded. Both would lose most of a sharded state. So our optimizers are kept out of its hands, and
-written beside its files, as logical tensors.
+written beside its files, as logical tensors. Weights that another strategy has saved are read here too; those of a
+DeepSpeed engine are written here, where accelerate would let the engine save all in DeepSpeed's own format.
 
 accelerate writes into the folder file by file. So the optimizer's part, without which nothing loads, goes first and
 comes last: a job that is killed in between leaves no mixture of two states.
@@ -17,9 +18,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dist_optim.checkpoint import exported_weights, save_optimizer
 from dist_optim.checkpoint.directory import attempt, opened
-from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, optimizer_of, read_state
+from dist_optim.checkpoint.engine_view import view_of
+from dist_optim.checkpoint.model_weights import (
+    FSDP_FOLDER,
+    OWN_FOLDER,
+    find_weights,
+    load_weights,
+    remove_weights,
+    save_weights,
+)
+from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, read_state
+from dist_optim.errors import CheckpointError
 from dist_optim.integrations.accelerate.guards import served_optimizers
 from dist_optim.ranks.meeting import meet
 
@@ -28,11 +41,14 @@ if TYPE_CHECKING:
 
 __all__ = ["serve_state"]
 
+SCHEDULE, ENGINES_OWN = "scheduler.bin", "pytorch_model"
+"""accelerate's name of the first schedule; and its folder of what DeepSpeed's engine saves itself."""
+
 
 def serve_state(accelerator: Accelerator) -> None:
     """From now on ``save_state`` and ``load_state`` of this accelerator serve our optimizers too.
 
-    Calling it again changes nothing. Not for DeepSpeed, whose engine saves its optimizer itself.
+    Calling it again changes nothing.
     """
     if "save_state" in vars(accelerator):
         return
@@ -54,9 +70,16 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
             stack.enter_context(_left_out(accelerator, ours))
             for optimizer in ours:
                 stack.enter_context(exported_weights(optimizer))
+                if engine := engine_of(accelerator):
+                    stack.enter_context(_weights_alone(engine, optimizer))
             folder = attempt(lambda: original(*args, **options), Path(given or "checkpoints"), None)
         for number, optimizer in enumerate(ours):
             save_optimizer(_folder(folder, number), optimizer)
+        if (schedule := schedule_inside(accelerator)) is not None:
+            path = Path(folder) / SCHEDULE
+            attempt(
+                lambda: torch.save(schedule.state_dict(), path) if accelerator.is_main_process else None, path, None
+            )
         return folder
 
     save_state.__doc__ = original.__doc__
@@ -64,49 +87,105 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
 
 
 def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., None]) -> Callable[..., None]:
-    def load_state(*args: Any, **options: Any) -> None:
+    def load_state(input_dir: str | None = None, *args: Any, **options: Any) -> None:
         meet("load_state()")
+        named = Path(input_dir or "checkpoints")
+        folder = attempt(lambda: _chosen(accelerator, input_dir), named, None, is_reading=True)
+        if engine_of(accelerator) and (folder / ENGINES_OWN).is_dir():
+            original(str(folder), *args, **options)
+            return
         ours = served_optimizers(accelerator)
-        given = args[0] if args else options.get("input_dir")
-        found: list[Incoming] = []
-
-        def look(folder: str) -> None:
-            found.extend(attempt(lambda: _look_into(folder, ours), Path(folder), None, is_reading=True))
-
-        with _left_out(accelerator, ours), ExitStack() as stack:
-            if given is not None:
-                look(os.path.expanduser(given))
-            else:  # accelerate chooses the folder itself: the latest one
-                handle = accelerator.register_load_state_pre_hook(lambda models, folder: look(folder))
-                stack.callback(handle.remove)
-            attempt(lambda: original(*args, **options), Path(given or "checkpoints"), None, is_reading=True)
+        found = attempt(lambda: _look_into(str(folder), ours), folder, None, is_reading=True)
+        weights = None if _is_native(accelerator, folder) else find_weights(folder)
+        with _left_out(accelerator, ours, leaves_models=weights is not None):
+            attempt(lambda: original(str(folder), *args, **options), folder, None, is_reading=True)
+        if weights is not None:
+            (model,) = accelerator._models
+            load_weights(weights, model, ours[0] if engine_of(accelerator) else None)
         for optimizer, incoming in zip(ours, found, strict=True):
-            read_state(optimizer_of(optimizer), incoming)
-            install(optimizer_of(optimizer), incoming)
+            read_state(view_of(optimizer), incoming)
+            install(view_of(optimizer), incoming)
+        if (schedule := schedule_inside(accelerator)) is not None:
+            path = folder / SCHEDULE
+            attempt(lambda: _load_schedule(schedule, path), path, None, is_reading=True)
 
     load_state.__doc__ = original.__doc__
     return load_state
 
 
+def engine_of(accelerator: Accelerator) -> Any:
+    """DeepSpeed's engine; None under other strategies."""
+    return accelerator._models[0] if accelerator.distributed_type.value == "DEEPSPEED" else None
+
+
+def schedule_inside(accelerator: Accelerator) -> Any:
+    """The schedule that DeepSpeed's configuration names and its engine steps: accelerate leaves it to the engine."""
+    engine = engine_of(accelerator)
+    has_wrapper = any(type(one).__name__ == "DeepSpeedSchedulerWrapper" for one in accelerator._schedulers)
+    return engine.lr_scheduler if engine is not None and has_wrapper else None
+
+
+def _load_schedule(schedule: Any, path: Path) -> None:
+    schedule.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _chosen(accelerator: Accelerator, given: str | None) -> Path:
+    """The folder to load: the latest one, where accelerate names them itself."""
+    if given is not None:
+        return Path(os.path.expanduser(given))
+    if not accelerator.project_configuration.automatic_checkpoint_naming:
+        raise CheckpointError("load_state() was given no folder. Give the one that save_state returned.")
+    folders = [path for path in (Path(accelerator.project_dir) / "checkpoints").iterdir() if path.name[-1].isdigit()]
+    return max(folders, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def _is_native(accelerator: Accelerator, folder: Path) -> bool:
+    """Whether the weights lie there as accelerate itself saves them under this strategy."""
+    if (folder / OWN_FOLDER).is_dir() or engine_of(accelerator):
+        return False
+    if accelerator.distributed_type.value == "FSDP":
+        is_in_pieces = "SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
+        return (folder / FSDP_FOLDER).is_dir() if is_in_pieces else (folder / "pytorch_model_fsdp.bin").is_file()
+    return any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+
+
 @contextmanager
-def _left_out(accelerator: Accelerator, ours: list[Any]) -> Iterator[None]:
-    everything = list(accelerator._optimizers)
-    accelerator._optimizers[:] = [one for one in everything if not any(one is own for own in ours)]
+def _weights_alone(engine: Any, optimizer: Any) -> Iterator[None]:
+    """While accelerate lets the engine save everything its own way, it saves weights that every strategy reads."""
+
+    def save_checkpoint(folder: str, *args: Any, **options: Any) -> None:
+        save_weights(Path(folder), engine, optimizer)
+
+    before = engine.save_checkpoint
+    engine.save_checkpoint = save_checkpoint
     try:
         yield
     finally:
-        accelerator._optimizers[:] = everything
+        engine.save_checkpoint = before
+
+
+@contextmanager
+def _left_out(accelerator: Accelerator, ours: list[Any], *, leaves_models: bool = False) -> Iterator[None]:
+    optimizers, models = list(accelerator._optimizers), list(accelerator._models)
+    accelerator._optimizers[:] = [one for one in optimizers if not any(one is own for own in ours)]
+    if leaves_models:
+        accelerator._models[:] = []
+    try:
+        yield
+    finally:
+        accelerator._optimizers[:], accelerator._models[:] = optimizers, models
 
 
 def _look_into(folder: str, ours: list[Any]) -> list[Incoming]:
     folders = [opened(_folder(folder, number)) for number in range(len(ours))]
-    return [look_into(one, optimizer_of(optimizer)) for one, optimizer in zip(folders, ours, strict=True)]
+    return [look_into(one, view_of(optimizer)) for one, optimizer in zip(folders, ours, strict=True)]
 
 
 def _remove(state: str, number: int) -> None:
     for folder in (_folder(state, at) for at in range(number)):
         if folder.exists():
             shutil.rmtree(folder)
+    remove_weights(Path(state))
 
 
 def _folder(state: str, number: int) -> Path:

@@ -20,19 +20,27 @@ from dist_optim.ranks.together import together
 
 __all__ = ["fail_together"]
 
+_HOW_TO_LEAVE = (
+    "dist_optim: engine.save_checkpoint() writes DeepSpeed's own files, for this ZeRO stage and number of ranks alone; "
+    "dist_optim.save_checkpoint(folder, engine, engine.optimizer) writes what every strategy loads."
+)
+
 
 def fail_together(engine: Any) -> None:
     """Let this engine's ``save_checkpoint`` and ``load_checkpoint`` fail on all ranks, with a ``CheckpointError``.
 
     An engine that writes its files in the background is left as it is.
     """
-    save, load = engine.save_checkpoint, engine.load_checkpoint
+    save, load, is_said = engine.save_checkpoint, engine.load_checkpoint, [own_rank() != 0]
 
     @functools.wraps(save)
     def save_checkpoint(*args: Any, **options: Any) -> Any:
         meet("engine.save_checkpoint()")
         if reason := engine.basic_optimizer.why_not_saved():  # on all ranks alike
             raise CheckpointError(reason)
+        if not is_said[0]:
+            is_said[0] = True
+            print(_HOW_TO_LEAVE, flush=True)
         with nullcontext() if engine.checkpoint_engine.is_decoupled() else _noted(engine):
             return save(*args, **options)
 

@@ -19,10 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.building.verdicts import with_verdict
-from dist_optim.errors import ParameterError, StateDictError, StepFailedError, UnsupportedError, WrongModeError
+from dist_optim.errors import (
+    CheckpointError,
+    ParameterError,
+    StateDictError,
+    StepFailedError,
+    UnsupportedError,
+    WrongModeError,
+)
 from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
 from dist_optim.integrations.deepspeed.checkpoint_files import fail_together
+from dist_optim.integrations.deepspeed.checkpoint_view import ZeroView
 from dist_optim.integrations.deepspeed.parts import group_of, place, where_it_is
 from dist_optim.integrations.deepspeed.push_weights import push_weights
 from dist_optim.integrations.deepspeed.schedules import feeds_wrong_metric
@@ -402,6 +410,34 @@ class ZeroOptimizer(Optimizer):
             f"Step {failed} failed after a part of its updates was made: the weights are half of a step, and DeepSpeed "
             "keeps its gradients. Call deepspeed.initialize anew, load the last checkpoint, and go on from there."
         )
+
+    # What checkpoints of dist_optim see -----------------------------------------------------------------------------
+
+    def checkpoint_view(self) -> ZeroView:
+        """See ``checkpoint.engine_view``."""
+        if not self.is_attached:
+            raise CheckpointError(
+                f"{self.spec.name}: the optimizer does not know its engine yet. Save and load after "
+                "deepspeed.initialize."
+            )
+        return ZeroView(self, self._engine)
+
+    def trained_in_model(self) -> list[PlacedParameter]:
+        """The model's own parameters that are trained, whole or as stage 3 leaves them."""
+        return self._trainable()
+
+    def show_to_parts(self) -> None:
+        """Give the parts the engine's present storage of the weights, and DeepSpeed's hyperparameters."""
+        for call, part in zip(self._calls, self._parts, strict=True):
+            for placed in part.holdings.placed:
+                if placed.fqn in call.slices:
+                    placed.parameter.data = call.slices[placed.fqn].weight()
+            self._push_hyperparameters(part)
+
+    def show_from_parts(self) -> None:
+        """Take over the parts' hyperparameters, after they have been loaded; the engine counts its steps anew."""
+        self._touched_in.clear()
+        self._pull_hyperparameters()
 
     def parts(self) -> list[DistributedOptimizer]:
         """The optimizers underneath, one for each ``step()`` call of a training step."""

@@ -4,8 +4,9 @@
 
     checkpoint-500/optimizer/        the optimizer (``dist_optim.checkpoint``), whatever the strategy
     checkpoint-500/model.safetensors and all else as transformers writes it; averaged weights of optimizers that average
+    checkpoint-500/dist_optim_weights/   the weights, where ZeRO-3 was not told to gather them for saving
 
-Under DeepSpeed the engine saves model and optimizer its own way.
+What one strategy has saved, every other resumes from. (With adapters of peft, DeepSpeed saves its own way.)
 
 transformers writes one piece after another, most of them on rank 0 alone, with collectives in between. Each piece that
 such a collective follows is an attempt of all ranks, so that none goes on to wait for one that has failed.
@@ -22,16 +23,17 @@ from torch import nn
 
 from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimizer
 from dist_optim.checkpoint.directory import attempt, recover, written_aside
+from dist_optim.checkpoint.engine_view import is_ours
+from dist_optim.checkpoint.model_weights import find_weights, load_weights, save_weights
 from dist_optim.errors import CheckpointError
-from dist_optim.integrations.transformers.whole_weights import install_whole_weights, whole_weights_in
-from dist_optim.specs.unwrapping import find_optimizer
-from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = ["CheckpointingMixin"]
 
 OPTIMIZER_FOLDER = "optimizer"
 CHECKPOINTS = "checkpoint-*"
 STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
+ENGINES_OWN = "global_step*"
+"""Folders of DeepSpeed's own checkpoints."""
 
 
 class CheckpointingMixin:
@@ -69,7 +71,7 @@ class CheckpointingMixin:
         return str(self._saving_into or super()._get_output_dir(trial))  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and not self._saves_logically():
             self.optimizer.eval()  # the engine saves what is in place
         run = Path(self._get_output_dir(trial))
         directory = run / f"checkpoint-{self.state.global_step}"
@@ -104,11 +106,17 @@ class CheckpointingMixin:
 
     # Weights ------------------------------------------------------------------------------------------------------
 
+    def _saves_logically(self) -> bool:
+        """Whether a checkpoint is ours, for every strategy: not with adapters, which DeepSpeed's engine saves alone."""
+        return is_ours(self.optimizer) and not (self.is_deepspeed_enabled and self._has_adapters())
+
+    def _has_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
     def save_model(self, *positional: Any, **named: Any) -> None:
         """As in transformers; the averaged weights of an optimizer that averages, then on all ranks together."""
-        optimizer = find_optimizer(self.optimizer, DistributedOptimizer)
-        if optimizer is not None:
-            with exported_weights(optimizer):
+        if self._saves_logically():
+            with exported_weights(self.optimizer):
                 self._save_weights(*positional, **named)
             return
         if self.is_deepspeed_enabled and self.optimizer is not None:
@@ -117,10 +125,30 @@ class CheckpointingMixin:
 
     def _save_weights(self, *positional: Any, **named: Any) -> None:
         save = functools.partial(super().save_model, *positional, **named)  # type: ignore[misc]
-        if named.get("_internal_call"):  # of a checkpoint: other ranks go on to its collectives
-            attempt(save, Path(self.args.output_dir), None)
-        else:  # scripts call it on rank 0 alone
+        if not named.get("_internal_call"):  # scripts call it on rank 0 alone
             save()
+            return
+        # Of a checkpoint: other ranks go on to its collectives.
+        folder = Path(positional[0] if positional else named["output_dir"])
+        if self._saves_logically() and self._leaves_weights_in_slices():
+            attempt(lambda: self._save_all_but_weights(folder), folder, None)
+            save_weights(folder, self.model_wrapped, self.optimizer)
+        else:
+            attempt(save, folder, None)
+
+    def _leaves_weights_in_slices(self) -> bool:
+        """Whether the engine would save its own way instead, since nobody allowed it to gather."""
+        engine = self.model_wrapped
+        if not self.is_deepspeed_enabled or engine.zero_optimization_stage() < 3:
+            return False
+        return not engine.zero_gather_16bit_weights_on_model_save()
+
+    def _save_all_but_weights(self, folder: Path) -> None:
+        """Configuration, tokenizer, arguments."""
+        self._save(str(folder), state_dict={})  # type: ignore[attr-defined]
+        if self.args.should_save:  # it has made a file of no weights
+            for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+                path.unlink(missing_ok=True)
 
     def _finalize_training(self, *positional: Any, **named: Any) -> Any:
         """Weights that average end averaged; the best model's are such, and must not be averaged again."""
@@ -129,35 +157,63 @@ class CheckpointingMixin:
         return super()._finalize_training(*positional, **named)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in transformers; FSDP also takes the whole tensors that any strategy has saved."""
-        files = whole_weights_in(checkpoint)
-        if self.is_fsdp_enabled and files:
-            install_whole_weights(files, self.model if model is None else model)
+        """As in transformers; FSDP and ZeRO also take whole tensors, and all take what those have saved in pieces."""
+        stored = find_weights(checkpoint)
+        if stored is not None and (self.is_fsdp_enabled or self._is_our_engine() or stored.folder is not None):
+            optimizer = self.optimizer if self._is_our_engine() else None
+            load_weights(stored, self._model_to_load_into(model), optimizer)
             return
         super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
 
+    def _model_to_load_into(self, model: nn.Module | None) -> nn.Module:
+        if self._is_our_engine():
+            engine: nn.Module = self.model_wrapped
+            return engine
+        return self.model if model is None or self.is_fsdp_enabled else model
+
+    def _is_our_engine(self) -> bool:
+        return self.is_deepspeed_enabled and self._saves_logically()
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if self.is_fsdp_enabled and whole_weights_in(best):
+        stored = find_weights(best)
+        if stored is not None and (self.is_fsdp_enabled or self._is_our_engine() or stored.folder is not None):
             self._load_from_checkpoint(best)
             return
         super()._load_best_model()  # type: ignore[misc]
 
+    def _is_for_any_engine(self, checkpoint: Any) -> bool:
+        """Whether a checkpoint that DeepSpeed's engine is to resume from is one of ours, not one of its own."""
+        if not isinstance(checkpoint, str) or not self.is_deepspeed_enabled or self._has_adapters():
+            return False
+        folder = Path(checkpoint)
+        return not any(folder.glob(ENGINES_OWN)) and find_weights(folder) is not None
+
+    def _resume_under_deepspeed(self, checkpoint: str) -> None:
+        """What transformers does under other engines, after the engine was made without the checkpoint."""
+        self._load_from_checkpoint(checkpoint)
+        self._load_optimizer_and_scheduler(checkpoint)
+
     # Optimizer and schedule ---------------------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        optimizer, folder = find_optimizer(self.optimizer, DistributedOptimizer), Path(output_dir)
-        if optimizer is None:
+        folder = Path(output_dir)
+        if not self._saves_logically():
             attempt(functools.partial(super()._save_optimizer_and_scheduler, output_dir), folder, None)  # type: ignore[misc]
             return
         if self.is_fsdp_enabled:
-            with exported_weights(optimizer):
+            with exported_weights(self.optimizer):
                 attempt(lambda: self._save_fsdp_weights(output_dir), folder, None)
-        save_optimizer(folder / OPTIMIZER_FOLDER, optimizer)
+        save_optimizer(folder / OPTIMIZER_FOLDER, self.optimizer)
         attempt(lambda: self._save_schedule(folder) if self.args.should_save else None, folder, None)
 
     def _save_schedule(self, folder: Path) -> None:
-        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
+        torch.save(self._schedule().state_dict(), folder / SCHEDULER_FILE)
+
+    def _schedule(self) -> Any:
+        """Also the one that DeepSpeed's configuration names, out of accelerate's wrapper, which saves nothing."""
+        wraps = self.is_deepspeed_enabled and hasattr(self.lr_scheduler, "scheduler")
+        return self.lr_scheduler.scheduler if wraps else self.lr_scheduler
 
     def _save_fsdp_weights(self, output_dir: str) -> None:
         """In accelerate's format, where `save_model` has not written whole tensors: those load under any strategy."""
@@ -170,8 +226,8 @@ class CheckpointingMixin:
         save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer = find_optimizer(self.optimizer, DistributedOptimizer)
-        if checkpoint is None or optimizer is None:
+        is_engines_own = self.is_deepspeed_enabled and not self._is_for_any_engine(checkpoint)
+        if checkpoint is None or not is_ours(self.optimizer) or is_engines_own:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         folder, schedule = Path(checkpoint) / OPTIMIZER_FOLDER, Path(checkpoint) / SCHEDULER_FILE
@@ -184,8 +240,8 @@ class CheckpointingMixin:
                 f"{checkpoint} was saved without dist_optim: it has no folder {OPTIMIZER_FOLDER!r}. Resume it with the "
                 "Trainer that saved it, or train from its weights: from_pretrained(checkpoint)."
             )
-        load_optimizer(folder, optimizer)
+        load_optimizer(folder, self.optimizer)
         attempt(lambda: self._load_schedule(schedule), Path(checkpoint), None, is_reading=True)
 
     def _load_schedule(self, path: Path) -> None:
-        self.lr_scheduler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self._schedule().load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -136,7 +136,7 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
 
     # Building -----------------------------------------------------------------------------------------------------
 
-    def _prepare_for_training(self, max_steps: int, *others: Any, **named: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As in transformers, with the optimizer built on the placed model."""
         self._num_training_steps = max_steps
         assert_same_job(self)
@@ -147,8 +147,14 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             trainer_rehearsal.equal_start(self.model)
         if self.is_deepspeed_enabled:
             self._named_in_json = trainer_deepspeed.settings_from_json(self)
+        is_for_any_engine = self._is_for_any_engine(resume_from_checkpoint)
         with self._optimizers_built_after_placement():
-            return super()._prepare_for_training(max_steps, *others, **named)  # type: ignore[misc]
+            prepared = super()._prepare_for_training(  # type: ignore[misc]
+                max_steps, train_dataloader, None if is_for_any_engine else resume_from_checkpoint
+            )
+        if is_for_any_engine:
+            self._resume_under_deepspeed(resume_from_checkpoint)
+        return prepared
 
     def _undo_preparation_for_evaluation(self) -> None:
         """An ``evaluate()`` before ``train()`` leaves a model that would not be wrapped, or that is gathered."""
