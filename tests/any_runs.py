@@ -261,10 +261,10 @@ def run_with_closure(
 # DeepSpeed ------------------------------------------------------------------------------------------------------------
 
 
-def _groups_for_engine(choice: Choice, model: nn.Module) -> Any:
-    """All parameters; in groups where the class must be told which are matrices."""
+def _groups_for_engine(choice: Choice, model: nn.Module, has_two_groups: bool) -> Any:
+    """All parameters; in groups where the class must be told which are matrices, or if asked for."""
     parameters = list(model.parameters())
-    if not choice.of_matrices:
+    if not choice.of_matrices and not has_two_groups:
         return parameters
     return [
         {"params": [one for one in parameters if one.ndim > 1], **choice.of_matrices},
@@ -272,11 +272,11 @@ def _groups_for_engine(choice: Choice, model: nn.Module) -> Any:
     ]
 
 
-def reference_of_engine(choice: Choice) -> Reference:
+def reference_of_engine(choice: Choice, has_two_groups: bool = False) -> Reference:
     """The network of the closures, trained by its own gradients. Raises what the class raises."""
     model = Regression()
     draw_alike()
-    optimizer = choice.alone(_groups_for_engine(choice, model))
+    optimizer = choice.alone(_groups_for_engine(choice, model, has_two_groups))
     _call(optimizer, "train")
     for step in range(STEPS_OF_CLOSURE):
         model.zero_grad()
@@ -286,21 +286,24 @@ def reference_of_engine(choice: Choice) -> Reference:
 
 
 def run_under_zero(
-    choice: Choice, expected: Reference, stage: int, directory: str
+    choice: Choice, expected: Reference, stage: int, directory: str, has_two_groups: bool = False, **zero: Any
 ) -> tuple[list[str], dist_optim.DistributedOptimizer]:
-    """The same network through the engine; half way it is saved and loaded by the engine."""
+    """The same network through the engine; half way it is saved and loaded by the engine.
+
+    ``zero`` are further options of the configuration's section of that name.
+    """
     from zero import deepspeed
 
     from dist_optim.integrations.deepspeed.engine import build_optimizer_for_engine
 
     def engine_of() -> Any:
         model = Regression()
-        params = _groups_for_engine(choice, model) if choice.of_matrices else None
+        params = _groups_for_engine(choice, model, has_two_groups) if choice.of_matrices or has_two_groups else None
         client = build_optimizer_for_engine(model, choice.load(), params=params, print_audit=False, **choice.arguments)
         config = {
             "train_micro_batch_size_per_gpu": 6,
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, **zero},
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
         }

@@ -83,7 +83,7 @@ class Engine:
         """The model under this engine, with an optimizer unless ``name`` is None. Collective."""
         return ZeroSession(self, name, **options) if self.is_zero else TorchSession(self, name, **options)
 
-    def alone(self, name: str, *, mixed: bool = False, **options: Any) -> TorchSession:
+    def alone(self, name: str | None, *, mixed: bool = False, **options: Any) -> TorchSession:
         """The same run in one process, as each rank computes it for itself."""
         return TorchSession(ONE_PROCESS, name, group=own_group(), mixed=self._precision() if mixed else "", **options)
 

@@ -134,8 +134,8 @@ class _UnderTorch(Side):
         self.schedule = _schedule(self.optimizer)
 
     def step(self, at: int) -> None:
-        seed(at)
         inject(self.model, dict(gradients(at)))
+        seed(at)  # after the gradients, whose making draws
         self.optimizer.step()
         self.schedule.step()
 

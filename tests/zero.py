@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import numpy
 import torch
 import torch.distributed as dist
 from end_to_end import BATCH, batch, make_llama
@@ -229,6 +230,12 @@ class Reference:
         return [p.detach().to(self.run.dtype).float().clone() for p in self.model.parameters()]
 
 
+def seed(step: int) -> None:
+    """Before each of the runs that are compared takes a step: some optimizers draw."""
+    torch.manual_seed(step)
+    numpy.random.seed(step)
+
+
 class Recorder:
     """Notes the full gradients that the engine hands to the optimizer, put together from all ranks' slices."""
 
@@ -271,8 +278,10 @@ def distance_given_gradients(run: ZeroRun) -> float:
     engine = engine_of(run)
     recorder, taken = Recorder(engine), 0
     for step in range(STEPS):
+        seed(step)
         train_engine(engine, run, range(step, step + 1))
         if engine.basic_optimizer.num_steps > taken:  # else fp16 overflowed, and the step was skipped
+            seed(step)
             reference.follow(recorder.gradients)
             taken += 1
     assert engine.basic_optimizer.num_steps == taken == STEPS - engine.skipped_steps > 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 import zero
 from end_to_end import RUNS
 from torch import Tensor
-from zero import NO_DECAY, Recorder, Reference, ZeroRun
+from zero import NO_DECAY, Recorder, Reference, ZeroRun, seed
 
 import dist_optim
 from dist_optim.building.choice import resolve
@@ -44,8 +43,7 @@ def run_of_name(name: str, stage: int) -> ZeroRun:
     options.pop("fused_backward", None)  # DeepSpeed steps after backward
     if known is None and dist_optim.Trait.LOW_RANK in spec.traits:
         options |= _LOW_RANK
-    one_group = spec.with_arguments(spec.check({k: v for k, v in options.items() if k in _names(spec)})).is_coupled
-    if not one_group and "weight_decay" in _names(spec):
+    if "weight_decay" in _names(spec):
         options = {"weight_decay": 0.01, **options, "no_decay": NO_DECAY}
     return ZeroRun(
         f"dist_optim.{name}" if name in NAMES_OF_BOTH else name,
@@ -57,12 +55,6 @@ def run_of_name(name: str, stage: int) -> ZeroRun:
 
 def _names(spec: dist_optim.OptimizerSpec) -> set[str]:
     return {record.name for record in spec.records()}
-
-
-def seed(step: int) -> None:
-    """Before each of the runs that are compared takes a step: some optimizers draw."""
-    torch.manual_seed(step)
-    numpy.random.seed(step)
 
 
 def gaps_of(name: str, stage: int) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from dist_optim.building.arguments import check_model, check_process_group, chec
 from dist_optim.building.choice import refuse_combination, resolve
 from dist_optim.building.composing import Rest, compose
 from dist_optim.building.groups import GivenParameters
+from dist_optim.building.new_groups import NewGroups
 from dist_optim.building.verdicts import with_verdict
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
@@ -209,6 +210,7 @@ def build_optimizer(
         remedy=remedy,
     )
     built.share_groups()
+    built.new_groups = NewGroups(model, hyperparameters, process_group)
     if prepared.is_fused:
         together(lambda: install(built, model, bucket_bytes=bucket_bytes), process_group)
     if print_audit and own_rank(process_group) == 0:

@@ -16,6 +16,8 @@ from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 class AdafactorDriver(UpstreamDriver):
     """Checks in every param group what upstream checks in its constructor's arguments alone, or not at all."""
 
+    takes_groups_later = True
+
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:

@@ -26,6 +26,8 @@ _PREFIX = "projector."
 class LowRankDriver(UpstreamDriver):
     """Turns the projector object in the state into tensors, and keeps its basis from holding a whole SVD factor."""
 
+    takes_groups_later = False
+
     def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         super().step(optimizer, parameters)
         self.compact_projectors(optimizer, parameters)

@@ -36,6 +36,8 @@ class LambDriver(UpstreamDriver):
 class MarsDriver(UpstreamDriver):
     """MARS: keeps the quotient of its two rates."""
 
+    takes_groups_later = True
+
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:

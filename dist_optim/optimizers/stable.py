@@ -19,6 +19,8 @@ from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 class StableAdamWDriver(UpstreamDriver):
     """Takes the decisions that upstream takes from a list that is still empty, or anew in every group."""
 
+    takes_groups_later = True
+
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:

@@ -36,6 +36,10 @@ class UpstreamDriver:
     counts_places: bool = False
     """Upstream goes by a parameter's place among those of its group that have a gradient: ``take_places`` is called."""
 
+    takes_groups_later: bool | None = None
+    """Whether upstream's own ``add_param_group`` adds a group as ``construct`` would have; None: where that is not
+    overridden."""
+
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:

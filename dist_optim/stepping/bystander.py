@@ -45,6 +45,11 @@ class Bystander(UpstreamInstance):
         self.optimizer = _Shown(shown, dict(arguments))
         self.group_values = GroupValues(self.optimizer, [spec.is_undescribed_in(group) for group in groups])
 
+    def add_group(self, spec: OptimizerSpec, group: ParamGroup, *_: Any) -> None:
+        """Show one more group."""
+        self.optimizer.param_groups.append({**spec.values_in(group, self.optimizer.defaults), "params": []})
+        self.group_values.note_new_group(spec.is_undescribed_in(group))
+
     def step(self, *_: Any, **__: Any) -> dict[int, Any]:
         """Nothing is stepped here."""
         return {}

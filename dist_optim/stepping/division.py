@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_optim.errors import UnsupportedError
 from dist_optim.exchange.plan import Plan
 from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
 from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
@@ -23,7 +22,15 @@ from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "SOLE_OWNER", "Division", "divide", "is_half", "starting_values"]
+__all__ = [
+    "DEFAULT_BUCKET_BYTES",
+    "SOLE_OWNER",
+    "Division",
+    "divide",
+    "is_half",
+    "needs_all_gradients",
+    "starting_values",
+]
 
 DEFAULT_BUCKET_BYTES = 64 << 20
 SOLE_OWNER = 0
@@ -106,10 +113,13 @@ class Division:
         return local, [self._instance({k: v for own in shapes for k, v in own.items()}, values)] * len(shapes)
 
     def _instance(self, shapes: Mapping[int, torch.Size], values: Values | None) -> UpstreamInstance:
-        if values is not None:
-            stepped = set(shapes)
-            values = {index: one for index, one in values.items() if index in stepped or not self._is_stepped(index)}
-        return UpstreamInstance(self.spec, self.groups, shapes, self.arguments, values)
+        return UpstreamInstance(self.spec, self.groups, shapes, self.arguments, self.seen_by(shapes, values))
+
+    def seen_by(self, stepped: Collection[int], values: Values | None) -> Values | None:
+        """Of these values, those that an instance sees which steps these tensors."""
+        if values is None:
+            return None
+        return {index: one for index, one in values.items() if index in stepped or not self._is_stepped(index)}
 
     def _is_stepped(self, index: int) -> bool:
         return index in self.plan.owners or index in self.slices
@@ -143,8 +153,7 @@ def divide(
     values = [spec.values_in(group, arguments) for group in groups for _ in group["params"]]
     members = {index: (one, values[index]) for index, one in enumerate(placed) if one.is_trained}
     refuse_misfits(spec, list(members.values()), is_divided=num_ranks(all_ranks) > 1)
-    is_together = spec.is_coupled or (spec.keeps_tensors and num_ranks(process_group) == 1)
-    _refuse_parts(spec, arguments, placed, is_together)
+    is_together = _steps_together(spec, process_group)
     here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
     slices = [] if is_together else [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
     owned = {index: member for index, member in here.items() if index not in slices}
@@ -164,24 +173,15 @@ def divide(
     )
 
 
-def _refuse_parts(
-    spec: OptimizerSpec, arguments: Mapping[str, Any], placed: Sequence[PlacedParameter], is_together: bool
-) -> None:
-    """Where an engine steps the model in parts, what needs all gradients at once cannot be served."""
-    if not any(isinstance(one.layout, Elsewhere) and one.is_trained for one in placed):
-        return
-    if spec.driver.needs_total_norm(arguments):
-        raise UnsupportedError(
-            f"{spec.name}: clip_grad_norm needs all gradients at once, and the engine steps one part of them after "
-            'another. Let the engine clip ("gradient_clipping" in DeepSpeed\'s configuration).'
-        )
-    if is_together:
-        reason = spec.verdict.reason if spec.verdict else "its tensors depend on each other"
-        raise UnsupportedError(
-            f"{spec.name} steps all tensors together ({reason}), and DeepSpeed steps this model in parts: one for each "
-            "param group, and at stage 3 for each sub-group. Put all parameters into one param group, and set "
-            '"sub_group_size" in "zero_optimization" above the number of parameters; or train under DDP or FSDP.'
-        )
+def needs_all_gradients(
+    spec: OptimizerSpec, arguments: Mapping[str, Any], process_group: dist.ProcessGroup | None
+) -> bool:
+    """Whether no tensor can be stepped before every gradient is there."""
+    return _steps_together(spec, process_group) or spec.driver.needs_total_norm(arguments)
+
+
+def _steps_together(spec: OptimizerSpec, process_group: dist.ProcessGroup | None) -> bool:
+    return spec.is_coupled or (spec.keeps_tensors and num_ranks(process_group) == 1)
 
 
 def starting_values(division: Division) -> dict[int, Tensor] | None:
@@ -232,4 +232,5 @@ def _is_plain(one: PlacedParameter) -> bool:
 
 
 def _of_model(one: PlacedParameter) -> Tensor:
-    return one.parameter if _is_plain(one) else one.local()
+    """What one process holds whole; engines that flatten do so there too."""
+    return one.parameter if _is_plain(one) else one.local().view(one.shape)

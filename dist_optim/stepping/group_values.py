@@ -33,6 +33,15 @@ class GroupValues:
         self.is_two_way = list(is_two_way)
         self._shown = [dict(group) for group in optimizer.param_groups]
 
+    def note_new_group(self, is_two_way: bool) -> None:
+        """Upstream has one group more, with its own values."""
+        self.is_two_way.append(is_two_way)
+        self._shown.append(dict(self._optimizer.param_groups[-1]))
+
+    def drop_groups(self, num_groups: int) -> None:
+        """Forget all but the first groups."""
+        del self.is_two_way[num_groups:], self._shown[num_groups:]
+
     def push(self, groups: Sequence[ParamGroup], keys: Collection[str]) -> None:
         """Write hyperparameters of the user's groups into upstream's (schedules change the user's).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -130,6 +130,12 @@ class Holdings:
         whole = [instance.group_values.published() for instance in self.instances][0]
         both = zip(self.instances[0].group_values.is_two_way, whole, self.counters(), strict=True)
         return [group if is_two_way else counted for is_two_way, group, counted in both]
+
+    def drop_foreign_keys(self, groups: Sequence[ParamGroup]) -> None:
+        """Let the last of the user's groups, so many as are given, have upstream's keys and no others."""
+        for group, inner in zip(groups, self.instances[0].optimizer.param_groups[-len(groups) :], strict=True):
+            for key in group.keys() - inner.keys() - {"params"}:
+                del group[key]
 
     def extras(self) -> dict[str, object]:
         """What upstream keeps outside the state of its parameters: the same in all instances after a step."""

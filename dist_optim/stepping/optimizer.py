@@ -26,6 +26,7 @@ from dist_optim.stepping import audit
 from dist_optim.stepping.closures import ON_MANY_RANKS, Evaluations, evaluates, loss_of, mean_loss
 from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES, Division
 from dist_optim.stepping.edited_groups import why_edited
+from dist_optim.stepping.growing import REMEDY, NewGroups, grown, why_fixed
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.loss_scaling import refuse_local_scaler
 from dist_optim.stepping.parameter_guard import NO_JOIN
@@ -61,6 +62,9 @@ class ModelSide(Protocol):
     def problem(self) -> DistOptimError | None:
         """Why the optimizer's parameters are no longer what the model trains; None where they are. Local."""
 
+    def over(self, placed: Sequence[PlacedParameter]) -> ModelSide:
+        """The same for the parameters that the optimizer has from now on."""
+
 
 class DistributedOptimizer(TorchContract):
     """An unmodified upstream optimizer over a placed model; made by ``dist_optim.build_optimizer``.
@@ -93,6 +97,7 @@ class DistributedOptimizer(TorchContract):
     ) -> None:
         self.spec = spec = division.spec
         self.inside_backward: InsideBackward | None = None  # set by inside_backward.install
+        self.new_groups: NewGroups | None = None  # set by build_optimizer
         self._model_side = model_side
         self._is_built = False
         local, owners = division.build_instances(values)
@@ -350,15 +355,43 @@ class DistributedOptimizer(TorchContract):
         """All parameters and where they are stored, in group order."""
         return list(self.holdings.placed)
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once the optimizer is built: owners and positions are planned over all parameters together."""
-        if getattr(self, "_is_built", False):
-            raise UnsupportedError(
-                "add_param_group after building would change owners and positions in the middle of a run. Pass all "
-                "groups when you build: build_optimizer(model, name, params=[{'params': [...]}, ...]). List what is "
-                "frozen until later in them too: it has no state before its first gradient."
-            )
-        super().add_param_group(param_group)
+        """Step more of the model's parameters, from the next step on, as upstream's own ``add_param_group`` would.
+
+        Between steps, collective on all ranks that train the model, with the same group. What is stepped already keeps
+        its state and its owner. Under an engine the parameters must be ones whose gradients it reduces.
+
+        Args:
+            param_group: ``params``, and hyperparameters; those that it does not have are the optimizer's.
+
+        Raises:
+            UnsupportedError: Upstream settles its groups when it is built, or the engine does.
+            ParameterError, HyperparameterError, RanksDisagreeError: On all ranks, as ``build_optimizer``. Nothing was
+                changed.
+        """
+        if not self._is_built:
+            super().add_param_group(param_group)
+            return
+        if reason := self._why_fixed():
+            raise UnsupportedError(f"add_param_group after building: {reason} {REMEDY}")
+        assert self.new_groups is not None
+        self.meet("add_param_group()")
+        self.free_gathered_copies()
+        self.holdings = grown(self.holdings, self.param_groups, self.new_groups, param_group)
+        self.param_groups = self.holdings.groups
+        self.training_step = self.training_step.over(self.holdings)
+        self._model_side = None if self._model_side is None else self._model_side.over(self.holdings.placed)
+        self._view = None
+        self.training_step.publish_groups()
+        self.holdings.drop_foreign_keys(self.param_groups[-1:])
+
+    def _why_fixed(self) -> str:
+        if self.new_groups is None:
+            return "the engine has divided the model's parameters."
+        if self.inside_backward is not None:
+            return "this optimizer steps inside backward, by hooks that are set when it is built."
+        return why_fixed(self.holdings)
 
 
 def _without_params(group: Mapping[str, Any]) -> ParamGroup:

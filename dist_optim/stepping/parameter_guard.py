@@ -49,6 +49,11 @@ class ParameterGuard:
         self._left_join: object = None
         self._joinable = [weakref.ref(module) for module in model.modules() if isinstance(module, Joinable)]
 
+    def over(self, placed: Iterable[PlacedParameter]) -> ParameterGuard:
+        """The same for the parameters that the optimizer has from now on."""
+        model = self._model()
+        return self if model is None else ParameterGuard(model, placed)
+
     def reshard(self) -> None:
         """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
         model = self._model()

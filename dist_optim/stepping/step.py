@@ -63,6 +63,7 @@ class TrainingStep:
         self._progress = progress
         self.agreement = agreement
         self._check_ranks_every = check_ranks_every
+        self._on_nonfinite = on_nonfinite
         self._bucket_bytes = bucket_bytes
         self._group = holdings.process_group
         self._before = BeforeStep(holdings, progress, agreement, on_nonfinite)
@@ -77,6 +78,17 @@ class TrainingStep:
         self._is_one_by_one = False
         self._word = OwnersWord(holdings)
         self.detached = DetachedStep(holdings, self._word, self._part_of)
+
+    def over(self, holdings: Holdings) -> TrainingStep:
+        """The same, of what is stepped from now on."""
+        return TrainingStep(
+            holdings,
+            self._progress,
+            self.agreement,
+            bucket_bytes=self._bucket_bytes,
+            check_ranks_every=self._check_ranks_every,
+            on_nonfinite=self._on_nonfinite,
+        )
 
     # Beginning ----------------------------------------------------------------------------------------------------
 
@@ -406,6 +418,4 @@ class TrainingStep:
     def show_groups(self) -> None:
         """Once, at first: the user's groups have upstream's keys and no others. Collective as ``publish_groups``."""
         self.publish_groups()
-        for group, inner in zip(self._held.groups, self._held.instances[0].optimizer.param_groups, strict=True):
-            for key in group.keys() - inner.keys() - {"params"}:
-                del group[key]
+        self._held.drop_foreign_keys(self._held.groups)

@@ -106,6 +106,49 @@ class UpstreamInstance:
         self.extras = Extras(owners, {**self.shadows, **self.ghosts}, self.shadows) if owners else None
         self.group_values = GroupValues(self.optimizer, is_two_way)
 
+    def add_group(
+        self,
+        spec: OptimizerSpec,
+        group: ParamGroup,
+        first: int,
+        shapes: Mapping[int, torch.Size],
+        values: Mapping[int, Tensor] | None,
+    ) -> None:
+        """Let upstream have one more group, by its own ``add_param_group``.
+
+        Args:
+            spec: As this was built with; as are the kinds of what follows.
+            group: The group.
+            first: The index of its first parameter.
+            shapes: Of those of its tensors that are stepped here.
+            values: As in the constructor, of this group.
+        """
+        values = values or {}
+        self._ghosts += [spec.ghosts_in(group)] * len(group["params"])
+        self._of_model |= {index for index, value in values.items() if isinstance(value, nn.Parameter)}
+        parameters: list[nn.Parameter] = []
+        names: list[str] = []
+        for index, placed in enumerate(group["params"], start=first):
+            made = self._make_parameter(index, placed, shapes, values)
+            parameters += made
+            names += [placed.fqn] * len(made)
+            self._group_of[index] = len(self.optimizer.param_groups)
+        named = {"param_names": names} if "param_names" in group else {}
+        self.optimizer.add_param_group({**group, "params": parameters, **named})
+        self.group_values.note_new_group(spec.is_undescribed_in(group))
+        if self.extras is not None:
+            owners = self.driver.undescribed(self.optimizer)
+            self.extras = Extras(owners, {**self.shadows, **self.ghosts}, self.shadows)
+
+    def drop_groups(self, num_groups: int, num_parameters: int) -> None:
+        """Take away all but the first groups, and parameters, where adding one has failed."""
+        del self.optimizer.param_groups[num_groups:]
+        self.group_values.drop_groups(num_groups)
+        del self._ghosts[num_parameters:]
+        for known in (self.shadows, self.ghosts, self._group_of, self._model_dtypes):
+            for index in [index for index in known if index >= num_parameters]:
+                del known[index]
+
     def _make_parameter(
         self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size], values: Mapping[int, Tensor]
     ) -> list[nn.Parameter]:

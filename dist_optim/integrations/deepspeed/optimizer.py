@@ -4,6 +4,7 @@ DeepSpeed builds its wrapper around an optimizer that holds the model's paramete
 partitions, and calls ``step()`` once for each of them. This class finds the original parameters inside the partitions
 (``layouts.detect_zero``) and hands each call to one ``DistributedOptimizer`` over the slices of that call. What other
 calls step are ghosts there, so that every upstream instance steps once a training step and counts as in one process.
+An optimizer that needs all gradients at once is one ``DistributedOptimizer`` over all calls (``gathered_calls``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dist_optim.exchange.plan import Plan
 from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
 from dist_optim.integrations.deepspeed.checkpoint_files import fail_together
 from dist_optim.integrations.deepspeed.checkpoint_view import ZeroView
+from dist_optim.integrations.deepspeed.gathered_calls import GatheredCalls
 from dist_optim.integrations.deepspeed.parts import group_of, place, where_it_is
 from dist_optim.integrations.deepspeed.push_weights import push_weights
 from dist_optim.integrations.deepspeed.schedules import feeds_wrong_metric
@@ -47,8 +49,9 @@ from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.audit import route_audit
-from dist_optim.stepping.division import Division, divide, starting_values
+from dist_optim.stepping.division import Division, divide, needs_all_gradients, starting_values
 from dist_optim.stepping.gradients import GradientSamples
+from dist_optim.stepping.growing import REMEDY
 from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.stepping.presence import PartOfAgreement, StepAgreement, hyperparameters_of
 
@@ -90,7 +93,9 @@ class ZeroOptimizer(Optimizer):
         self.rank_timeout_s = rank_timeout_s
         self._groups = list(groups)
         self._arguments = dict(arguments)
-        self._calls: list[Call] = []
+        self._engine_calls: list[Call] = []
+        self._calls: list[Call] = []  # of the parts: the engine's, or all of them as one
+        self._gathered: GatheredCalls | None = None
         self._parts: list[DistributedOptimizer] = []
         self._engine: Any = None
         self._agreement = StepAgreement(None)
@@ -123,6 +128,12 @@ class ZeroOptimizer(Optimizer):
         """Whether the engine's layout is known, so that steps can be taken."""
         return bool(self._parts)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once DeepSpeed may have divided the parameters, which it does in ``initialize``, once."""
+        if hasattr(self, "_outer"):
+            raise UnsupportedError(f"add_param_group: DeepSpeed divides what it is given, once. {REMEDY}")
+        super().add_param_group(param_group)
+
     # Attaching to the engine --------------------------------------------------------------------------------------
 
     def attach(self, engine: Any) -> None:
@@ -142,22 +153,25 @@ class ZeroOptimizer(Optimizer):
             for members in self._groups
         ]
         host_group(group)  # where one has to be made, all ranks make it now, before any of them can fail
-        self._calls = together(
+        calls = together(
             lambda: read_calls(engine, [members for members in by_group if members]),
             group,
             doing="Reading DeepSpeed's partitions",
             remedy="Use deepspeed 0.19.8, and report the ZeRO options of this run.",
         )
-        check_slices(self._calls, group)
-        self._calls = with_reachable_groups(self._calls)
+        check_slices(calls, group)
+        self._engine_calls = self._calls = with_reachable_groups(calls)
         self._agreement = StepAgreement(group)
-        shares = [group_of(call) for call in self._calls]
         spec = with_verdict(self.spec, self._groups, self._arguments, group, self._independent)
         if spec.verdict is not None and spec.verdict.needs_closure:
             raise UnsupportedError(
                 f"{spec.name} evaluates the loss itself, by a closure, for which DeepSpeed has no place. Train under "
                 "DDP or FSDP, in a loop that calls optimizer.step(closure); or take an optimizer that needs none."
             )
+        shares = [group_of(call) for call in self._calls]
+        if needs_all_gradients(spec, self._arguments, shares[0]):
+            self._gathered = GatheredCalls(self._engine_calls)
+            self._calls, shares = [self._gathered.whole], shares[:1]
         divisions = together(
             lambda: [self._divide(spec, *each) for each in zip(self._calls, shares, strict=True)],
             group,
@@ -222,17 +236,23 @@ class ZeroOptimizer(Optimizer):
         if self._engine is None:
             self._refuse_real_gradients(shown)
             return  # DeepSpeed's unfused wrapper takes a step with zero gradients in its constructor
-        (number,) = [at for at, call in enumerate(self._calls) if call.is_for(shown[0])]
+        (number,) = [at for at, call in enumerate(self._engine_calls) if call.is_for(shown[0])]
         if number == 0:
             self._begin_training_step()
-        call, part = self._calls[number], self._parts[number]
+        if self._gathered is None:
+            self._step_part(self._calls[number], self._parts[number])
+        elif not self._gathered.keep_gradients(number):
+            with self._gathered.shown():
+                self._step_part(self._gathered.whole, self._parts[0])
+        if number == len(self._engine_calls) - 1:
+            self._end_training_step()
+
+    def _step_part(self, call: Call, part: DistributedOptimizer) -> None:
         self._show_slices(call, part)
         self._push_hyperparameters(part)
         part.step_part([placed.fqn in self._present for placed in part.holdings.placed])
         for placed in part.holdings.placed:
             placed.parameter.grad = None
-        if part is self._parts[-1]:
-            self._end_training_step()
 
     def _end_training_step(self) -> None:
         num_steps = self.num_steps - 1
@@ -243,6 +263,8 @@ class ZeroOptimizer(Optimizer):
                 part.progress.failed_step = num_steps + 1
             self.param_groups = self._outer  # DeepSpeed shows one at a time, and does not come back to the others
             raise
+        if self._gathered is not None:  # not before all ranks have come through
+            self._gathered.write_model()
         if self.spec.is_undescribed:  # it may write its own hyperparameters
             self._pull_hyperparameters()
 
@@ -440,7 +462,7 @@ class ZeroOptimizer(Optimizer):
         self._pull_hyperparameters()
 
     def parts(self) -> list[DistributedOptimizer]:
-        """The optimizers underneath, one for each ``step()`` call of a training step."""
+        """The optimizers underneath: one for each ``step()`` call of a training step, or one for all of them."""
         return list(self._parts)
 
 
