@@ -38,6 +38,7 @@ from dist_optim.integrations.quiet import quieten_libraries
 from dist_optim.integrations.refusals import REFUSED, error_line
 from dist_optim.integrations.signals import SignalWatch, ignore_signals, is_rank_0
 from dist_optim.integrations.transformers import Trainer
+from dist_optim.integrations.transformers.first_save import RehearsedSave
 from dist_optim.integrations.transformers.run_report import Progress, RunReport, find_checkpoint
 from dist_optim.integrations.versions import versions
 from dist_optim.ranks.agreement import assert_ranks_equal
@@ -166,6 +167,8 @@ def _make_job(model_arguments: Any, data_arguments: Any, arguments: Any, report:
     for stock in (ProgressCallback, PrinterCallback):
         job.remove_callback(stock)
     job.add_callback(Progress())
+    if arguments.rehearse:
+        job.add_callback(RehearsedSave())
     job.callback_handler.callbacks.insert(1, report)  # after the flow's, before trackers, which log the speed, too
     return job
 

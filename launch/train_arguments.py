@@ -129,6 +129,9 @@ class TrainArguments(TrainingArguments):
     eval_steps: float | None = described(100, "Evaluate every so many steps, and at the end.")
     eval_on_start: bool = described(True, "Evaluate before the first step, too.")
     save_steps: float = described(500, "A checkpoint every so many steps, as OUTPUT_DIR/checkpoint-STEP; 0 for none.")
+    rehearse: bool = described(
+        True, "After the first step, save, load again and compare, so that a later save will not be the first to fail."
+    )
     ddp_find_unused_parameters: bool | None = described(False, "Let DDP look for parameters that a step leaves out.")
     disable_tqdm: bool = described(False, "No progress bar.")
 

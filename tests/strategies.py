@@ -118,7 +118,7 @@ class Side(ABC):
         """Model and optimizer, as a user has them."""
 
     def save(self, folder: Path) -> None:
-        dist_optim.save_checkpoint(folder, *self.pair, self.schedule)
+        dist_optim.save_checkpoint(folder, *self.pair, self.schedule, rehearse=True)
 
     def load(self, folder: Path) -> None:
         dist_optim.load_checkpoint(folder, *self.pair, self.schedule)

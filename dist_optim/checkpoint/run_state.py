@@ -39,6 +39,7 @@ from dist_optim.checkpoint.optimizer_state import (
     refuse_half_step,
     write_optimizer,
 )
+from dist_optim.checkpoint.rehearsal import rehearse_optimizer, rehearse_weights
 from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.stepping import half_steps
@@ -50,7 +51,13 @@ FORMAT = 1
 
 
 def save_checkpoint(
-    directory: str | Path, model: nn.Module, optimizer: Any, scheduler: Any = None, *, own: Any = None
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any = None,
+    *,
+    own: Any = None,
+    rehearse: bool = False,
 ) -> None:
     """Write a run into a folder. Collective on all ranks that train the model, also under DDP.
 
@@ -60,6 +67,8 @@ def save_checkpoint(
         optimizer: Its ``DistributedOptimizer``, DeepSpeed's ``engine.optimizer``, or accelerate's wrapper around one.
         scheduler: Anything with a ``state_dict()`` of plain values, or None.
         own: Plain values of this rank (progress, the state of random generators) that ``load_checkpoint`` returns.
+        rehearse: Whether all is read again, the state into new instances of upstream, and compared, before the folder
+            appears: for a first save, so that what cannot be resumed is known then. It takes twice this rank's state.
 
     Raises:
         CheckpointError: On all ranks; a checkpoint that was there is untouched.
@@ -73,8 +82,12 @@ def save_checkpoint(
         with exported_weights(view):
             pieces = attempt(lambda: _pieces_of_model(model, view), directory, ranks)
             write_pieces(aside / "model", pieces, ranks)
+            if rehearse:
+                rehearse_weights(aside / "model", pieces, view)
         attempt(lambda: (aside / "optimizer").mkdir() if rank == 0 else None, directory, ranks)
         write_optimizer(aside / "optimizer", view)
+        if rehearse:
+            rehearse_optimizer(aside / "optimizer", view)
         attempt(lambda: _write_plain(aside, rank, scheduler, own), directory, ranks)
         about = {
             "format": FORMAT,

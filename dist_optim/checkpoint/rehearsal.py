@@ -1,0 +1,89 @@
+"""A save that is loaded again at once: what would fail at the first resume, hours later, fails at this save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_optim.checkpoint.blocks import Pieces, read_pieces
+from dist_optim.checkpoint.directory import attempt
+from dist_optim.checkpoint.engine_view import EngineView
+from dist_optim.checkpoint.optimizer_state import look_into, read_state
+from dist_optim.errors import CheckpointError
+from dist_optim.stepping.optimizer import DistributedOptimizer
+from dist_optim.stepping.upstream_instance import UpstreamInstance
+
+__all__ = ["rehearse_optimizer", "rehearse_weights"]
+
+REMEDY = (
+    "Nothing was saved. The disk, or this class's state, does not keep what is written: try another folder; for a "
+    "class of your own, register an OptimizerSpec whose driver stores what it keeps (docs/adding-an-optimizer.md)."
+)
+
+
+def rehearse_weights(folder: Path, held: Mapping[str, Pieces], view: EngineView) -> None:
+    """Read weights that were just written, and compare. Collective; it takes room for this rank's part of them.
+
+    Raises:
+        CheckpointError: On all ranks: they are not what was written.
+    """
+    rooms = {name: piece.room(piece.dtype) for name, piece in held.items()}
+    read_pieces(folder, rooms, view.ranks)
+
+    def compare() -> None:
+        for name, piece in held.items():
+            if any(not _same(block, rooms[name].blocks[offsets]) for offsets, block in piece.blocks.items()):
+                raise CheckpointError(f"{name!r} reads otherwise than it was written. {REMEDY}")
+
+    attempt(compare, folder, view.ranks)
+
+
+def rehearse_optimizer(folder: Path, view: EngineView) -> None:
+    """Load an optimizer's state that was just written into new instances of upstream, and compare. Collective.
+
+    The optimizer stays as it is, and no random generator is touched. It takes twice this rank's state.
+
+    Raises:
+        CheckpointError: On all ranks: a part of it is missing, or is not what was written.
+    """
+    incoming = attempt(lambda: look_into(folder, view), folder, view.ranks)
+    read_state(view, incoming)
+    attempt(lambda: _compare(view, incoming.state), folder, view.ranks)
+
+
+def _compare(view: EngineView, read: Mapping[str, Mapping[str, Any]]) -> None:
+    for part in view.parts:
+        second = _second_instances(part)
+        for instance, index in part.holdings.stepped_here():
+            name, own = part.holdings.placed[index].fqn, instance.encoded_state(index)
+            second[index].write_encoded_state(index, read.get(name, {}))
+            found = second[index].encoded_state(index)
+            for key in own.keys() | found.keys():
+                if not _same(own.get(key), found.get(key)):
+                    raise CheckpointError(f"{key!r} in the state of {name!r} loads otherwise than it was. {REMEDY}")
+
+
+def _second_instances(part: DistributedOptimizer) -> dict[int, UpstreamInstance]:
+    """By the parameter that they step, on tensors of their own."""
+    held, values = part.holdings, None
+    if held.division.keeps_tensors:
+        values = {
+            index: one.detach().clone() for instance, index in held.stepped_here() for one in [instance.shadows[index]]
+        }
+    devices = {one.device.index or 0 for one in held.placed if one.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        local, owners = held.division.build_instances(values)
+    return {index: one for one in [*([local] if local else []), *owners] for index in one.shadows}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal to the bit, and NaN equals NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        one, other = one.detach().cpu(), other.detach().cpu()
+        is_alike = one.shape == other.shape and one.dtype == other.dtype
+        return is_alike and bool(((one == other) | ((one != one) & (other != other))).all())
+    return type(one) is type(other) and (one == other or (one != one and other != other))
