@@ -92,17 +92,6 @@ TABLE: dict[str, tuple[Override, ...]] = {
             get_optimizer_cls_and_kwargs=("args", "model"),
         ),
         *_rows("transformers", "transformers.trainer", "get_fsdp_ckpt_kwargs"),
-        *_rows(
-            "transformers",
-            "transformers.trainer_utils",
-            rotate_checkpoints=(
-                "output_dir",
-                "save_total_limit",
-                "best_model_checkpoint",
-                "use_mtime",
-                "checkpoint_prefix",
-            ),
-        ),
     ),
     "accelerate": (
         *_rows(

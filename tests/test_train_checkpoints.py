@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from train_runs import GALORE, FinishedRun, finished_in, rows_of
 
 from dist_optim.errors import UsageError
-from dist_optim.integrations.transformers.run_report import RunDirectory, checkpoints_in, find_checkpoint
+from dist_optim.integrations.transformers.history import checkpoints_in
+from dist_optim.integrations.transformers.run_report import RunDirectory, find_checkpoint
 from dist_optim.integrations.transformers.schedules import LOG_NAME
 from dist_optim.testing import RankPool, assert_equal
 

@@ -22,7 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dist_optim.checkpoint import save_optimizer
 from dist_optim.errors import CheckpointError
-from dist_optim.integrations.transformers import Trainer
+from dist_optim.integrations.transformers import Trainer, TrainingArguments
+from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
@@ -214,6 +215,28 @@ def test_a_job_killed_while_saving_resumes_from_the_checkpoint_before(two_ranks:
     two_ranks.run(killed_while_saving, str(tmp_path))
 
 
+def goes_back(strategy: str, directory: str) -> None:
+    """Two steps, four, six, and from the second on again: what is then the latest, and what a limit leaves."""
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    folder, job = Path(directory), Job("adamw_torch", saving)
+    train(job, strategy, folder)
+    back = replace(job, resume=str(folder / "checkpoint-2"), settings=saving | {"learning_rate": 1e-3, "max_steps": 4})
+    changed: dict[str, Any] = (
+        {"allow_changed": "lr"} if "allow_changed" in TrainingArguments.__dataclass_fields__ else {}
+    )
+    branch = train(back, strategy, folder, save_total_limit=2, **changed)
+    names = [path.name for path in checkpoints_in(folder)]
+    at_the_end = replace(back, resume=True)
+    problems = [] if names == ["checkpoint-6", "checkpoint-4"] else [f"left: {names}"]
+    if gap_between(train(at_the_end, strategy, folder, **changed), branch):
+        problems.append("not the branch that was trained last")
+    assert_no_problems_on_any_rank(problems)
+
+
+def test_last_and_the_limit_go_by_the_runs_own_history(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(goes_back, "ddp", str(tmp_path))
+
+
 PIECES = {
     "the model": ("transformers.Trainer._save", 0),
     "the optimizer": ("torch.distributed.checkpoint.filesystem._write_item", 1),
@@ -221,7 +244,7 @@ PIECES = {
     "the generators": ("transformers.Trainer._save_rng_state", 1),
     "the scaler": ("transformers.Trainer._save_scaler", 0),
     "the state": ("transformers.TrainerState.save_to_json", 0),
-    "the limit": ("transformers.trainer_utils.rotate_checkpoints", 0),
+    "the limit": ("dist_optim.integrations.transformers.checkpoint.remove_older", 0),
 }
 """What a checkpoint is made of, and the rank that fails at it."""
 

@@ -26,6 +26,8 @@ from dist_optim.checkpoint.directory import attempt, recover, written_aside
 from dist_optim.checkpoint.engine_view import is_ours
 from dist_optim.checkpoint.model_weights import find_weights, load_weights, save_weights
 from dist_optim.errors import CheckpointError
+from dist_optim.integrations.transformers.history import checkpoints_in, mark_as_saved, remove_older
+from dist_optim.ranks.agreement import gather_objects
 
 __all__ = ["CheckpointingMixin"]
 
@@ -61,11 +63,17 @@ class CheckpointingMixin:
 
     # Whole or not at all -----------------------------------------------------------------------------------------
 
-    def train(self, *positional: Any, **named: Any) -> Any:
-        """As in transformers; what a killed job has left between two names is there to resume from, or gone."""
+    def train(self, resume_from_checkpoint: Any = None, *positional: Any, **named: Any) -> Any:
+        """As in transformers; what a killed job has left between two names is there to resume from, or gone.
+
+        ``resume_from_checkpoint=True`` is the checkpoint that was saved last, whatever its number.
+        """
         folder = Path(self.args.output_dir)
         attempt(lambda: recover(folder, CHECKPOINTS) if self.args.should_save else None, folder, None)
-        return super().train(*positional, **named)  # type: ignore[misc]
+        if resume_from_checkpoint is True:
+            latest = [str(path) for path in attempt(lambda: checkpoints_in(folder), folder, None)[-1:]]
+            resume_from_checkpoint = next(iter(gather_objects(latest)[0]), True)  # transformers says that there is none
+        return super().train(resume_from_checkpoint, *positional, **named)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_into or super()._get_output_dir(trial))  # type: ignore[misc]
@@ -83,6 +91,8 @@ class CheckpointingMixin:
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
                 self._name_the_best(aside, directory)
+                if self.args.should_save:
+                    mark_as_saved(aside)
             finally:
                 self._saving_into = None
         attempt(lambda: self._rotate(run) if self.args.should_save else None, directory, None)
@@ -95,14 +105,7 @@ class CheckpointingMixin:
                 self.state.save_to_json(str(aside / STATE_FILE))
 
     def _rotate(self, run: Path) -> None:
-        from transformers.trainer_utils import rotate_checkpoints
-
-        rotate_checkpoints(
-            output_dir=str(run),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        remove_older(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     # Weights ------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from dist_optim.integrations.transformers.run_report.directory import (
     FINISHED_NAMES,
     LAST,
     RunDirectory,
-    checkpoints_in,
     find_checkpoint,
 )
 from dist_optim.integrations.transformers.run_report.measures import (
@@ -34,7 +33,6 @@ __all__ = [
     "Progress",
     "RunDirectory",
     "RunReport",
-    "checkpoints_in",
     "find_checkpoint",
     "optimizer_state_bytes",
     "peak_memory_bytes",

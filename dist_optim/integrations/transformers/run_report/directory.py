@@ -14,22 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_optim.errors import UsageError
+from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.integrations.transformers.run_report.measures import headline
 from dist_optim.integrations.transformers.run_report.plots import plot_losses, plot_rates
 from dist_optim.integrations.transformers.schedules import LOG_NAME
 
-__all__ = ["FINISHED_NAMES", "LAST", "RunDirectory", "checkpoints_in", "find_checkpoint"]
+__all__ = ["FINISHED_NAMES", "LAST", "RunDirectory", "find_checkpoint"]
 
 LAST = "last"
 SUMMARY = "summary.json"
 FINISHED_NAMES = ("model", "metrics.jsonl", "loss.png", "lr.png", SUMMARY)
 OVERWRITING = "add --overwrite_output_dir (in Python: report.claim(output_dir, overwrite=True))"
-
-
-def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, the latest last."""
-    found = [(path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return [path for _, path in sorted((int(number), path) for number, path in found if number.isdigit())]
 
 
 def find_checkpoint(asked: str | None, output_dir: str) -> Path | None:
