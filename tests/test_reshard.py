@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import measure_reshard
 import pytest
-from strategies import BREAK, CHAIN, SHORT_CHAIN, Recipe, gap, gaps_of_chain, leg, one_process, recipe_of
+from strategies import BREAK, CHAIN, SHORT_CHAIN, STRATEGIES, Recipe, gap, gaps_of_chain, leg, one_process, recipe_of
+from zero_names import served_names
 
 from dist_optim.testing import RankPool
 
@@ -49,3 +52,12 @@ def test_control_without_the_state_or_the_weights_a_run_goes_elsewhere(
     two_ranks.run(leg, "ddp:2", recipe_of("galore_adamw"), range(BREAK), None, tmp_path / "run")
     room = "run_state" if what == "read_pieces" else "optimizer_state"
     assert min(two_ranks.run(leg_without, f"dist_optim.checkpoint.{room}.{what}", tmp_path / "run")) > 1e-3
+
+
+def test_the_page_is_what_its_results_give_and_every_bit_is_equal() -> None:
+    results = json.loads(measure_reshard.RESULTS.read_text())
+    assert measure_reshard.PAGE.read_text() == measure_reshard.write_page(results), "run `make reshard`"
+    assert set(results["chains"]) == set(served_names()), "run `make reshard`"
+    assert list(results["matrix"]) == [str(one) for one in STRATEGIES]
+    cells = [*results["chains"].values(), *(cell for row in results["matrix"].values() for cell in row.values())]
+    assert set(cells) == {0.0}
