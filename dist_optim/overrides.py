@@ -211,6 +211,8 @@ TABLE: dict[str, tuple[Override, ...]] = {
             _load_optim_state_dict=("model", "optimizers", "state_dict", "info"),
         ),
         *_rows("torch", _FSDP1, "_optim_state_dict_impl", "_optim_state_dict_to_load_impl"),
+        *_rows("torch", "torch.distributed.checkpoint:FileSystemReader", "read_metadata", "_get_metadata_path"),
+        *_rows("torch", "torch.serialization", "skip_data"),
     ),
     "DDP": (
         *_rows(

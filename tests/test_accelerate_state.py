@@ -20,7 +20,7 @@ from zero import ZeroRun
 from dist_optim.checkpoint.blocks import Pieces, read_pieces
 from dist_optim.checkpoint.engine_view import view_of
 from dist_optim.checkpoint.index import stored_tensors
-from dist_optim.errors import CheckpointError
+from dist_optim.errors import CheckpointError, StateDictError
 from dist_optim.testing import RankFailure, RankPool, assert_equal
 
 GALORE = {"lr": 1e-2, "target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3, "scale": 0.25}
@@ -131,6 +131,35 @@ def resume_without_state(directory: Path) -> None:
 def test_control_a_run_without_its_state_ends_elsewhere(two_ranks: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankFailure):
         two_ranks.run(resume_without_state, tmp_path / "state")
+
+
+def another_rate(directory: Path) -> tuple[list[float], list[float]]:
+    """The rates of the steps after a load: of a run that goes on with twice the rate, and of one that always had it."""
+    slow, fast = (Training("adamw_torch", {"lr": rate}) for rate in (1e-2, 2e-2))
+    rates: dict[str, list[float]] = {}
+    with started_by_accelerate("ddp", slow) as accelerator:
+        model, optimizer, scheduler = prepared_for(accelerator, slow)
+        train_steps(accelerator, model, optimizer, scheduler, range(2))
+        accelerator.save_state(str(directory))
+    for label in ("resumed", "always"):
+        rates[label] = []
+        with started_by_accelerate("ddp", fast) as accelerator:
+            model, optimizer, scheduler = prepared_for(accelerator, fast)
+            if label == "always":
+                train_steps(accelerator, model, optimizer, scheduler, range(2))
+            else:
+                with pytest.raises(StateDictError, match=r"lr of group 0 is 0.01 in it and 0.02 here"):
+                    accelerator.load_state(str(directory))
+                accelerator.load_state(str(directory), allow_changed=["lr"])
+            for step in range(2, 5):
+                train_steps(accelerator, model, optimizer, scheduler, range(step, step + 1))
+                rates[label].append(optimizer.param_groups[0]["lr"])
+    return rates["resumed"], rates["always"]
+
+
+def test_another_rate_that_is_allowed_is_gone_on_with(one_rank: RankPool, tmp_path: Path) -> None:
+    ((resumed, always),) = one_rank.run(another_rate, tmp_path / "state")
+    assert resumed == pytest.approx(always) and len(set(always)) == 3
 
 
 class Killed(BaseException):

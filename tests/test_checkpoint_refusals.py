@@ -177,23 +177,23 @@ def lead_outside(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a code in the model's index": (partial(put_payload, where="model"), "no complete checkpoint"),
-    "a code in the optimizer's index": (partial(put_payload, where="optimizer/tensors"), "no complete checkpoint"),
-    "a path in the index": (lead_outside, "missing or damaged"),
+    "a code in the model's index": (partial(put_payload, where="model"), "index of"),
+    "a code in the optimizer's index": (partial(put_payload, where="optimizer/tensors"), "index of"),
+    "a path in the index": (lead_outside, "no file of the folder"),
     "a byte of the weights": (lambda folder: flip(first_tensors(folder / "model"), TENSOR), "damaged"),
     "a byte of the state": (lambda folder: flip(first_tensors(folder / "optimizer" / "tensors"), TENSOR), "damaged"),
     "a file of the state": (lambda folder: first_tensors(folder / "optimizer" / "tensors").unlink(), "missing"),
-    "the record": (lambda folder: (folder / "optimizer" / "optimizer.json").unlink(), "has no optimizer.json"),
+    "the record": (lambda folder: (folder / "optimizer" / "optimizer.json").unlink(), "No such file"),
     "a record without groups": (
         lambda folder: edit(folder / "optimizer" / "optimizer.json", "param_groups", 3),
-        "param_groups is 3",
+        "not the file that was saved with checkpoint.json",
     ),
-    "a byte of a rank's own": (lambda folder: flip(folder / "ranks" / "0.pt", b"step"), "cannot be read"),
+    "a byte of a rank's own": (lambda folder: flip(folder / "ranks" / "0.pt", b"step"), "is not the file"),
     "a rank's own": (lambda folder: (folder / "ranks" / "1.pt").unlink(), "cannot be read"),
-    "the schedule": (lambda folder: (folder / "scheduler.pt").unlink(), "without a schedule"),
+    "the schedule": (lambda folder: (folder / "scheduler.pt").unlink(), "No such file"),
     "a schedule that is none": (
         lambda folder: torch.save([1], folder / "scheduler.pt"),
-        "Reading the checkpoint",
+        "is not the file",
     ),
 }
 

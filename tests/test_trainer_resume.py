@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dist_optim.checkpoint import save_optimizer
 from dist_optim.errors import CheckpointError
-from dist_optim.integrations.transformers import Trainer, TrainingArguments
+from dist_optim.integrations.transformers import Trainer
 from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.deepspeed.checkpoint_files import fail_together
@@ -103,3 +104,28 @@ def test_a_failing_read_and_a_folder_without_files_are_named(tmp_path: Path) -> 
     (tmp_path / "now").mkdir()
     with pytest.raises(CheckpointError, match="Reading DeepSpeed's checkpoint failed with OSError.*load again"):
         engine.load_checkpoint(str(tmp_path), "now")
+
+
+class Unlisted:
+    """Any class; its name may be any code."""
+
+
+def test_what_deepspeeds_files_name_is_made_where_it_is_known_and_else_refused(tmp_path: Path) -> None:
+    scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler").LossScaler(scale=8)
+    engine = Engine()
+    fail_together(engine)
+    (tmp_path / "now").write_text("a tag")
+
+    def load(path: str, map_location: Any = None) -> Any:  # as DeepSpeed does
+        return torch.load(f"{path}/state.pt", map_location=map_location, weights_only=False)
+
+    with mock.patch.object(Files, "load", staticmethod(load)):
+        torch.save({"loss_scaler": scaler}, tmp_path / "state.pt")
+        content: Any = engine.load_checkpoint(str(tmp_path), tag="now")
+        assert content["loss_scaler"].loss_scale == 8
+        torch.save({"client_state": Unlisted()}, tmp_path / "state.pt")
+        with pytest.raises(CheckpointError, match=r"names test_zero_files\.Unlisted, .*any code.*add_safe_globals"):
+            engine.load_checkpoint(str(tmp_path), tag="now")
+        with torch.serialization.safe_globals([Unlisted]):
+            content = engine.load_checkpoint(str(tmp_path), tag="now")
+    assert isinstance(content["client_state"], Unlisted)

@@ -1,9 +1,12 @@
 """Checkpoints on logical names: what they hold does not know the sharding.
 
-Reading order: ``directory`` (a folder appears whole or not at all), ``index`` (what tensors a folder holds, and whether
-they are whole), ``blocks`` (blocks of logical tensors, written and read by ``torch.distributed.checkpoint``),
-``group_values``, ``optimizer_state``, ``exported`` (the weights to export), ``run_state`` (model, optimizer and
-schedule together), ``torch_state_dict`` (torch's own functions, asked about optimizers of ours).
+Reading order: ``directory`` (a folder appears whole or not at all), ``identity`` (what binds the parts of one save),
+``schema`` (what a record may hold), ``index`` (what tensors a folder holds), ``seals`` (whether they are those that
+were saved), ``blocks`` (blocks of logical tensors, written and read by ``torch.distributed.checkpoint``),
+``group_values``, ``build_values`` (hyperparameters of the build, compared), ``fitting`` (whether what was read can be
+installed), ``optimizer_state``, ``exported`` (the weights to export), ``run_state`` (model, optimizer and schedule
+together), ``torch_state_dict`` (torch's own functions, asked about optimizers of ours), ``plain_loads`` (loads of other
+packages, without running anything).
 """
 
 from dist_optim.checkpoint.exported import exported_weights

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.ranks.agreement import gather_objects, own_rank
 from dist_optim.ranks.together import together
 
-__all__ = ["attempt", "opened", "read_json", "recover", "write_json", "written_aside"]
+__all__ = ["attempt", "contents", "opened", "read_json", "recover", "write_json", "written_aside"]
 
 Result = TypeVar("Result")
 
@@ -113,7 +114,8 @@ def read_json(path: Path) -> Any:
         CheckpointError: It is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        path.lstat()
+        return json.loads(contents(path).decode())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{str(path.parent)!r} is not a checkpoint of dist_optim: it has no {path.name}. Give a folder that "
@@ -123,6 +125,21 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(
             f"{str(path)!r} cannot be read: {type(error).__name__}: {error}. Resume from another checkpoint."
         ) from error
+
+
+def contents(path: Path) -> bytes:
+    """The bytes of a file that is one: a pipe in its place would never end.
+
+    Raises:
+        CheckpointError: It is missing, or cannot be read.
+    """
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return path.read_bytes()
+        reason = "it is no file"
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"{str(path)!r} cannot be read: {reason}. Resume from another checkpoint.")
 
 
 def _start(directory: Path, aside: Path) -> str:

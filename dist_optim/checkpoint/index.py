@@ -1,4 +1,4 @@
-"""The index of a folder of tensors: read without running what is in it, and its tensors proven to be there.
+"""The index of a folder of tensors: read without running what is in it, and found to describe tensors that can be.
 
 ``torch.distributed.checkpoint`` writes the index as a pickle, which may name any function to be called. Here it is read
 by an unpickler that finds the index's own classes and nothing else.
@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
+from dist_optim.checkpoint.directory import contents
 from dist_optim.errors import CheckpointError
 
-__all__ = ["IndexReader", "StoredTensor", "check_files", "stored_tensors"]
+__all__ = ["INDEX", "Extent", "IndexReader", "StoredTensor", "extents", "stored_tensors"]
+
+INDEX = ".metadata"
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
@@ -41,14 +48,32 @@ class StoredTensor:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where one block of a tensor lies: an archive inside a file."""
+
+    file: str
+    """Its name."""
+    offset: int
+    length: int
+    """In bytes."""
+    shape: torch.Size
+    """Of the block."""
+    dtype: torch.dtype
+
+
 class IndexReader(dcp.FileSystemReader):
-    """torch's reader, with an index that cannot run code."""
+    """torch's reader, with an index that cannot run code, nor lead out of its folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata = _IndexUnpickler(file).load()
+        path = Path(self._get_metadata_path(kwargs.get("rank")))
+        metadata = _IndexUnpickler(io.BytesIO(contents(path))).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise ValueError("the index is not one of torch.distributed.checkpoint")
+        for info in metadata.storage_data.values():
+            name = getattr(info, "relative_path", None)
+            if not isinstance(name, str) or name in ("", "..") or PurePosixPath(name).name != name:
+                raise ValueError(f"it names {name!r}, which is no file of the folder")
         about = getattr(metadata, "storage_meta", None) or StorageMeta()
         about.load_id, metadata.storage_meta = self.load_id, about
         return metadata
@@ -77,50 +102,62 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     }
 
 
-def check_files(directory: Path, rank: int, num_ranks: int) -> None:
-    """Prove that the files hold every tensor that the index names, unchanged since they were written.
-
-    Not a collective: ranks share the work. Every rank looks for all files, and reads its share of the tensors to
-    compare them with their checksums (CRC-32, which torch writes and does not look at).
+def extents(directory: Path) -> dict[str, list[Extent]]:
+    """Where the tensors lie: of each file, by its name, in the order in which they lie there. Not a collective.
 
     Raises:
-        CheckpointError: With the file that is missing or damaged.
+        CheckpointError: The index describes what cannot be.
     """
-    infos = sorted(_index_of(directory).storage_data.values(), key=lambda info: (info.relative_path, info.offset))
-    _check_sizes(directory, infos)
-    for info in infos[rank::num_ranks]:
-        path = directory / info.relative_path
-        with path.open("rb") as file:
-            file.seek(info.offset)
-            content = file.read(info.length)
-        try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                bad = archive.testzip()
-        except Exception as error:  # a damaged archive raises almost anything
-            bad = f"{type(error).__name__}: {error}"
-        if bad is not None:
-            raise CheckpointError(
-                f"{str(path)!r} is damaged: a tensor at byte {info.offset} is not what was written ({bad}). Resume "
-                "from another checkpoint."
-            )
+    index = _index_of(directory)
+    try:
+        found = _extents(index)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The index of {str(directory)!r} is damaged: {type(error).__name__}: {error}. Resume from another "
+            "checkpoint."
+        ) from error
+    by_file: dict[str, list[Extent]] = {}
+    for extent in sorted(found, key=lambda one: (one.file, one.offset)):
+        by_file.setdefault(extent.file, []).append(extent)
+    return by_file
 
 
-def _check_sizes(directory: Path, infos: Iterable[Any]) -> None:
-    ends: dict[str, int] = {}
-    for info in infos:
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in ends.items():
-        path = directory / name
-        if name != path.name or not path.is_file() or path.stat().st_size < end:
-            raise CheckpointError(
-                f"{str(path)!r} is missing or damaged: the index of {str(directory)!r} names {end} bytes of it. Resume "
-                "from another checkpoint."
-            )
+def _extents(index: Metadata) -> list[Extent]:
+    """One for each block of each tensor, when the blocks make up the tensor and the files have room for them."""
+    left = dict(index.storage_data)
+    made = []
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):  # of others' checkpoints
+            left = {index: info for index, info in left.items() if index.fqn != name}
+            continue
+        size, dtype = torch.Size(entry.size), entry.properties.dtype
+        if sum(_numel_in(chunk, size) for chunk in entry.chunks) != size.numel() or not all(n >= 0 for n in size):
+            raise ValueError(f"the blocks of {name!r} do not make up a tensor of shape {tuple(size)}")
+        for chunk in entry.chunks:
+            info = left.pop(MetadataIndex(name, chunk.offsets))
+            shape = torch.Size(chunk.sizes)
+            extent = Extent(str(info.relative_path), int(info.offset), int(info.length), shape, dtype)
+            if extent.offset < 0 or extent.length < shape.numel() * dtype.itemsize:
+                raise ValueError(f"{name!r} has {extent.length} bytes at {extent.offset}")
+            made.append(extent)
+    if left:
+        raise ValueError(f"it names bytes of {next(iter(left)).fqn!r}, and no such tensor")
+    return made
+
+
+def _numel_in(chunk: ChunkStorageMetadata, size: torch.Size) -> int:
+    """Elements of a block that lies inside a tensor of this size."""
+    for start, length, end in zip(chunk.offsets, chunk.sizes, size, strict=True):
+        if not 0 <= start <= start + length <= end:
+            raise ValueError(f"a block of {tuple(chunk.sizes)} at {tuple(chunk.offsets)} is outside {tuple(size)}")
+    return torch.Size(chunk.sizes).numel()
 
 
 def _index_of(directory: Path) -> Metadata:
     try:
         return IndexReader(directory).read_metadata()
+    except CheckpointError:
+        raise
     except Exception as error:  # a truncated pickle raises almost anything
         text = str(error).splitlines()[0] if str(error) else ""
         raise CheckpointError(

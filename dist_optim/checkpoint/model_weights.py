@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
 from dist_optim.checkpoint.directory import attempt
 from dist_optim.checkpoint.engine_view import EngineView, view_of
-from dist_optim.checkpoint.index import check_files, stored_tensors
+from dist_optim.checkpoint.index import stored_tensors
+from dist_optim.checkpoint.seals import check_files
 from dist_optim.errors import CheckpointError
 from dist_optim.layouts.detect import PlacedParameter, clean_name, detect
 from dist_optim.ranks.agreement import num_ranks, own_rank

@@ -2,7 +2,8 @@
 
 ::
 
-    <directory>/optimizer.json    optimizer, steps, mode, param groups, scalars of the state
+    <directory>/optimizer.json    optimizer, steps, mode, param groups, hyperparameters of the build, scalars of the
+                                  state; what binds it to the tensors (see identity)
     <directory>/tensors/          "state/<fqn>/<key>"; "weights/<fqn>" where what is trained is not what the model
                                   holds: of optimizers that swap weights, and masters of half precision
 
@@ -19,11 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_optim.building.arguments import listed_names
 from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
-from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
+from dist_optim.checkpoint.build_values import build_values, check_build, with_values_of_build
+from dist_optim.checkpoint.directory import attempt, opened, written_aside
 from dist_optim.checkpoint.engine_view import EngineView, view_of
+from dist_optim.checkpoint.fitting import check_content, check_decoded
 from dist_optim.checkpoint.group_values import decoded, encoded
-from dist_optim.checkpoint.index import StoredTensor, check_files, stored_tensors
+from dist_optim.checkpoint.identity import FORMAT, new_word, read_record, write_record
+from dist_optim.checkpoint.index import StoredTensor, stored_tensors
+from dist_optim.checkpoint.schema import OPTIMIZER, census
+from dist_optim.checkpoint.seals import check_files, seal
 from dist_optim.errors import CheckpointError, StateDictError
 from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 from dist_optim.specs.driver import STRUCTURE
@@ -35,6 +42,7 @@ from dist_optim.stepping.upstream_instance import UpstreamInstance
 from dist_optim.stepping.whole_state import is_slice, memory_order
 
 __all__ = [
+    "RECORD",
     "Incoming",
     "install",
     "load_optimizer",
@@ -47,17 +55,6 @@ __all__ = [
 ]
 
 RECORD = "optimizer.json"
-FORMAT = 1
-_RECORDED = {
-    "optimizer": str,
-    "num_steps": int,
-    "mode": str,
-    "counters": list,
-    "param_groups": list,
-    "shapes": dict,
-    "scalars": dict,
-    "memory_orders": dict,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +71,8 @@ class Incoming:
     """Storage of training weights that the folder holds; ``install`` reads into it."""
     extras: dict[str, Any]
     """What upstream keeps that is no parameter's, for a rank that has it; its tensors are room too."""
+    changed: tuple[str, ...]
+    """Hyperparameters that keep the value of the build."""
 
 
 def save_optimizer(directory: str | Path, optimizer: Any) -> None:
@@ -94,27 +93,34 @@ def save_optimizer(directory: str | Path, optimizer: Any) -> None:
     view.meet("save_optimizer()")
     refuse_half_step(view)
     with written_aside(directory, view.ranks) as aside:
-        write_optimizer(aside, view)
+        write_optimizer(aside, view, new_word(view.ranks))
 
 
-def load_optimizer(directory: str | Path, optimizer: Any) -> None:
+def load_optimizer(directory: str | Path, optimizer: Any, *, allow_changed: Iterable[str] = ()) -> None:
     """Install what ``save_optimizer`` wrote, under any sharding and world size. Collective on all ranks.
 
-    Hyperparameters of the groups come from the checkpoint too, as torch's ``load_state_dict`` has it. Load the model's
-    weights before.
+    Values of the groups, which a schedule may have moved, come from the checkpoint. Load the model's weights before.
+
+    Args:
+        directory: The folder.
+        optimizer: As ``save_optimizer`` takes it.
+        allow_changed: Names of hyperparameters that may be others than those that the saved optimizer was built with;
+            they take the values of this build. A rate that a schedule has moved stays moved as far.
 
     Raises:
         CheckpointError: On all ranks: it is missing, incomplete or damaged.
-        StateDictError: On all ranks: it belongs to another optimizer, model or arrangement of groups.
+        StateDictError: On all ranks: it belongs to another optimizer, model or arrangement of groups, or was built with
+            other hyperparameters.
+        HyperparameterError: On all ranks: ``allow_changed`` names none.
     """
     view, directory = view_of(optimizer), opened(Path(directory))
     view.meet("load_optimizer()")
-    incoming = attempt(lambda: look_into(directory, view), directory, view.ranks, is_reading=True)
+    incoming = attempt(lambda: look_into(directory, view, allow_changed), directory, view.ranks, is_reading=True)
     read_state(view, incoming)
     install(view, incoming)
 
 
-def look_into(directory: Path, view: EngineView) -> Incoming:
+def look_into(directory: Path, view: EngineView, allow_changed: Iterable[str] = ()) -> Incoming:
     """Check that what is in the folder fits the optimizer and is whole. Not a collective; writes nothing.
 
     Raises:
@@ -123,14 +129,27 @@ def look_into(directory: Path, view: EngineView) -> Incoming:
     if reason := view.why_not_loaded():
         raise CheckpointError(reason)
     view.look()
-    record, stored = _checked(directory, view)
-    check_files(directory / "tensors", own_rank(view.ranks), num_ranks(view.ranks))
-    return _allocate(directory / "tensors", view, record, stored)
+    changed = tuple(listed_names("allow_changed", allow_changed))
+    record = read_record(directory / RECORD, OPTIMIZER)
+    _check_record(directory, view, record)
+    check_build(directory, view.parts[0].holdings, record["build"], changed)
+    check_files(directory / "tensors", own_rank(view.ranks), num_ranks(view.ranks), record["tensors"])
+    stored = stored_tensors(directory / "tensors")
+    check_content(directory, view.spec, record, stored)
+    _check_weights(directory, view, stored)
+    return _allocate(directory / "tensors", view, record, stored, changed)
 
 
 def read_state(view: EngineView, incoming: Incoming) -> None:
-    """Fill the room on the host. Collective; the optimizer stays as it is."""
+    """Fill the room on the host, and find that it can be installed. Collective; the optimizer stays as it is."""
     read_pieces(incoming.tensors, incoming.room, view.ranks)
+    groups = decoded(incoming.record["param_groups"], incoming.room)
+
+    def check() -> None:
+        for part in view.parts:
+            check_decoded(part.holdings, incoming.state, groups)
+
+    attempt(check, incoming.tensors.parent, view.ranks, is_reading=True)
 
 
 def install(view: EngineView, incoming: Incoming) -> None:
@@ -140,6 +159,12 @@ def install(view: EngineView, incoming: Incoming) -> None:
     view.refresh()
 
 
+def _groups_to_install(view: EngineView, incoming: Incoming) -> list[dict[str, Any]]:
+    """The param groups that have been read, with the values of the build where those are to be kept."""
+    groups = decoded(incoming.record["param_groups"], incoming.room)
+    return with_values_of_build(view.parts[0].holdings, groups, incoming.record["build"], incoming.changed)
+
+
 def _install(view: EngineView, incoming: Incoming) -> None:
     record = incoming.record
     for part in view.parts:
@@ -147,7 +172,7 @@ def _install(view: EngineView, incoming: Incoming) -> None:
             part.holdings,
             part.progress,
             state=incoming.state,
-            groups=decoded(record["param_groups"], incoming.room),
+            groups=_groups_to_install(view, incoming),
             counters=record["counters"],
             extras=incoming.extras,
             num_steps=record["num_steps"],
@@ -170,8 +195,14 @@ def refuse_half_step(view: EngineView, weights: Iterable[nn.Parameter] = ()) -> 
         raise CheckpointError(reason)
 
 
-def write_optimizer(directory: Path, view: EngineView) -> None:
-    """Write record and tensors into an empty folder. Collective."""
+def write_optimizer(directory: Path, view: EngineView, identity: str) -> None:
+    """Write record and tensors into an empty folder. Collective.
+
+    Args:
+        directory: The folder.
+        view: Of what is saved.
+        identity: The word of this save.
+    """
     ranks, is_first = view.ranks, own_rank(view.ranks) == 0
     pieces, scalars, groups, structure = attempt(lambda: _held(view), directory, ranks)
     held = view.parts[0].holdings
@@ -181,17 +212,22 @@ def write_optimizer(directory: Path, view: EngineView) -> None:
     write_pieces(directory / "tensors", pieces, ranks)
     memory_orders = {name: order for name, piece in pieces.items() if (order := _memory_order(piece))}
     gathered = gather_objects((scalars, memory_orders, structure), ranks)
+    scalars = {fqn: values for one, _, _ in gathered for fqn, values in one.items()}
     verdict = view.spec.verdict
     record = {
         "format": FORMAT,
+        "identity": identity,
         "optimizer": view.spec.name,
         "num_steps": view.optimizer.num_steps,
         "mode": view.optimizer.mode,
         "counters": held.counter_keys(),
         "param_groups": groups,
+        "build": build_values(held),
         "shapes": {placed.fqn: list(placed.shape) for placed in view.placed},
-        "scalars": {fqn: values for one, _, _ in gathered for fqn, values in one.items()},
+        "scalars": scalars,
+        "census": census(scalars),
         "memory_orders": {name: order for _, one, _ in gathered for name, order in one.items()},
+        "tensors": seal(directory / "tensors", ranks),
     }
     if structures := [one for _, _, one in gathered if one]:
         record["extras"] = structures[0]
@@ -199,7 +235,7 @@ def write_optimizer(directory: Path, view: EngineView) -> None:
         record["stepped"] = {"independent": verdict.is_independent, "reason": verdict.reason}
     if counters := view.counters():
         record["engine"] = counters
-    attempt(lambda: write_json(directory / RECORD, record) if is_first else None, directory, ranks)
+    attempt(lambda: write_record(directory / RECORD, record) if is_first else None, directory, ranks)
 
 
 def _held(view: EngineView) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]], list[Any], str]:
@@ -256,19 +292,7 @@ def name_of_weights(fqn: str) -> str:
     return f"weights/{fqn}"
 
 
-def _checked(directory: Path, view: EngineView) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The record and the directory of tensors, when they fit the optimizer."""
-    record = read_json(directory / RECORD)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{str(directory / RECORD)!r} has a format that this version of dist_optim does not know. Load it with the "
-            "version that wrote it."
-        )
-    for key, kind in _RECORDED.items():
-        if not isinstance(record.get(key), kind):
-            raise CheckpointError(
-                f"{str(directory / RECORD)!r} is damaged: {key} is {record.get(key)!r}. Resume from another checkpoint."
-            )
+def _check_record(directory: Path, view: EngineView, record: dict[str, Any]) -> None:
     if record["optimizer"] != view.spec.name:
         raise StateDictError(
             f"The checkpoint {str(directory)!r} is of {record['optimizer']!r}, but this optimizer is "
@@ -284,7 +308,9 @@ def _checked(directory: Path, view: EngineView) -> tuple[dict[str, Any], dict[st
     for part in view.parts:
         rank_state.check_groups(part.holdings, record["param_groups"])
         rank_state.check_extras(part.holdings, {STRUCTURE: record["extras"]} if record.get("extras") else {})
-    stored = stored_tensors(directory / "tensors")
+
+
+def _check_weights(directory: Path, view: EngineView, stored: Mapping[str, StoredTensor]) -> None:
     for one in view.training_weights():
         name = name_of_weights(one.fqn)
         if name in stored and stored[name].dtype != one.dtype:
@@ -293,10 +319,15 @@ def _checked(directory: Path, view: EngineView) -> tuple[dict[str, Any], dict[st
                 f"trained on in {one.dtype}. Build the model in the dtype that was trained on: where an engine kept "
                 "masters of a model in half precision, that is fp32."
             )
-    return record, stored
 
 
-def _allocate(tensors: Path, view: EngineView, record: dict[str, Any], stored: Mapping[str, StoredTensor]) -> Incoming:
+def _allocate(
+    tensors: Path,
+    view: EngineView,
+    record: dict[str, Any],
+    stored: Mapping[str, StoredTensor],
+    changed: tuple[str, ...],
+) -> Incoming:
     """Room on the host for the state that this rank steps."""
     keys_of: dict[str, list[str]] = {}
     for name in stored:
@@ -331,4 +362,4 @@ def _allocate(tensors: Path, view: EngineView, record: dict[str, Any], stored: M
         rooms = {name: torch.empty(one.shape, dtype=one.dtype) for name, one in stored.items() if name[:7] == "extras/"}
         pieces |= {name: Pieces.whole(room) for name, room in rooms.items()}
         extras = {name[7:]: room for name, room in rooms.items()} | {STRUCTURE: record["extras"]}
-    return Incoming(tensors, record, state, pieces, weights, extras)
+    return Incoming(tensors, record, state, pieces, weights, extras, changed)

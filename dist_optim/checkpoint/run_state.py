@@ -2,7 +2,7 @@
 
 ::
 
-    <directory>/checkpoint.json         what is in it
+    <directory>/checkpoint.json         what is in it, and what binds it together (see identity)
     <directory>/model/                  weights and buffers by their names in the user's model; the averaged weights
                                         where the optimizer averages. Readable by torch.distributed.checkpoint
     <directory>/optimizer/              see optimizer_state
@@ -15,7 +15,9 @@ All of it is read without running code from the files.
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,22 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
-from dist_optim.checkpoint.directory import attempt, opened, read_json, write_json, written_aside
+from dist_optim.checkpoint.build_values import RATE, let_follow
+from dist_optim.checkpoint.directory import attempt, contents, opened, written_aside
 from dist_optim.checkpoint.engine_view import EngineView, view_of
 from dist_optim.checkpoint.exported import exported_weights
-from dist_optim.checkpoint.index import StoredTensor, check_files, stored_tensors
+from dist_optim.checkpoint.identity import (
+    FORMAT,
+    check_part,
+    check_same_save,
+    digest_of,
+    new_word,
+    read_record,
+    write_record,
+)
+from dist_optim.checkpoint.index import StoredTensor, stored_tensors
 from dist_optim.checkpoint.model_weights import saved_buffers
+from dist_optim.checkpoint.optimizer_state import RECORD as OPTIMIZER_RECORD
 from dist_optim.checkpoint.optimizer_state import (
     Incoming,
     install,
@@ -40,14 +53,16 @@ from dist_optim.checkpoint.optimizer_state import (
     write_optimizer,
 )
 from dist_optim.checkpoint.rehearsal import rehearse_optimizer, rehearse_weights
+from dist_optim.checkpoint.schema import CHECKPOINT
+from dist_optim.checkpoint.seals import check_files, seal
 from dist_optim.errors import CheckpointError, DistOptimError
-from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 from dist_optim.stepping import half_steps
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
-RECORD = "checkpoint.json"
-FORMAT = 1
+RECORD, SCHEDULE = "checkpoint.json", "scheduler.pt"
+OPTIMIZER = f"optimizer/{OPTIMIZER_RECORD}"
 
 
 def save_checkpoint(
@@ -84,31 +99,53 @@ def save_checkpoint(
             write_pieces(aside / "model", pieces, ranks)
             if rehearse:
                 rehearse_weights(aside / "model", pieces, view)
+        word = new_word(ranks)
         attempt(lambda: (aside / "optimizer").mkdir() if rank == 0 else None, directory, ranks)
-        write_optimizer(aside / "optimizer", view)
+        write_optimizer(aside / "optimizer", view, word)
         if rehearse:
             rehearse_optimizer(aside / "optimizer", view)
-        attempt(lambda: _write_plain(aside, rank, scheduler, own), directory, ranks)
+        parts = gather_objects(attempt(lambda: _write_plain(aside, rank, scheduler, own), directory, ranks), ranks)
         about = {
             "format": FORMAT,
+            "identity": word,
             "optimizer": view.spec.name,
             "steps": view.optimizer.num_steps,
             "world_size": num_ranks(ranks),
+            "model": seal(aside / "model", ranks),
+            "parts": {name: digest for one in parts for name, digest in one.items()},
         }
-        attempt(lambda: write_json(aside / RECORD, about) if rank == 0 else None, directory, ranks)
+        attempt(lambda: write_record(aside / RECORD, about) if rank == 0 else None, directory, ranks)
 
 
-def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, scheduler: Any = None) -> Any:
+def load_checkpoint(
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any = None,
+    *,
+    allow_changed: Iterable[str] = (),
+) -> Any:
     """Install what ``save_checkpoint`` wrote, under any sharding and world size. Collective on all ranks.
 
     Everything is checked, on all ranks, before anything is changed: what refuses, changes nothing.
+
+    Args:
+        directory: The folder.
+        model: As ``save_checkpoint`` takes it.
+        optimizer: As ``save_checkpoint`` takes it.
+        scheduler: The schedule that is to go on, or None.
+        allow_changed: Names of hyperparameters that may be others than those that the saved optimizer was built with;
+            they take the values of this build. A rate that a schedule has moved stays moved as far, from the new one.
 
     Returns:
         What this rank gave as ``own``; under another world size, what rank 0 gave.
 
     Raises:
-        CheckpointError: On all ranks: the folder is missing, incomplete, damaged, or of another model.
-        StateDictError: On all ranks: it was saved from another optimizer, or from other param groups.
+        CheckpointError: On all ranks: the folder is missing, incomplete, damaged, put together from parts of several,
+            or of another model.
+        StateDictError: On all ranks: it was saved from another optimizer, from other param groups, or from one that was
+            built with other hyperparameters.
+        HyperparameterError: On all ranks: ``allow_changed`` names none.
     """
     view, directory = view_of(optimizer), opened(Path(directory))
     view.meet("load_checkpoint()")
@@ -116,12 +153,13 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
 
     def look() -> tuple[Incoming, dict[str, Pieces], dict[str, Pieces], Any, Any]:
         view.look()
-        incoming = look_into(directory / "optimizer", view)
-        about = _record_in(directory)
+        about = read_record(directory / RECORD, CHECKPOINT)
+        check_part(directory, OPTIMIZER, about)
+        incoming = look_into(directory / "optimizer", view, allow_changed)
+        check_same_save(directory, about, incoming.record)
         rooms, targets = _rooms_for_model(directory / "model", model, view, incoming)
-        check_files(directory / "model", own_rank(ranks), num_ranks(ranks))
-        rank = own_rank(ranks) if about["world_size"] == num_ranks(ranks) else 0
-        return incoming, rooms, targets, *_read_plain(directory, rank, scheduler)
+        check_files(directory / "model", own_rank(ranks), num_ranks(ranks), about["model"])
+        return incoming, rooms, targets, *_read_plain(directory, about, ranks, scheduler)
 
     incoming, rooms, targets, schedule, own = attempt(look, directory, ranks, is_reading=True)
     read_state(view, incoming)
@@ -134,6 +172,8 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: Any, sch
         target.fill(rooms[name])
     half_steps.heal(model.parameters())
     install(view, incoming)
+    if scheduler is not None and RATE in incoming.changed:
+        attempt(lambda: let_follow(scheduler, view.optimizer.param_groups), directory, ranks, is_reading=True)
     return own
 
 
@@ -195,30 +235,28 @@ def _is_wider(one: torch.dtype, other: torch.dtype) -> bool:
     return one.is_floating_point and other.is_floating_point and torch.promote_types(one, other) == one
 
 
-def _record_in(directory: Path) -> dict[str, Any]:
-    about = read_json(directory / RECORD)
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{str(directory / RECORD)!r} has a format that this version of dist_optim does not know. Load it with the "
-            "version that wrote it."
-        )
-    return about
-
-
 def _described(found: StoredTensor | Pieces | None) -> str:
     return "none" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
 
 
-def _write_plain(aside: Path, rank: int, scheduler: Any, own: Any) -> None:
+def _write_plain(aside: Path, rank: int, scheduler: Any, own: Any) -> dict[str, str]:
+    """This rank's own values, and on the first rank the schedule's; digests of what now lies there."""
     (aside / "ranks").mkdir(exist_ok=True)
-    _write_values(aside / "ranks" / f"{rank}.pt", own)
+    _write_values(aside / _own_of(rank), own)
+    written = [_own_of(rank), *([OPTIMIZER] if rank == 0 else [])]
     if rank == 0 and scheduler is not None:
         if not callable(getattr(scheduler, "state_dict", None)):
             raise CheckpointError(
                 f"The schedule {type(scheduler).__name__} has no state_dict(). Pass a schedule that has one, or "
                 "scheduler=None and what it needs in `own`."
             )
-        _write_values(aside / "scheduler.pt", scheduler.state_dict())
+        _write_values(aside / SCHEDULE, scheduler.state_dict())
+        written.append(SCHEDULE)
+    return {name: digest_of(aside / name) for name in written}
+
+
+def _own_of(rank: int) -> str:
+    return f"ranks/{rank}.pt"
 
 
 def _write_values(path: Path, values: Any) -> None:
@@ -233,15 +271,24 @@ def _write_values(path: Path, values: Any) -> None:
         ) from error
 
 
-def _read_plain(directory: Path, rank: int, scheduler: Any) -> tuple[Any, Any]:
+def _read_plain(
+    directory: Path, about: dict[str, Any], ranks: dist.ProcessGroup | None, scheduler: Any
+) -> tuple[Any, Any]:
+    """The schedule's state, and what this rank, or the first, gave as ``own``."""
+    rank = own_rank(ranks) if about["world_size"] == num_ranks(ranks) else 0
+    has_schedule = SCHEDULE in about["parts"] or (directory / SCHEDULE).exists()
+    if scheduler is not None and not has_schedule:
+        raise CheckpointError(f"{str(directory)!r} was saved without a schedule. Pass scheduler=None to load it.")
+    own = _read_values(directory, _own_of(rank), about)
+    return _read_values(directory, SCHEDULE, about) if has_schedule else None, own
+
+
+def _read_values(directory: Path, name: str, about: dict[str, Any]) -> Any:
+    check_part(directory, name, about)
     try:
-        own = torch.load(directory / "ranks" / f"{rank}.pt", weights_only=True, map_location="cpu")
-        path = directory / "scheduler.pt"
-        schedule = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+        return torch.load(io.BytesIO(contents(directory / name)), weights_only=True, map_location="cpu")
     except Exception as error:  # damaged bytes raise almost anything
         raise CheckpointError(
-            f"{str(directory)!r} cannot be read: {type(error).__name__}: {error}. Resume from another checkpoint."
+            f"{str(directory / name)!r} cannot be read: {type(error).__name__}: {error}. Resume from another "
+            "checkpoint."
         ) from error
-    if scheduler is not None and schedule is None:
-        raise CheckpointError(f"{str(directory)!r} was saved without a schedule. Pass scheduler=None to load it.")
-    return schedule, own

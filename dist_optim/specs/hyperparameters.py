@@ -15,7 +15,11 @@ from torch import Tensor
 
 from dist_optim.errors import HyperparameterError
 
-__all__ = ["Hyperparameter", "Scope", "check_hyperparameters", "parse_optim_args", "problem_of"]
+__all__ = ["WRITE_ANOTHER", "Hyperparameter", "Scope", "check_hyperparameters", "parse_optim_args", "problem_of"]
+
+
+WRITE_ANOTHER = " Write an allowed value before step(), on all ranks. No parameter was changed."
+"""What to do about a value that somebody has written into a param group."""
 
 
 class Scope(Enum):
@@ -163,10 +167,8 @@ def problem_of(
             value = group.get(record.name, record)
             plain = value.tolist() if isinstance(value, Tensor) else value
             if value is not record and not record.allows(plain):
-                return HyperparameterError(
-                    f"{optimizer_name}: param_groups[{number}][{record.name!r}] = {record.refusal(plain)}. Write an "
-                    "allowed value before step(), on all ranks. No parameter was changed."
-                )
+                where = f"{optimizer_name}: param_groups[{number}][{record.name!r}]"
+                return HyperparameterError(f"{where} = {record.refusal(plain)}.{WRITE_ANOTHER}")
     return None
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "plain_groups",
     "read",
     "read_share",
+    "restored",
     "write",
 ]
 
@@ -114,6 +115,11 @@ def _is_simple(value: Any) -> bool:
     return isinstance(value, Tensor) or type(value) in (bool, int, float, str, type(None))
 
 
+def restored(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a param group that ``plain_groups`` has made, as the group has them; copies."""
+    return {key: _restored(value) for key, value in group.items() if key != "params"}
+
+
 def _restored(value: Any) -> Any:
     if isinstance(value, dict) and STRUCTURE in value:
         return decode(json.loads(value[STRUCTURE]), value)
@@ -165,7 +171,7 @@ def install(
     for instance, index in held.stepped_here():
         instance.write_encoded_state(index, state.get(held.placed[index].fqn, {}))
     for group, saved in zip(held.groups, groups, strict=True):
-        group.update({key: _restored(value) for key, value in saved.items() if key != "params"})
+        group.update(restored(saved))
     own = [{key: group[key] for key in counters if key in group} for group in held.groups]
     for instance in held.instances:
         if instance.extras is not None:
@@ -272,6 +278,13 @@ def check_groups(held: Holdings, saved: Sequence[Mapping[str, Any]]) -> None:
     theirs, ours = [list(group["params"]) for group in saved], held.names_by_group()
     if theirs != ours:
         own, other = {n for g in ours for n in g}, {n for g in theirs for n in g}
+        if own == other and sorted(map(sorted, theirs)) == sorted(map(sorted, ours)):
+            at = next(at for at, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+            raise StateDictError(
+                f"The state dict has the same param groups in another order: group {at} begins with "
+                f"{theirs[at][:3]} there, and with {ours[at][:3]} in the optimizer. Build the optimizer with groups "
+                "and parameters in the order that was saved."
+            )
         raise StateDictError(
             f"The state dict has other param groups. Only in the state dict: {sorted(other - own)[:5]}; only in the "
             f"optimizer: {sorted(own - other)[:5]}; sizes {[len(g) for g in theirs]} against "

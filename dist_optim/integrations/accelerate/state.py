@@ -11,9 +11,10 @@ comes last: a job that is killed in between leaves no mixture of two states.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_optim.checkpoint import exported_weights, save_optimizer
+from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, opened
-from dist_optim.checkpoint.engine_view import view_of
+from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.model_weights import (
     FSDP_FOLDER,
     OWN_FOLDER,
@@ -32,6 +34,7 @@ from dist_optim.checkpoint.model_weights import (
     save_weights,
 )
 from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, read_state
+from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.accelerate.guards import served_optimizers
 from dist_optim.ranks.meeting import meet
@@ -87,27 +90,37 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
 
 
 def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., None]) -> Callable[..., None]:
-    def load_state(input_dir: str | None = None, *args: Any, **options: Any) -> None:
+    def load_state(input_dir: str | None = None, *args: Any, allow_changed: Iterable[str] = (), **options: Any) -> None:
         meet("load_state()")
         named = Path(input_dir or "checkpoints")
         folder = attempt(lambda: _chosen(accelerator, input_dir), named, None, is_reading=True)
         if engine_of(accelerator) and (folder / ENGINES_OWN).is_dir():
-            original(str(folder), *args, **options)
+            with plain_loads():
+                original(str(folder), *args, **options)
             return
         ours = served_optimizers(accelerator)
-        found = attempt(lambda: _look_into(str(folder), ours), folder, None, is_reading=True)
+        look = functools.partial(_look_into, str(folder), ours, allow_changed)
+        found = attempt(look, folder, None, is_reading=True)
+        for optimizer, incoming in zip(ours, found, strict=True):
+            read_state(view_of(optimizer), incoming)
+
+        def load() -> None:
+            with plain_loads():
+                original(str(folder), *args, **options)
+
         weights = None if _is_native(accelerator, folder) else find_weights(folder)
         with _left_out(accelerator, ours, leaves_models=weights is not None):
-            attempt(lambda: original(str(folder), *args, **options), folder, None, is_reading=True)
+            attempt(load, folder, None, is_reading=True)
         if weights is not None:
             (model,) = accelerator._models
             load_weights(weights, model, ours[0] if engine_of(accelerator) else None)
         for optimizer, incoming in zip(ours, found, strict=True):
-            read_state(view_of(optimizer), incoming)
             install(view_of(optimizer), incoming)
         if (schedule := schedule_inside(accelerator)) is not None:
             path = folder / SCHEDULE
             attempt(lambda: _load_schedule(schedule, path), path, None, is_reading=True)
+        if any(RATE in incoming.changed for incoming in found):
+            attempt(lambda: _let_schedules_follow(accelerator), folder, None, is_reading=True)
 
     load_state.__doc__ = original.__doc__
     return load_state
@@ -127,6 +140,14 @@ def schedule_inside(accelerator: Accelerator) -> Any:
 
 def _load_schedule(schedule: Any, path: Path) -> None:
     schedule.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _let_schedules_follow(accelerator: Accelerator) -> None:
+    """They have been loaded with the rates that they were saved with."""
+    for schedule in accelerator._schedulers:
+        for optimizer in getattr(schedule, "optimizers", ()):
+            if is_ours(optimizer):
+                let_follow(schedule, view_of(optimizer).optimizer.param_groups)
 
 
 def _chosen(accelerator: Accelerator, given: str | None) -> Path:
@@ -176,9 +197,10 @@ def _left_out(accelerator: Accelerator, ours: list[Any], *, leaves_models: bool 
         accelerator._optimizers[:], accelerator._models[:] = optimizers, models
 
 
-def _look_into(folder: str, ours: list[Any]) -> list[Incoming]:
+def _look_into(folder: str, ours: list[Any], allow_changed: Iterable[str]) -> list[Incoming]:
     folders = [opened(_folder(folder, number)) for number in range(len(ours))]
-    return [look_into(one, view_of(optimizer)) for one, optimizer in zip(folders, ours, strict=True)]
+    pairs = zip(folders, ours, strict=True)
+    return [look_into(one, view_of(optimizer), allow_changed) for one, optimizer in pairs]
 
 
 def _remove(state: str, number: int) -> None:

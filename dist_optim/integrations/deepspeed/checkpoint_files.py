@@ -2,7 +2,7 @@
 
 DeepSpeed raises on that rank alone, and the others wait for it in the next barrier. Inside ``save_checkpoint`` a
 failure is noted instead, and raised on all ranks before the checkpoint is declared whole (``latest`` still names the
-one before); inside ``load_checkpoint`` ranks read each file together.
+one before); inside ``load_checkpoint`` ranks read each file together, and nothing that a file names is run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
 from dist_optim.ranks.agreement import assert_ranks_equal, own_rank
 from dist_optim.ranks.meeting import meet
@@ -54,10 +55,19 @@ def fail_together(engine: Any) -> None:
             )
         if not engine.load_universal_checkpoint():
             tag = _found_together(engine, load_dir, tag)
-        with _read_together(engine):
+        with _read_together(engine), plain_loads(_classes()):  # what is read together, and what DeepSpeed reads itself
             return load(load_dir, tag, *args, **options)
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _classes() -> list[type]:
+    """What DeepSpeed's own files hold besides plain values and tensors; it would load any pickle."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _found_together(engine: Any, load_dir: str, tag: str | None) -> str | None:
@@ -119,8 +129,12 @@ def _noted(engine: Any) -> Iterator[None]:
 def _read_together(engine: Any) -> Iterator[None]:
     def reading(read: Callable[..., Any]) -> Callable[..., Any]:
         def read_together(path: Any, *args: Any, **options: Any) -> Any:
+            def read_plainly() -> Any:
+                with plain_loads(_classes()):
+                    return _fitting(engine, read(path, *args, **options))
+
             return together(
-                lambda: _fitting(engine, read(path, *args, **options)),
+                read_plainly,
                 doing="Reading DeepSpeed's checkpoint",
                 remedy="Model and optimizer are partly loaded: load again, or load another checkpoint.",
                 otherwise=CheckpointError,

@@ -24,7 +24,7 @@ from dist_optim.integrations.transformers.rehearsal import prepare_deepspeed
 from dist_optim.specs.hyperparameters import parse_optim_args
 from dist_optim.specs.registry import OptimizerSpec, get_spec, spec_of_class
 
-__all__ = ["TrainingArguments", "read_hyperparameters", "read_optim_args", "values_for"]
+__all__ = ["TrainingArguments", "listed", "read_hyperparameters", "read_optim_args", "values_for"]
 
 
 @dataclass
@@ -34,7 +34,8 @@ class TrainingArguments(transformers.TrainingArguments):
     ``optim_args`` is a string as in transformers (``"rank=64, scale=0.25, betas=(0.9, 0.99)"``; values are read as
     Python literals), JSON text, or a dict. In it, ``rest=NAME, rest_lr=3e-4`` are ``rest`` and ``rest_options`` of
     ``build_optimizer``; JSON and a dict may hold ``params``, groups by pattern. ``optim_target_modules`` may be one
-    string too. All else is unchanged.
+    string too. ``allow_changed`` (also as a list) names hyperparameters that may be others than in the run that is
+    resumed, and take the values given here. All else is unchanged.
     """
 
     # Redeclared: argparse would offer only transformers' own names, read no dict, and take a single module.
@@ -49,6 +50,11 @@ class TrainingArguments(transformers.TrainingArguments):
     optim_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Modules a low-rank optimizer projects: parts of names, regular expressions, or all-linear."},
+    )
+
+    allow_changed: str | None = field(
+        default=None,
+        metadata={"help": "Hyperparameters that may be others than in the run that is resumed, as: lr,weight_decay."},
     )
 
     def __post_init__(self) -> None:
@@ -72,6 +78,12 @@ class TrainingArguments(transformers.TrainingArguments):
         super().set_optimizer(name if known else OptimizerNames.ADAMW_TORCH, *values, **named)
         self.optim, self.optim_args = (self.optim if known else name), read_optim_args(self.optim_args)
         return self
+
+
+def listed(given: Any) -> list[str]:
+    """Names out of a text with commas, or a list of them."""
+    names = given.split(",") if isinstance(given, str) else list(given or ())
+    return [name.strip() if isinstance(name, str) else name for name in names if name]
 
 
 def read_optim_args(given: str | Mapping[str, Any] | None) -> Any:

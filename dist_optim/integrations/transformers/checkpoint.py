@@ -22,10 +22,13 @@ import torch
 from torch import nn
 
 from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimizer
+from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, recover, written_aside
-from dist_optim.checkpoint.engine_view import is_ours
+from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.model_weights import find_weights, load_weights, save_weights
+from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
+from dist_optim.integrations.transformers.arguments import listed
 from dist_optim.integrations.transformers.history import checkpoints_in, mark_as_saved, remove_older
 from dist_optim.ranks.agreement import gather_objects
 
@@ -166,7 +169,8 @@ class CheckpointingMixin:
             optimizer = self.optimizer if self._is_our_engine() else None
             load_weights(stored, self._model_to_load_into(model), optimizer)
             return
-        super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+        with plain_loads():
+            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
 
     def _model_to_load_into(self, model: nn.Module | None) -> nn.Module:
         if self._is_our_engine():
@@ -183,7 +187,8 @@ class CheckpointingMixin:
         if stored is not None and (self.is_fsdp_enabled or self._is_our_engine() or stored.folder is not None):
             self._load_from_checkpoint(best)
             return
-        super()._load_best_model()  # type: ignore[misc]
+        with plain_loads():
+            super()._load_best_model()  # type: ignore[misc]
 
     def _is_for_any_engine(self, checkpoint: Any) -> bool:
         """Whether a checkpoint that DeepSpeed's engine is to resume from is one of ours, not one of its own."""
@@ -231,7 +236,8 @@ class CheckpointingMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         is_engines_own = self.is_deepspeed_enabled and not self._is_for_any_engine(checkpoint)
         if checkpoint is None or not is_ours(self.optimizer) or is_engines_own:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            with plain_loads():
+                super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         folder, schedule = Path(checkpoint) / OPTIMIZER_FOLDER, Path(checkpoint) / SCHEDULER_FILE
         if not folder.exists() and not schedule.exists():
@@ -243,8 +249,11 @@ class CheckpointingMixin:
                 f"{checkpoint} was saved without dist_optim: it has no folder {OPTIMIZER_FOLDER!r}. Resume it with the "
                 "Trainer that saved it, or train from its weights: from_pretrained(checkpoint)."
             )
-        load_optimizer(folder, self.optimizer)
-        attempt(lambda: self._load_schedule(schedule), Path(checkpoint), None, is_reading=True)
+        allowed = listed(getattr(self.args, "allow_changed", None))
+        load_optimizer(folder, self.optimizer, allow_changed=allowed)
+        attempt(lambda: self._load_schedule(schedule, RATE in allowed), Path(checkpoint), None, is_reading=True)
 
-    def _load_schedule(self, path: Path) -> None:
+    def _load_schedule(self, path: Path, has_other_rate: bool) -> None:
         self._schedule().load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if has_other_rate:
+            let_follow(self._schedule(), view_of(self.optimizer).optimizer.param_groups)

@@ -1,0 +1,169 @@
+"""A folder of tensors, sealed when it is written and compared when it is read: nothing lost, changed or exchanged.
+
+A *seal* is what a record says of the folder: the SHA-256 of its index, and of every file a checksum of each tensor's
+archive, as eight digits, in the order in which they lie there. It is the CRC-32 of all of the archive but the contents
+of its entries, whose own CRC-32 torch has put into the archive's directory: making the seal reads no tensor.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_optim.checkpoint.directory import attempt
+from dist_optim.checkpoint.identity import digest_of
+from dist_optim.checkpoint.index import INDEX, Extent, extents
+from dist_optim.errors import CheckpointError
+from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
+
+__all__ = ["check_files", "seal"]
+
+DIGITS = 8
+HEADER, LENGTHS = 30, 26
+"""Bytes of what precedes an entry's name, and where in it the lengths of the name and of what follows it are."""
+
+
+def seal(directory: Path, ranks: dist.ProcessGroup | None) -> dict[str, Any]:
+    """The seal of a folder that has just been written. Collective; each rank looks at one file, most likely its own."""
+    own = attempt(lambda: _checksums(directory, own_rank(ranks), num_ranks(ranks)), directory, ranks)
+    index = attempt(lambda: digest_of(directory / INDEX), directory, ranks)
+    return {"index": index, "files": {name: text for one in gather_objects(own, ranks) for name, text in one.items()}}
+
+
+def check_files(directory: Path, rank: int, num_ranks: int, sealed: dict[str, Any] | None = None) -> None:
+    """Prove that the files hold every tensor that the index names, whole; and that all of it is what was sealed.
+
+    Not a collective: ranks share the work. Every rank looks for all files, and reads its share of the tensors.
+
+    Args:
+        directory: The folder.
+        rank: Which share to read.
+        num_ranks: Of how many.
+        sealed: Its seal; None where others have written it.
+
+    Raises:
+        CheckpointError: With the file that is missing, damaged, or of another checkpoint.
+    """
+    if sealed is not None and digest_of(directory / INDEX) != sealed["index"]:
+        raise CheckpointError(
+            f"The index of {str(directory)!r} is not the one that was saved with its record: it is damaged, or of "
+            "another checkpoint. Resume from a folder that holds one save, whole."
+        )
+    by_file = extents(directory)
+    _check_sizes(directory, by_file)
+    if sealed is not None and {name: len(text) for name, text in sealed["files"].items()} != {
+        name: DIGITS * len(every) for name, every in by_file.items()
+    }:
+        raise CheckpointError(f"{str(directory)!r} is damaged: its seal is of other files. Resume from another one.")
+    expected = [
+        (directory / name, extent, None if sealed is None else sealed["files"][name][DIGITS * at : DIGITS * (at + 1)])
+        for name, every in by_file.items()
+        for at, extent in enumerate(every)
+    ]
+    for path, extent, checksum in expected[rank::num_ranks]:
+        _check_tensor(path, extent, checksum)
+
+
+def _check_sizes(directory: Path, by_file: dict[str, list[Extent]]) -> None:
+    for name, every in by_file.items():
+        path, end = directory / name, max(one.offset + one.length for one in every)
+        if not path.is_file() or path.stat().st_size < end:
+            raise CheckpointError(
+                f"{str(path)!r} is missing or damaged: the index of {str(directory)!r} names {end} bytes of it. Resume "
+                "from another checkpoint."
+            )
+
+
+def _check_tensor(path: Path, extent: Extent, checksum: str | None) -> None:
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(_Part(file, extent)) as archive:
+            bad = archive.testzip() or _misfit(file, extent)
+            found = _checksum(archive, file, extent)
+    except Exception as error:  # a damaged archive raises almost anything
+        bad, found = f"{type(error).__name__}: {error}", ""
+    if not bad and checksum is not None and found != checksum:
+        bad = "its checksum is another one"
+    if bad:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: the tensor at byte {extent.offset} is not what was saved ({bad}). Resume from "
+            "another checkpoint."
+        )
+
+
+def _misfit(file: BinaryIO, extent: Extent) -> str:
+    """What the archive holds, where that is not what the index says; torch opens it, and reads no content."""
+    with torch.serialization.skip_data():
+        found = torch.load(_Part(file, extent), weights_only=True, map_location="cpu")  # type: ignore[arg-type]
+    is_it = isinstance(found, Tensor) and (found.shape, found.dtype) == (extent.shape, extent.dtype)
+    return "" if is_it else f"no {extent.dtype} of shape {tuple(extent.shape)}"
+
+
+def _checksums(directory: Path, rank: int, num_ranks: int) -> dict[str, str]:
+    """Of the files that are this rank's share, each with its checksums in one text."""
+    by_file = extents(directory)
+    mine = sorted(by_file, key=lambda name: (len(name), name))[rank::num_ranks]  # in the order of the ranks
+    return {name: _checksums_of(directory / name, by_file[name]) for name in mine}
+
+
+def _checksums_of(path: Path, every: Sequence[Extent]) -> str:
+    texts = []
+    with path.open("rb") as file:
+        for extent in every:
+            with zipfile.ZipFile(_Part(file, extent)) as archive:
+                texts.append(_checksum(archive, file, extent))
+    return "".join(texts)
+
+
+def _checksum(archive: zipfile.ZipFile, file: BinaryIO, extent: Extent) -> str:
+    part, at, checksum = _Part(file, extent), 0, 0
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
+        part.seek(entry.header_offset + LENGTHS)
+        begin = entry.header_offset + HEADER + sum(struct.unpack("<HH", part.read(4)))
+        checksum = zlib.crc32(_between(part, at, begin), checksum)
+        at = begin + entry.compress_size
+    return f"{zlib.crc32(_between(part, at, extent.length), checksum):0{DIGITS}x}"
+
+
+def _between(part: _Part, begin: int, end: int) -> bytes:
+    part.seek(begin)
+    return part.read(max(0, end - begin))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file: nothing outside it is read, and no more at once than is asked for."""
+
+    def __init__(self, file: BinaryIO, extent: Extent) -> None:
+        self._file, self._extent, self._at = file, extent, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._extent.length}[whence]
+        if base + offset < 0:
+            raise OSError("before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        length = max(0, min(len(buffer), self._extent.length - self._at))
+        self._file.seek(self._extent.offset + self._at)
+        content = self._file.read(length)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
