@@ -221,9 +221,7 @@ def goes_back(strategy: str, directory: str) -> None:
     folder, job = Path(directory), Job("adamw_torch", saving)
     train(job, strategy, folder)
     back = replace(job, resume=str(folder / "checkpoint-2"), settings=saving | {"learning_rate": 1e-3, "max_steps": 4})
-    changed: dict[str, Any] = (
-        {"allow_changed": "lr"} if "allow_changed" in TrainingArguments.__dataclass_fields__ else {}
-    )
+    changed: dict[str, Any] = {"allow_changed": "lr"}
     branch = train(back, strategy, folder, save_total_limit=2, **changed)
     names = [path.name for path in checkpoints_in(folder)]
     at_the_end = replace(back, resume=True)
