@@ -1,4 +1,4 @@
-"""The command line, ``dist-optim``: which optimizers there are, and what each takes and needs.
+"""The command line, ``dist-optim``: which optimizers there are, what each takes and needs; checkpoints in and out.
 
 It looks packages up and never imports them, so it answers where half of them are missing.
 """
@@ -17,6 +17,7 @@ from rich.text import Text
 
 import dist_optim
 from dist_optim import run
+from dist_optim.checkpoint.in_and_out import commands
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.signals import interrupt_as_usual
 from dist_optim.specs.catalogue import describe, describe_hyperparameters
@@ -91,6 +92,9 @@ def run_script(context: typer.Context) -> None:
     Example: dist-optim run train.py --optim galore_adamw --optim_target_modules all-linear --output_dir out
     """
     run.main(context.args)
+
+
+commands.add_to(app)
 
 
 def _list_all(as_json: bool) -> None:

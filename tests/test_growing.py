@@ -83,9 +83,14 @@ def names_at_first(model: nn.Module) -> list[str]:
     return [name for name in detect(model) if name not in later]
 
 
+def rate_of_new(name: str) -> float:
+    """Of groups that come later."""
+    return CASES[name][3] * (1.0 if name == "prodigy" else 0.5)
+
+
 def add_group(name: str, model: nn.Module, optimizer: Any, names: Sequence[str], **more: Any) -> None:
     parameters = {one.fqn: one.parameter for one in detect(model).values()}
-    rate = CASES[name][3] * (1.0 if name == "prodigy" else 0.5)
+    rate = rate_of_new(name)
     members = [parameters[one] for one in names]
     optimizer.add_param_group({"params": members, "lr": rate, "initial_lr": rate, **more})
 
@@ -115,7 +120,10 @@ def build(name: str, model: nn.Module, *others: Sequence[str], **more: Any) -> d
     """On what is there at first, and on other groups."""
     chosen, _, options, rate = CASES[name]
     placed = detect(model)
+    params: list[dict[str, Any]]
     params = [{"params": [placed[one].parameter for one in names]} for names in (names_at_first(model), *others)]
+    for group in params[1:]:
+        group["lr"] = rate_of_new(name)
     return dist_optim.build_optimizer(model, chosen, params=params, lr=rate, print_audit=False, **options, **more)
 
 

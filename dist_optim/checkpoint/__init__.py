@@ -6,14 +6,26 @@ were saved), ``blocks`` (blocks of logical tensors, written and read by ``torch.
 ``group_values``, ``build_values`` (hyperparameters of the build, compared), ``fitting`` (whether what was read can be
 installed), ``optimizer_state``, ``exported`` (the weights to export), ``run_state`` (model, optimizer and schedule
 together), ``torch_state_dict`` (torch's own functions, asked about optimizers of ours), ``plain_loads`` (loads of other
-packages, without running anything).
+packages, without running anything), ``in_and_out`` (what others wrote, and what they load).
 """
 
 from dist_optim.checkpoint.exported import exported_weights
+from dist_optim.checkpoint.in_and_out.export import export
+from dist_optim.checkpoint.in_and_out.imports import import_
+from dist_optim.checkpoint.in_and_out.inspection import inspect
 from dist_optim.checkpoint.optimizer_state import load_optimizer, save_optimizer
 from dist_optim.checkpoint.run_state import load_checkpoint, save_checkpoint
 from dist_optim.checkpoint.torch_state_dict import answer_torch
 
-__all__ = ["exported_weights", "load_checkpoint", "load_optimizer", "save_checkpoint", "save_optimizer"]
+__all__ = [
+    "export",
+    "exported_weights",
+    "import_",
+    "inspect",
+    "load_checkpoint",
+    "load_optimizer",
+    "save_checkpoint",
+    "save_optimizer",
+]
 
 answer_torch()

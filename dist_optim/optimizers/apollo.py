@@ -27,6 +27,9 @@ class ApolloDriver(LowRankDriver):
             return UpstreamClass("apollo_torch.random_projector", "GradientProjector")()
         return UpstreamClass("apollo_torch.svd_projector", "GaLoreProjector")()
 
+    def state_classes(self) -> tuple[type, ...]:
+        return self.projector_class({"seed": 0}), self.projector_class({})
+
     def refresh_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
         return super().refresh_cost(shape, values) if values["proj"] == "svd" else 0.0
 

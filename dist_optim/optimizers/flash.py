@@ -47,6 +47,9 @@ class FlashDriver(UpstreamDriver):
             )
         return super().construct(optimizer_class, param_groups, arguments)
 
+    def built_with(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {"master_weight_bits": {0: None, 3: 24, 4: 32}.get(group.get("master_bytewidth", 3), 24)}
+
     def runs_on_slices(self, values: Mapping[str, Any], device: torch.device) -> bool:
         # The check of numerics takes the largest weight of the whole tensor.
         return not _kernel_modes(values) and not values["check_numerics"]

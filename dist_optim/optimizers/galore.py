@@ -27,6 +27,9 @@ class GaLoreDriver(LowRankDriver):
     def projector_class(self, fields: Mapping[str, Any]) -> type:
         return UpstreamClass("galore_torch.galore_projector", "GaLoreProjector")()
 
+    def state_classes(self) -> tuple[type, ...]:
+        return (self.projector_class({}),)
+
     def why_refused(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
     ) -> str:

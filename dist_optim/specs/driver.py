@@ -104,6 +104,10 @@ class UpstreamDriver:
         """Estimated cost of one step of a tensor, in units of an elementwise pass over one element."""
         return float(shape.numel())
 
+    def built_with(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor's arguments that upstream's group tells under other names: for who has the groups alone."""
+        return {}
+
     # State as logical tensors -------------------------------------------------------------------------------------
 
     def read_state(self, optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
@@ -120,6 +124,10 @@ class UpstreamDriver:
     def clear_state(self, optimizer: Optimizer, parameter: Tensor) -> None:
         """Leave the parameter without state, as before its first step."""
         optimizer.state.pop(parameter, None)
+
+    def state_classes(self) -> tuple[type, ...]:
+        """Classes of objects that upstream keeps in its state, which a file of its state dict names."""
+        return ()
 
     def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Upstream's state of one parameter as a flat dict of plain tensors, numbers, strings and None.

@@ -219,10 +219,18 @@ def _as_ours(held: Holdings, given: Mapping[str, Any]) -> dict[str, Any]:
         "world_size": None,
         "num_steps": num_steps,
         "mode": str(marks.get(MODE, "eval" if evaluates else "train")),
-        "counters": sorted({key for group in held.counters() for key in group}),
+        "counters": _counters_in(held, groups),
         "state": state if num_steps else {},  # before the first step it is room, made for torch's doors
         "param_groups": groups,
     }
+
+
+def _counters_in(held: Holdings, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of upstream's groups that no user sets; a class may begin to count in its first step."""
+    own = {key for group in held.counters() for key in group}
+    known = held.pushed_keys | {"params", "param_names", "optim"}
+    kinds = (*_PLAIN, tuple)
+    return sorted(own | {k for group in groups for k, v in group.items() if k not in known and isinstance(v, kinds)})
 
 
 def _steps_in(state: StateByName, groups: Sequence[Mapping[str, Any]]) -> int:
