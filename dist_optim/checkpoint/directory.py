@@ -192,9 +192,8 @@ def _replace(directory: Path, aside: Path) -> None:
             replaced.rename(directory)
         raise
     _sync(directory.parent)
-    shutil.rmtree(aside.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    for done_with in (aside.parent, replaced):  # it is saved: what cannot be removed now, the next save removes
+        shutil.rmtree(done_with, ignore_errors=True)
 
 
 def _beside(directory: Path, word: str) -> Path:
