@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -94,11 +95,11 @@ def tables(results: dict[str, Any]) -> str:
     ]
     exact = [name for name, cell in results["chains"].items() if cell == 0]
     others = {name: cell for name, cell in results["chains"].items() if cell != 0}
-    lines += [
-        "",
-        f"Through {', '.join(SHORT_CHAIN)}, each loading what the one before has saved, {len(exact)} names are",
-    ]
-    lines += ["equal to the bit: " + ", ".join(f"`{name}`" for name in exact) + "."]
+    passed = (
+        f"Through {', '.join(SHORT_CHAIN)}, each loading what the one before has saved, {len(exact)} names are equal "
+    )
+    listed = "to the bit: " + ", ".join(f"`{name}`" for name in exact) + "."
+    lines += ["", *textwrap.wrap(passed + listed, 125, break_on_hyphens=False)]
     lines += [f"`{name}`: {shown(cell)}." for name, cell in others.items()]
     return "\n".join(lines)
 
