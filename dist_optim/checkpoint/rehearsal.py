@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_optim.checkpoint.blocks import Pieces, read_pieces
@@ -14,8 +13,7 @@ from dist_optim.checkpoint.directory import attempt
 from dist_optim.checkpoint.engine_view import EngineView
 from dist_optim.checkpoint.optimizer_state import look_into, read_state
 from dist_optim.errors import CheckpointError
-from dist_optim.stepping.optimizer import DistributedOptimizer
-from dist_optim.stepping.upstream_instance import UpstreamInstance
+from dist_optim.stepping.fresh_state import instances_aside
 
 __all__ = ["rehearse_optimizer", "rehearse_weights"]
 
@@ -57,7 +55,7 @@ def rehearse_optimizer(folder: Path, view: EngineView) -> None:
 
 def _compare(view: EngineView, read: Mapping[str, Mapping[str, Any]]) -> None:
     for part in view.parts:
-        second = _second_instances(part)
+        second = {index: one for one in instances_aside(part.holdings) for index in one.shadows}
         for instance, index in part.holdings.stepped_here():
             name, own = part.holdings.placed[index].fqn, instance.encoded_state(index)
             second[index].write_encoded_state(index, read.get(name, {}))
@@ -65,19 +63,6 @@ def _compare(view: EngineView, read: Mapping[str, Mapping[str, Any]]) -> None:
             for key in own.keys() | found.keys():
                 if not _same(own.get(key), found.get(key)):
                     raise CheckpointError(f"{key!r} in the state of {name!r} loads otherwise than it was. {REMEDY}")
-
-
-def _second_instances(part: DistributedOptimizer) -> dict[int, UpstreamInstance]:
-    """By the parameter that they step, on tensors of their own."""
-    held, values = part.holdings, None
-    if held.division.keeps_tensors:
-        values = {
-            index: one.detach().clone() for instance, index in held.stepped_here() for one in [instance.shadows[index]]
-        }
-    devices = {one.device.index or 0 for one in held.placed if one.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        local, owners = held.division.build_instances(values)
-    return {index: one for one in [*([local] if local else []), *owners] for index in one.shadows}
 
 
 def _same(one: Any, other: Any) -> bool:

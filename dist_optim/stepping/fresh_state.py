@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from dist_optim.specs.driver import UpstreamDriver
@@ -9,7 +11,7 @@ from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 from dist_optim.stepping.whole_state import StateByName
 
-__all__ = ["state_after_a_step"]
+__all__ = ["instances_aside", "state_after_a_step"]
 
 
 def state_after_a_step(held: Holdings) -> StateByName:
@@ -17,21 +19,31 @@ def state_after_a_step(held: Holdings) -> StateByName:
 
     New instances of upstream step tensors of their own: no parameter, no state and no random generator is touched.
     """
+    state: StateByName = {}
+    with _generators_kept(held), torch.no_grad():
+        for instance in instances_aside(held):
+            _step(instance, held.spec.driver, len(held.placed), held.needs_total_norm)
+            found = {held.placed[index].fqn: instance.encoded_state(index) for index in instance.shadows}
+            state |= {fqn: own for fqn, own in found.items() if own}
+    return state
+
+
+def instances_aside(held: Holdings) -> list[UpstreamInstance]:
+    """New instances of upstream, as this rank has them, without state, on tensors of their own. Not a collective."""
     values = None
     if held.division.keeps_tensors:
         values = {
             index: one.detach().clone() for instance, index in held.stepped_here() for one in [instance.shadows[index]]
         }
-    local, owners = held.division.build_instances(values)
-    instances = {id(one): one for one in [*([local] if local else []), *owners]}.values()
+    with _generators_kept(held), torch.no_grad():
+        local, owners = held.division.build_instances(values)
+    return list({id(one): one for one in [*([local] if local else []), *owners]}.values())
+
+
+def _generators_kept(held: Holdings) -> AbstractContextManager[None]:
     devices = {one.device.index or 0 for one in held.placed if one.device.type == "cuda"}
-    state: StateByName = {}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        for instance in instances:
-            _step(instance, held.spec.driver, len(held.placed), held.needs_total_norm)
-            found = {held.placed[index].fqn: instance.encoded_state(index) for index in instance.shadows}
-            state |= {fqn: own for fqn, own in found.items() if own}
-    return state
+    kept: AbstractContextManager[None] = torch.random.fork_rng(devices=list(devices))
+    return kept
 
 
 def _step(instance: UpstreamInstance, driver: UpstreamDriver, num_parameters: int, needs_total_norm: bool) -> None:
