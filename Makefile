@@ -22,8 +22,8 @@ demo: $(STAMP) ## train a small Llama with galore_adamw on two CPU ranks, about 
 	@$(DEMO)
 
 test: lint ## every check: lint, types, tests on CPU ranks, tests under torchrun with 2 ranks
-	@echo "+ pytest tests -n 2 --dist loadfile"
-	@pytest tests -n 2 --dist loadfile
+	@echo "+ pytest tests -n 2 --dist loadfile --durations 15"
+	@pytest tests -n 2 --dist loadfile --durations 15
 	@echo "+ torchrun --standalone --nproc_per_node 2 -m pytest tests_multigpu"
 	@torchrun --standalone --nproc_per_node 2 -m pytest tests_multigpu
 

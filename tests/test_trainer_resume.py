@@ -110,12 +110,12 @@ def test_a_checkpoint_opens_under_any_strategy_and_its_last_step_is_not_repeated
     name = "galore_adamw"
     two_ranks.run(saves_for_others, name, saving, str(tmp_path))
     found = {"alone": one_rank.run(stands_where_it_was_saved, name, saving, "alone", str(tmp_path))[0]}
-    for opening in ("ddp", "fsdp2", "zero2", "zero3"):
+    for opening in ("ddp", "zero2") if EVERY.index(saving) % 2 else ("fsdp2", "zero3"):
         found[opening] = two_ranks.run(stands_where_it_was_saved, name, saving, opening, str(tmp_path))[0]
     differing = [
         f"{saving} opened under {opening}: {key} is another"
         for opening, weights in found.items()
-        for key, weight in found["ddp"].items()
+        for key, weight in found["alone"].items()
         if not torch.equal(weight, weights[key])
     ]
     assert not differing
