@@ -135,7 +135,7 @@ class CheckpointingMixin:
             save()
             return
         # Of a checkpoint: other ranks go on to its collectives.
-        folder = Path(positional[0] if positional else named["output_dir"])
+        folder = Path((positional[0] if positional else named.get("output_dir")) or self.args.output_dir)
         if self._saves_logically() and self._leaves_weights_in_slices():
             attempt(lambda: self._save_all_but_weights(folder), folder, None)
             save_weights(folder, self.model_wrapped, self.optimizer)
@@ -220,7 +220,7 @@ class CheckpointingMixin:
 
     def _schedule(self) -> Any:
         """Also the one that DeepSpeed's configuration names, out of accelerate's wrapper, which saves nothing."""
-        wraps = self.is_deepspeed_enabled and hasattr(self.lr_scheduler, "scheduler")
+        wraps = type(self.lr_scheduler).__name__ == "DeepSpeedSchedulerWrapper"
         return self.lr_scheduler.scheduler if wraps else self.lr_scheduler
 
     def _save_fsdp_weights(self, output_dir: str) -> None:
