@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from dist_optim.checkpoint.blocks import Pieces, read_pieces
 from dist_optim.checkpoint.engine_view import view_of
 from dist_optim.checkpoint.index import stored_tensors
 from dist_optim.errors import CheckpointError, StateDictError
+from dist_optim.integrations.accelerate.state import _foreign_weights
 from dist_optim.testing import RankFailure, RankPool, assert_equal
 
 GALORE = {"lr": 1e-2, "target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3, "scale": 0.25}
@@ -191,3 +193,10 @@ def no_mixture_of_two_states(directory: Path) -> None:
 
 def test_a_job_killed_or_failing_in_save_state_leaves_no_mixture(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(no_mixture_of_two_states, tmp_path / "state")
+
+
+def test_weights_of_several_models_are_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "dist_optim_weights").mkdir()
+    two: Any = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"), _models=[object(), object()])
+    with pytest.raises(CheckpointError, match="2 models"):
+        _foreign_weights(two, tmp_path)

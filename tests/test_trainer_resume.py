@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dist_optim.checkpoint import save_optimizer
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.transformers import Trainer
+from dist_optim.integrations.transformers.checkpoint import CheckpointingMixin
 from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
@@ -281,3 +283,10 @@ def test_a_checkpoint_of_transformers_own_trainer_is_refused(tmp_path: Path) -> 
     train(replace(job, kind=transformers.Trainer), "alone", tmp_path / "stock", transformers.TrainingArguments)
     with pytest.raises(CheckpointError, match="saved without dist_optim"):
         train(replace(job, resume=str(tmp_path / "stock" / "checkpoint-3")), "alone", tmp_path / "ours")
+
+
+def test_deepspeeds_own_optimizer_does_not_resume_from_weights_alone() -> None:
+    """Its masters would keep the weights of before, and write them over what was loaded."""
+    trainer: Any = SimpleNamespace(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    with pytest.raises(CheckpointError, match="Train with the optimizer that saved it"):
+        CheckpointingMixin._resume_under_deepspeed(trainer, "checkpoint-1")

@@ -36,9 +36,9 @@ __all__ = [
     "StoredWeights",
     "find_weights",
     "load_weights",
+    "pieces_of_model",
     "remove_weights",
     "save_weights",
-    "saved_buffers",
 ]
 
 OWN_FOLDER = "dist_optim_weights"
@@ -88,8 +88,7 @@ def save_weights(directory: Path, model: nn.Module, optimizer: Any) -> None:
 
     def look() -> dict[str, Pieces]:
         view.look()
-        parts = {name: Pieces.of(one.local(), one) for name, one in view.model_parameters(model).items()}
-        return parts | {name: Pieces.whole(buffer) for name, buffer in saved_buffers(model).items()}
+        return pieces_of_model(model, view.model_parameters(model))
 
     write_pieces(directory / OWN_FOLDER, attempt(look, directory, view.ranks), view.ranks)
 
@@ -123,6 +122,12 @@ def load_weights(stored: StoredWeights, model: nn.Module, optimizer: Any = None)
         view.refresh()
 
 
+def pieces_of_model(model: nn.Module, parameters: Mapping[str, PlacedParameter]) -> dict[str, Pieces]:
+    """Parameters as this rank holds them, and the buffers that belong to a state dict; tied tensors once."""
+    parts = {name: Pieces.of(one.local(), one) for name, one in parameters.items()}
+    return parts | {name: Pieces.whole(buffer) for name, buffer in saved_buffers(model).items()}
+
+
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that belong to a state dict, by their names in the user's own model."""
     return {
@@ -148,13 +153,13 @@ def _install_blocks(
     targets: Mapping[str, PlacedParameter],
     ranks: dist.ProcessGroup | None,
 ) -> None:
-    pieces = {prefix + name: Pieces.of(one.local(), one) for name, one in targets.items()}
-    buffers = {prefix + name: Pieces.whole(buffer) for name, buffer in saved_buffers(model).items()}
+    pieces = {prefix + name: piece for name, piece in pieces_of_model(model, targets).items()}
+    needed = {prefix + name for name in targets}
 
     def look() -> dict[str, Pieces]:
         found = stored_tensors(folder)
         check_files(folder, own_rank(ranks), num_ranks(ranks))
-        wanted = pieces | {name: buffer for name, buffer in buffers.items() if name in found}
+        wanted = {name: piece for name, piece in pieces.items() if name in found or name in needed}
         for name, piece in wanted.items():
             if name not in found or found[name].shape != piece.shape:
                 there = f"has shape {tuple(found[name].shape)} in it" if name in found else "is not in it"
@@ -168,7 +173,7 @@ def _install_blocks(
     read_pieces(folder, rooms, ranks)
     with torch.no_grad():
         for name, room in rooms.items():
-            (pieces | buffers)[name].fill(room)
+            pieces[name].fill(room)
 
 
 def _install_whole(files: tuple[Path, ...], model: nn.Module, placed: Mapping[str, PlacedParameter]) -> None:

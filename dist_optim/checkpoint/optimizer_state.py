@@ -166,13 +166,13 @@ def _groups_to_install(view: EngineView, incoming: Incoming) -> list[dict[str, A
 
 
 def _install(view: EngineView, incoming: Incoming) -> None:
-    record = incoming.record
+    record, groups = incoming.record, _groups_to_install(view, incoming)
     for part in view.parts:
         rank_state.install(
             part.holdings,
             part.progress,
             state=incoming.state,
-            groups=_groups_to_install(view, incoming),
+            groups=groups,
             counters=record["counters"],
             extras=incoming.extras,
             num_steps=record["num_steps"],

@@ -41,7 +41,7 @@ from dist_optim.checkpoint.identity import (
     write_record,
 )
 from dist_optim.checkpoint.index import StoredTensor, stored_tensors
-from dist_optim.checkpoint.model_weights import saved_buffers
+from dist_optim.checkpoint.model_weights import pieces_of_model
 from dist_optim.checkpoint.optimizer_state import RECORD as OPTIMIZER_RECORD
 from dist_optim.checkpoint.optimizer_state import (
     Incoming,
@@ -90,12 +90,12 @@ def save_checkpoint(
     """
     view, directory = view_of(optimizer), Path(directory)
     view.meet("save_checkpoint()")
-    ranks, rank, scheduler = view.ranks, own_rank(view.ranks), scheduler or view.schedule
+    ranks, rank, scheduler = view.ranks, own_rank(view.ranks), view.schedule if scheduler is None else scheduler
     attempt(lambda: view.model_parameters(model), directory, ranks)
     refuse_half_step(view, model.parameters())
     with written_aside(directory, ranks) as aside:
         with exported_weights(view):
-            pieces = attempt(lambda: _pieces_of_model(model, view), directory, ranks)
+            pieces = attempt(lambda: pieces_of_model(model, view.model_parameters(model)), directory, ranks)
             write_pieces(aside / "model", pieces, ranks)
             if rehearse:
                 rehearse_weights(aside / "model", pieces, view)
@@ -152,7 +152,6 @@ def load_checkpoint(
     ranks = view.ranks
 
     def look() -> tuple[Incoming, dict[str, Pieces], dict[str, Pieces], Any, Any]:
-        view.look()
         about = read_record(directory / RECORD, CHECKPOINT)
         check_part(directory, OPTIMIZER, about)
         incoming = look_into(directory / "optimizer", view, allow_changed)
@@ -188,12 +187,6 @@ def _install_schedule(directory: Path, scheduler: Any, saved: Any, ranks: dist.P
         raise
 
 
-def _pieces_of_model(model: nn.Module, view: EngineView) -> dict[str, Pieces]:
-    """Parameters as this rank holds them, and the buffers that belong to a state dict; tied tensors once."""
-    parts = {name: Pieces.of(one.local(), one) for name, one in view.model_parameters(model).items()}
-    return {**parts, **{name: Pieces.whole(buffer) for name, buffer in saved_buffers(model).items()}}
-
-
 def _rooms_for_model(
     folder: Path, model: nn.Module, view: EngineView, incoming: Incoming
 ) -> tuple[dict[str, Pieces], dict[str, Pieces]]:
@@ -201,10 +194,10 @@ def _rooms_for_model(
 
     What is trained is read from the training weights, where the checkpoint has such, and then not from the model's.
     """
-    stored, targets = stored_tensors(folder), _pieces_of_model(model, view)
-    changing = {name for name, one in view.model_parameters(model).items() if one.is_trained}
+    stored, held = stored_tensors(folder), view.model_parameters(model)
+    changing = {name for name, one in held.items() if one.is_trained}
     trained = {one.fqn: Pieces.of(one.local(), one) for one in view.training_weights()}
-    targets |= trained
+    targets = pieces_of_model(model, held) | trained
     is_separate = {name for name in trained if name_of_weights(name) in incoming.weights}
 
     def fits(name: str) -> bool:

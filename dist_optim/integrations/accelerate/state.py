@@ -28,6 +28,7 @@ from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.model_weights import (
     FSDP_FOLDER,
     OWN_FOLDER,
+    StoredWeights,
     find_weights,
     load_weights,
     remove_weights,
@@ -108,7 +109,7 @@ def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., No
             with plain_loads():
                 original(str(folder), *args, **options)
 
-        weights = None if _is_native(accelerator, folder) else find_weights(folder)
+        weights = attempt(lambda: _foreign_weights(accelerator, folder), folder, None, is_reading=True)
         with _left_out(accelerator, ours, leaves_models=weights is not None):
             attempt(load, folder, None, is_reading=True)
         if weights is not None:
@@ -158,6 +159,22 @@ def _chosen(accelerator: Accelerator, given: str | None) -> Path:
         raise CheckpointError("load_state() was given no folder. Give the one that save_state returned.")
     folders = [path for path in (Path(accelerator.project_dir) / "checkpoints").iterdir() if path.name[-1].isdigit()]
     return max(folders, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def _foreign_weights(accelerator: Accelerator, folder: Path) -> StoredWeights | None:
+    """Weights that accelerate itself does not read under this strategy; None where it does, or there are none.
+
+    Raises:
+        CheckpointError: There are several models, and nobody knows whose they are.
+    """
+    weights = None if _is_native(accelerator, folder) else find_weights(folder)
+    if weights is not None and len(accelerator._models) > 1:
+        raise CheckpointError(
+            f"{str(folder)!r} was saved under another strategy, and this accelerator has {len(accelerator._models)} "
+            "models: states of several load under the strategy that saved them. Resume under that one; nothing was "
+            "changed."
+        )
+    return weights
 
 
 def _is_native(accelerator: Accelerator, folder: Path) -> bool:

@@ -25,7 +25,7 @@ from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimiz
 from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, recover, written_aside
 from dist_optim.checkpoint.engine_view import is_ours, view_of
-from dist_optim.checkpoint.model_weights import find_weights, load_weights, save_weights
+from dist_optim.checkpoint.model_weights import StoredWeights, find_weights, load_weights, save_weights
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.transformers.arguments import listed
@@ -164,13 +164,18 @@ class CheckpointingMixin:
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """As in transformers; FSDP and ZeRO also take whole tensors, and all take what those have saved in pieces."""
-        stored = find_weights(checkpoint)
-        if stored is not None and (self.is_fsdp_enabled or self._is_our_engine() or stored.folder is not None):
+        if (stored := self._read_here(checkpoint)) is not None:
             optimizer = self.optimizer if self._is_our_engine() else None
             load_weights(stored, self._model_to_load_into(model), optimizer)
             return
         with plain_loads():
             super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+
+    def _read_here(self, checkpoint: str) -> StoredWeights | None:
+        """Its weights, where transformers would not read them under this strategy."""
+        stored = find_weights(checkpoint)
+        is_foreign = self.is_fsdp_enabled or self._is_our_engine() or (stored is not None and stored.folder is not None)
+        return stored if is_foreign else None
 
     def _model_to_load_into(self, model: nn.Module | None) -> nn.Module:
         if self._is_our_engine():
@@ -183,8 +188,7 @@ class CheckpointingMixin:
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        stored = find_weights(best)
-        if stored is not None and (self.is_fsdp_enabled or self._is_our_engine() or stored.folder is not None):
+        if self._read_here(best) is not None:
             self._load_from_checkpoint(best)
             return
         with plain_loads():
@@ -198,7 +202,16 @@ class CheckpointingMixin:
         return not any(folder.glob(ENGINES_OWN)) and find_weights(folder) is not None
 
     def _resume_under_deepspeed(self, checkpoint: str) -> None:
-        """What transformers does under other engines, after the engine was made without the checkpoint."""
+        """What transformers does under other engines, after the engine was made without the checkpoint.
+
+        Raises:
+            CheckpointError: The engine steps by an optimizer of DeepSpeed's own, whose masters nobody would load.
+        """
+        if not is_ours(self.optimizer):
+            raise CheckpointError(
+                f"{checkpoint} has no files of DeepSpeed's (global_step...), which its own optimizers resume from. "
+                "Train with the optimizer that saved it, or from its weights: from_pretrained(checkpoint)."
+            )
         self._load_from_checkpoint(checkpoint)
         self._load_optimizer_and_scheduler(checkpoint)
 
