@@ -200,6 +200,19 @@ def test_overrides_that_cannot_be_obeyed_are_refused() -> None:
     pytest.importorskip("galore_torch")
     with pytest.raises(UnsupportedError, match="GlobalOptimManager holds overrides for 1"):
         build(model, "galore_adamw_8bit", target_modules="all-linear")
+    with pytest.raises(UnsupportedError, match="use adamw_bnb_8bit, which obeys them"):
+        build(model, bitsandbytes.optim.RMSprop8bit)
+
+
+def test_overrides_of_another_model_do_not_reach_a_class_without_a_name() -> None:
+    """They are kept by ``id``, which later tensors get again, and by position in the groups."""
+    other, model = Net(), Net()
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager.override_config(list(other.parameters()), "optim_bits", 32)
+    manager.register_parameters(other.parameters())
+    optimizer = build(model, bitsandbytes.optim.RMSprop8bit)
+    take_steps(optimizer, model, 1)
+    assert state_dtypes(optimizer)["linear.weight"] is torch.uint8
 
 
 # State ----------------------------------------------------------------------------------------------------------------

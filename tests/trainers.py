@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate's process-wide state, and the environment that it writes to, end with the context.
+    """accelerate's process-wide state, the environment that it writes to, and bitsandbytes' overrides end with it.
 
     FSDP saves whole weights, in model.safetensors: older versions save shards unless told.
     """
@@ -111,6 +112,8 @@ def fresh_accelerate() -> Iterator[None]:
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+            if "bitsandbytes" in sys.modules:  # it would give them to later parameters that have the same id
+                sys.modules["bitsandbytes"].optim.GlobalOptimManager._instance = None
 
 
 def arguments_of(

@@ -21,7 +21,7 @@ from dist_optim.optimizers import (
     torch_native,
     torchao,
 )
-from dist_optim.specs.registry import register
+from dist_optim.specs.registry import register, register_package_driver
 
 _FAMILIES = (
     torch_native,
@@ -44,3 +44,4 @@ _FAMILIES = (
 for _family in _FAMILIES:
     for _spec in _family.SPECS:
         register(_spec)
+register_package_driver("bitsandbytes", bnb.UnnamedDriver())

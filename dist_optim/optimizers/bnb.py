@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_optim.errors import UnsupportedError
 from dist_optim.optimizers.common import betas, epsilon, learning_rate, weight_decay
 from dist_optim.specs.driver import ParamGroup, UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
-__all__ = ["SPECS", "BitsAndBytesDriver", "MIN_8BIT_SIZE", "isolate_overrides", "registered_overrides"]
+__all__ = ["SPECS", "BitsAndBytesDriver", "MIN_8BIT_SIZE", "UnnamedDriver", "isolate_overrides", "refuse_overrides"]
 
 
 def isolate_overrides(optimizer: Any) -> Any:
@@ -66,6 +67,32 @@ class BitsAndBytesDriver(UpstreamDriver):
 
     def values_by_parameter(self, model: nn.Module, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
         return registered_overrides(model)
+
+
+def refuse_overrides(model: nn.Module, name: str, why: str) -> None:
+    """Refuse what the user registered for this model where the optimizer cannot obey it."""
+    overrides = registered_overrides(model)
+    if overrides:
+        raise UnsupportedError(
+            f"{name}: bitsandbytes' GlobalOptimManager holds overrides for {len(overrides)} of this model's parameters "
+            f"(the first: {next(iter(overrides.values()))}), {why}. Remove them from the manager, or use "
+            "adamw_bnb_8bit, which obeys them."
+        )
+
+
+class UnnamedDriver(UpstreamDriver):
+    """bitsandbytes' classes that have no name here: without overrides, which hold the user's parameters by ``id``."""
+
+    def construct(
+        self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
+    ) -> Optimizer:
+        optimizer = super().construct(optimizer_class, param_groups, arguments)
+        isolate_overrides(optimizer)
+        return optimizer
+
+    def values_by_parameter(self, model: nn.Module, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
+        refuse_overrides(model, "bitsandbytes", "which reach no class without a name in dist_optim")
+        return {}
 
 
 MIN_8BIT_SIZE = Hyperparameter(

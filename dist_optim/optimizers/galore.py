@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import UnsupportedError
-from dist_optim.optimizers.bnb import MIN_8BIT_SIZE, isolate_overrides, registered_overrides
+from dist_optim.optimizers.bnb import MIN_8BIT_SIZE, isolate_overrides, refuse_overrides
 from dist_optim.optimizers.common import adafactor_hyperparameters, betas, epsilon, flag, learning_rate, weight_decay
 from dist_optim.optimizers.low_rank import ONE_SIDED, LowRankDriver, low_rank_hyperparameters
 from dist_optim.specs.driver import ParamGroup
@@ -78,13 +78,7 @@ class GaLoreAdamW8bitDriver(GaLoreDriver):
         return optimizer
 
     def values_by_parameter(self, model: nn.Module, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
-        overrides = registered_overrides(model)
-        if overrides:
-            raise UnsupportedError(
-                f"galore_adamw_8bit: bitsandbytes' GlobalOptimManager holds overrides for {len(overrides)} of this "
-                f"model's parameters (the first: {next(iter(overrides.values()))}), which do not fit projected states. "
-                "Remove them from the manager, or use adamw_bnb_8bit, which obeys them."
-            )
+        refuse_overrides(model, "galore_adamw_8bit", "which do not fit projected states")
         return {}
 
     def step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:

@@ -259,6 +259,7 @@ def _signature_record(parameter: inspect.Parameter, kind: Any, is_inherited: boo
 
 
 _specs: dict[str, OptimizerSpec] = {}
+_package_drivers: dict[str, UpstreamDriver] = {}
 _entry_points_read = False
 _broken_plugins: list[str] = []
 _lock = threading.RLock()
@@ -305,6 +306,19 @@ def get_spec(name: str) -> OptimizerSpec:
     raise UnknownOptimizerError(f"There is no optimizer named {name!r}. {hint}All names: {', '.join(names())}.{broken}")
 
 
+def register_package_driver(package: str, driver: UpstreamDriver) -> None:
+    """Drive classes that come from ``package``, or inherit from one that does, and have no name, by ``driver``."""
+    _package_drivers[package] = driver
+
+
+def _driver_of(optimizer_class: type[Optimizer]) -> UpstreamDriver:
+    packages = [kind.__module__.split(".")[0] for kind in optimizer_class.__mro__]
+    for package in packages:
+        if package in _package_drivers:
+            return _package_drivers[package]
+    return NamedDriver() if _first_argument(optimizer_class).startswith("named_") else UpstreamDriver()
+
+
 def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
     """A spec for a class given in place of a name.
 
@@ -320,7 +334,7 @@ def spec_of_class(optimizer_class: type[Optimizer]) -> OptimizerSpec:
             load=lambda: optimizer_class,
             package=optimizer_class.__module__.split(".")[0],
             traits=_traits_of(optimizer_class),
-            driver=NamedDriver() if _first_argument(optimizer_class).startswith("named_") else UpstreamDriver(),
+            driver=_driver_of(optimizer_class),
         )
     records = tuple(
         replace(record, default=own[record.name].default, required=own[record.name].required)
