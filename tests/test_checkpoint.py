@@ -32,6 +32,20 @@ HALF_PRECISION = [
 ][:8]
 
 
+WAYS = (
+    ("fsdp1", 2, "fsdp1"),
+    ("ddp", 3, "fsdp1"),
+    ("fsdp2 units", 2, "ddp"),
+    ("fsdp1", 3, "fsdp2"),
+    ("fsdp2 units", 1, "none"),
+)
+"""Saved by two ranks under the first; so many ranks go on under the last."""
+WAYS_OF = {
+    str(case): (WAYS[at % len(WAYS)], WAYS[(at + 2) % len(WAYS)]) for at, case in enumerate([*BY_NAME, *HALF_PRECISION])
+}
+"""Two of them for each; `make reshard` takes every name through a chain of all strategies."""
+
+
 def run_to_the_break(case: Case, placement: str, directory: Path) -> None:
     expected = reference_history(case)
     model = place(make_model(case), placement)
@@ -69,13 +83,10 @@ def gaps_after(case: Case, placement: str, directory: Path) -> list[Gap]:
 def test_a_run_goes_on_under_any_sharding(
     case: Case, one_rank: RankPool, two_ranks: RankPool, three_ranks: RankPool, tmp_path: Path
 ) -> None:
-    for saved_under in ("ddp", "fsdp1", "fsdp2 units"):
+    pools = {1: one_rank, 2: two_ranks, 3: three_ranks}
+    for saved_under, num_ranks, goes_on_under in WAYS_OF[str(case)]:
         two_ranks.run(run_to_the_break, case, saved_under, tmp_path / saved_under)
-    two_ranks.run(go_on, case, "fsdp1", tmp_path / "fsdp1")
-    two_ranks.run(go_on, case, "ddp", tmp_path / "fsdp2 units")
-    three_ranks.run(go_on, case, "fsdp2", tmp_path / "fsdp1")
-    three_ranks.run(go_on, case, "fsdp1", tmp_path / "ddp")
-    one_rank.run(go_on, case, "none", tmp_path / "fsdp2 units")
+        pools[num_ranks].run(go_on, case, goes_on_under, tmp_path / saved_under)
 
 
 @pytest.mark.parametrize("placement", ["hsdp", "fsdp1 hybrid"])

@@ -12,7 +12,7 @@ from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 CASES = all_cases()
 ONE_A_NAME = list({case.name: case for case in reversed(CASES)}.values())
-"""`make parity` runs every case on every number of ranks; here all of them on one rank and two."""
+"""`make parity` runs every case on every number of ranks; here all of them on one rank and two, and half on three."""
 
 SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
@@ -63,7 +63,7 @@ def test_equals_upstream_on_two_ranks(case: Case, two_ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("case", ONE_A_NAME, ids=str)
 def test_equals_upstream_on_three_ranks(case: Case, three_ranks: RankPool) -> None:
-    three_ranks.run(every_placement, case, ON_THREE)
+    three_ranks.run(every_placement, case, ON_THREE[ONE_A_NAME.index(case) % 2 :: 2])
 
 
 @pytest.mark.parametrize("case", ONE_A_NAME, ids=str)
