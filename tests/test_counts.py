@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_optim
 from dist_optim.errors import RanksDisagreeError
+from dist_optim.exchange import transfer
 from dist_optim.testing import RankPool
 
 COLLECTIVES = (
@@ -29,6 +30,8 @@ COLLECTIVES = (
     "all_gather",
     "broadcast",
     "reduce_scatter_tensor",
+    "isend",
+    "irecv",
 )
 LOW_RANK: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
 AGREEMENTS = 2
@@ -42,7 +45,7 @@ def net(num_layers: int) -> nn.Module:
 
 @contextmanager
 def collectives_counted() -> Iterator[Counter[str]]:
-    from dist_optim.exchange import transfer
+    from dist_optim.exchange import packed
 
     counted: Counter[str] = Counter()
 
@@ -54,8 +57,8 @@ def collectives_counted() -> Iterator[Counter[str]]:
         return call
 
     with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in COLLECTIVES}):
-        gather = counting("all_gather_single", transfer.gather_single)
-        with mock.patch.object(transfer, "gather_single", gather):
+        gather = counting("all_gather_single", packed.gather_single)
+        with mock.patch.object(packed, "gather_single", gather):
             yield counted
 
 
@@ -99,35 +102,49 @@ def give_gradients(model: nn.Module, num_layers: int) -> None:
 
 
 def count_collectives(placement: str, name: str, options: dict[str, Any]) -> dict[str, int]:
+    options = dict(options)
+    most = 0 if options.pop("in packs", False) else transfer.MAX_PEERS
     optimizer = steady(placement, name, 6, **options)
-    with collectives_counted() as counted:
+    with mock.patch.object(transfer, "MAX_PEERS", most), collectives_counted() as counted:
         optimizer.step()
     return {"rounds": len(optimizer.plan.buckets), **counted}
+
+
+MESSAGES = {"isend": 3, "irecv": 3}
+"""A pair of ranks, of a round: gradients and parameters to the owner, parameters back."""
 
 
 @pytest.mark.parametrize(
     ("placement", "name", "options", "expected"),
     [
-        ("fsdp2", "adamw_torch", {}, {"rounds": 0, "all_reduce": AGREEMENTS}),
-        ("ddp", "adamw_torch", {}, {"rounds": 1, "all_reduce": AGREEMENTS, "all_gather_single": 1}),
-        ("fsdp2", "galore_adamw", LOW_RANK, {"rounds": 1, "all_reduce": AGREEMENTS, "all_to_all_single": 2}),
-        (
-            "fsdp1",
-            "adafactor",
-            {"bucket_bytes": 256},  # a matrix a round
-            {"rounds": 6, "all_reduce": AGREEMENTS, "all_to_all_single": 12},
-        ),
+        ("fsdp2", "adamw_torch", {}, {"rounds": 0}),
+        ("ddp", "adamw_torch", {}, {"rounds": 1, "broadcast": 2}),
+        ("fsdp2", "galore_adamw", LOW_RANK, {"rounds": 1, **MESSAGES}),
+        ("fsdp2", "galore_adamw", {**LOW_RANK, "in packs": True}, {"rounds": 1, "all_to_all_single": 2}),
+        ("ddp", "adamw_torch", {"in packs": True}, {"rounds": 1, "all_gather_single": 1}),
     ],
 )
-def test_a_steady_step_makes_two_collectives_a_round_and_two_agreements(
+def test_a_steady_step_makes_its_rounds_and_two_agreements(
     placement: str, name: str, options: dict[str, Any], expected: dict[str, int], two_ranks: RankPool
 ) -> None:
+    """On the host in messages, among more ranks and on accelerators in packs."""
     for counted in two_ranks.run(count_collectives, placement, name, options):
-        rounds = counted["rounds"]
-        if name == "adafactor":  # FSDP1 leaves most tensors whole on one rank, whose rounds may be uneven
-            assert counted == {"rounds": rounds, "all_reduce": AGREEMENTS, "all_to_all_single": 2 * rounds}
-        else:
-            assert counted == expected
+        assert counted == {"all_reduce": AGREEMENTS, **expected}
+
+
+def count_collectives_under_fsdp1() -> dict[str, int]:
+    optimizer = steady("fsdp1", "adafactor", 6, bucket_bytes=256)
+    routes = [bucket.route(dist.get_rank()) for bucket in optimizer.plan.buckets]
+    expected = sum(2 * len(route.sends) + len(route.receives) for route in routes)
+    with collectives_counted() as counted:
+        optimizer.step()
+    return {"rounds": len(routes), "expected": expected, **counted}
+
+
+def test_rounds_of_what_lies_on_one_rank_send_nothing_to_it(two_ranks: RankPool) -> None:
+    """FSDP1 leaves most tensors whole on one rank."""
+    for counted in two_ranks.run(count_collectives_under_fsdp1):
+        assert counted["isend"] == counted["irecv"] == counted["expected"] < 2 * counted["rounds"]
 
 
 def count_reads(placement: str, name: str, num_layers: int, options: dict[str, Any]) -> tuple[int, int]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import ExitStack
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.exchange.plan import Item, assign_owners, make_plan
-from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
+from dist_optim.exchange.rooms import Room, Rooms
+from dist_optim.exchange.tasks import Task, run_tasks
+from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
@@ -110,8 +115,39 @@ def _round_trip(items: list[Item], rank: int) -> list[str]:
     return problems
 
 
-def test_owners_receive_full_tensors_and_slices_come_back(three_ranks: RankPool) -> None:
-    three_ranks.run(there_and_back)
+def there_and_back_by(ways: dict[str, int]) -> None:
+    with ExitStack() as stack:
+        for where, value in ways.items():
+            stack.enter_context(mock.patch(where, value))
+        there_and_back()
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [{}, {"dist_optim.exchange.route.IN_PLACE_BYTES": 1}, {"dist_optim.exchange.transfer.MAX_PEERS": 0}],
+    ids=["messages", "in place", "packs"],
+)
+def test_owners_receive_full_tensors_and_slices_come_back(ways: dict[str, int], three_ranks: RankPool) -> None:
+    three_ranks.run(there_and_back_by, ways)
+
+
+def test_memory_is_taken_once_and_never_by_two_rounds_at_a_time() -> None:
+    rooms, device = Rooms(), torch.device("cpu")
+    seen = set()
+    for _ in range(3):
+        first, second = Room(rooms), Room(rooms)
+        items = [item(i, (5, 3), DimShard(0, 2)) for i in range(2)]
+        one = first.tensors(items, torch.float32, device)
+        other = second.flat(7, torch.float32, device)
+        assert other.untyped_storage().data_ptr() != one[0].untyped_storage().data_ptr()
+        assert all(tensor.data_ptr() % 64 == 0 and tensor.is_contiguous() for tensor in one.values())
+        assert one[0].data_ptr() + one[0].nbytes <= one[1].data_ptr()
+        seen |= {other.untyped_storage().data_ptr(), one[0].untyped_storage().data_ptr()}
+        first.close()
+        second.close()
+    assert len(seen) == 2
+    dropped = Room(rooms).flat(30, torch.float32, device)  # of a round that failed: nobody gets it again
+    assert Room(rooms).flat(30, torch.float32, device).data_ptr() != dropped.data_ptr()
 
 
 def test_gathers_start_before_the_step_that_they_would_wait_for() -> None:

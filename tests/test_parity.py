@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from cases import all_cases
 from parity import Case, run_case, run_second_life
 
+from dist_optim.exchange import route, transfer
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 CASES = all_cases()
@@ -38,9 +41,13 @@ ON_FOUR: Placements = (
 
 
 def every_placement(case: Case, placements: Placements) -> None:
+    """Small rounds go in place, as large tensors do, and on four ranks in packs, as on accelerators."""
     problems = []
     for placement, options in placements:
-        problems += [f"{placement} {options}: {problem}" for problem in run_case(case, placement, **options)]
+        large = 16 if options else route.IN_PLACE_BYTES
+        most = 0 if dist.get_world_size() == 4 else transfer.MAX_PEERS
+        with mock.patch.object(route, "IN_PLACE_BYTES", large), mock.patch.object(transfer, "MAX_PEERS", most):
+            problems += [f"{placement} {options}: {problem}" for problem in run_case(case, placement, **options)]
     assert_no_problems_on_any_rank(problems)
 
 

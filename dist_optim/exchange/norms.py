@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.exchange.plan import Bucket, Route
-from dist_optim.exchange.transfer import Task, gather_to_owner
+from dist_optim.exchange.rooms import Room
+from dist_optim.exchange.tasks import Task
+from dist_optim.exchange.transfer import gather_to_owner
 from dist_optim.ranks.agreement import num_ranks
 
 __all__ = ["NormOf", "combine_norms", "norm_as_clipping", "norm_in_fp32", "norm_task"]
@@ -28,10 +30,12 @@ def norm_task(
     norm_of: NormOf,
     route: Route,
     process_group: dist.ProcessGroup | None,
+    room: Room,
 ) -> Task[None]:
     """Write the norms of the whole gradients that this rank owns into ``norms``. Collective, as ``gather_to_owner``."""
-    (full,) = yield from gather_to_owner(bucket, [gradients], route, process_group)
+    (full,) = yield from gather_to_owner(bucket, [gradients], route, process_group, room)
     norms.update({index: norm_of(gradient) for index, gradient in full.items()})
+    room.close()
 
 
 def combine_norms(

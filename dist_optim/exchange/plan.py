@@ -7,9 +7,6 @@ step time nor the state bytes pile up on one rank.
 **Bucket**: the tensors of one round. In a round every owner takes about the same number of elements, so that each
 collective is balanced; a bucket has one dtype and one device, and its tensors are all replicated or all sharded.
 
-**Route**: how many elements one rank sends to each owner and receives from each holder in a round. The way back is the
-same route, read the other way.
-
 ``print(plan)`` shows every byte that will travel. Planning takes O(tensors x log ranks).
 """
 
@@ -23,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_optim.layouts.layout import Layout
+from dist_optim.exchange.route import Item, Route, route_of
 
 __all__ = ["Bucket", "Item", "Plan", "Route", "assign_owners", "make_plan"]
 
@@ -32,30 +29,6 @@ HOME_SHARE = 0.75
 """A rank that stores at least this part of a sharded tensor owns it: more than any even cut of two rows leaves."""
 
 _Kind = tuple[bool, torch.dtype, torch.device, bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One tensor as the planner sees it. ``index`` is its position among all parameters of the optimizer."""
-
-    index: int
-    shape: torch.Size
-    layout: Layout
-    dtype: torch.dtype
-    device: torch.device
-    cost: float
-    is_idle: bool = False
-    """Frozen for now: dealt out after all others, and in rounds of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Elements of one field (the gradients, say) that one rank moves in a round."""
-
-    to_owners: tuple[int, ...]
-    """What it holds, by the owner that it goes to."""
-    from_holders: tuple[int, ...]
-    """What it owns, by the rank that it comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +84,7 @@ class Bucket:
 
     def route(self, rank: int) -> Route:
         """What ``rank`` sends and receives."""
-        own = self.owned[rank]
-        return Route(
-            tuple(sum(item.layout.numel_on(item.shape, rank) for item in items) for items in self.owned),
-            tuple(
-                sum(item.layout.numel_on(item.shape, holder) for item in own) if own else 0
-                for holder in range(len(self.owned))
-            ),
-        )
+        return route_of(self.owned, rank, self.dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

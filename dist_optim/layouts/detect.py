@@ -59,7 +59,7 @@ class PlacedParameter:
     def local_gradient(self) -> Tensor | None:
         """This rank's part of the gradient, as a plain tensor on its storage; None where there is none."""
         gradient = self.parameter.grad
-        return None if gradient is None else self.part_of(gradient)
+        return gradient if gradient is None or type(gradient) is Tensor else self.part_of(gradient)
 
     def part_of(self, gradient: Tensor) -> Tensor:
         """This rank's part of it: one that every rank has whole, of a sharded parameter, is cut as the parameter is.

@@ -33,6 +33,11 @@ class Layout(Protocol):
         """Every rank holds the full tensor."""
         ...
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether a rank's part lies together in the memory of the full tensor."""
+        ...
+
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         """The view of ``full`` that ``rank`` stores; may be empty."""
         ...
@@ -52,6 +57,10 @@ class Replicated:
 
     @property
     def is_replicated(self) -> bool:
+        return True
+
+    @property
+    def is_contiguous(self) -> bool:
         return True
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
@@ -74,6 +83,10 @@ class DimShard:
     @property
     def is_replicated(self) -> bool:
         return False
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.dim == 0
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         start, length = self._rows(full.size(self.dim), rank)
@@ -114,6 +127,10 @@ class FlatRange:
     def is_replicated(self) -> bool:
         return False
 
+    @property
+    def is_contiguous(self) -> bool:
+        return True
+
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         return full.view(-1)[self.bounds[rank] : self.bounds[rank + 1]]
 
@@ -136,6 +153,10 @@ class Elsewhere:
     @property
     def is_replicated(self) -> bool:
         return False
+
+    @property
+    def is_contiguous(self) -> bool:
+        return True
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
         return full.view(-1)[:0]

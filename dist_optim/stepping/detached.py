@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dist_optim.exchange.plan import Bucket, Route
-from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
+from dist_optim.exchange.tasks import Task, run_tasks
+from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.specs.once import Once
 from dist_optim.stepping.closures import Evaluations
 from dist_optim.stepping.holdings import Holdings
@@ -188,5 +189,5 @@ def write_back(held: Holdings, updated: Tensors) -> None:
     """Copy slices that upstream put into other storage into the model's."""
     for index, tensor in updated.items():
         own = held.placed[index].local()
-        if tensor.data_ptr() != own.data_ptr():
+        if tensor is not own and tensor.data_ptr() != own.data_ptr():
             own.copy_(tensor)

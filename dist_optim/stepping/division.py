@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dist_optim.exchange.plan import Plan
 from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
-from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks
+from dist_optim.exchange.tasks import Task, run_tasks
+from dist_optim.exchange.transfer import gather_to_owner
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.detect_fsdp1 import is_marked
 from dist_optim.layouts.layout import Elsewhere

@@ -44,6 +44,7 @@ class ParameterGuard:
     def __init__(self, model: nn.Module, placed: Iterable[PlacedParameter]) -> None:
         self._model = weakref.ref(model)
         self._placed = list(placed)
+        self._ids = {id(one.parameter) for one in self._placed}
         self._as_built = [_look_of(one.parameter) for one in self._placed]
         self._freezing = GatheredFreezing(model)
         self._left_join: object = None
@@ -74,6 +75,9 @@ class ParameterGuard:
         if model is None:
             return None
         current = {id(parameter) for parameter in model.parameters()}
+        looks = [_look_of(one.parameter) for one in self._placed]
+        if looks == self._as_built and current.issuperset(self._ids):
+            return None
         for one, as_built in zip(self._placed, self._as_built, strict=True):
             if id(one.parameter) not in current:
                 return ParameterError(

@@ -16,7 +16,9 @@ from torch import Tensor
 from dist_optim.errors import DistOptimError, WrongModeError
 from dist_optim.exchange.norms import NormOf, combine_norms, norm_in_fp32, norm_task
 from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
-from dist_optim.exchange.transfer import Task, gather_to_owner, run_tasks, scatter_from_owner
+from dist_optim.exchange.rooms import Room, Rooms
+from dist_optim.exchange.tasks import Task, run_tasks
+from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping import half_steps
 from dist_optim.stepping.before_step import BeforeStep
@@ -69,6 +71,7 @@ class TrainingStep:
         self._before = BeforeStep(holdings, progress, agreement, on_nonfinite)
         self._rounds = {bucket.index: bucket for bucket in holdings.plan.buckets}
         self._round_of = {item.index: bucket.index for bucket in holdings.plan.buckets for item in bucket.items}
+        self._memory = Rooms()
         self._parts: dict[tuple[int, tuple[int, ...]], tuple[Bucket, Route]] = {}
         self._norm_round_of: dict[int, int] | None = None
         self.present: Sequence[bool] = ()
@@ -179,12 +182,15 @@ class TrainingStep:
         bucket, route = self._part_of(number, indices)
         instance = self._held.owner_instances[number]
         parameters = {index: self._held.placed[index].local() for index in indices}
-        full_gradients, full = yield from gather_to_owner(bucket, [gradients, parameters], route, self._group)
+        room = Room(self._rooms)
+        fields = [gradients, parameters]
+        full_gradients, full = yield from gather_to_owner(bucket, fields, route, self._group, room)
         full_gradients = {index: as_if_alone(gradient) for index, gradient in full_gradients.items()}
         updated = self._stepped(instance, full, full_gradients)
         del full_gradients, full
-        yield from scatter_from_owner(bucket, updated, parameters, route, self._group)
+        yield from scatter_from_owner(bucket, updated, parameters, route, self._group, room)
         self._put_down(bucket, instance, updated, parameters)
+        room.close()
 
     def _put_down(
         self,
@@ -195,7 +201,7 @@ class TrainingStep:
     ) -> None:
         """After a round's way back: owners free their full tensors; what they share with the model, they keep."""
         if bucket.is_replicated and not self._is_one_by_one:
-            instance.show({index: parameters[index] for index in updated})
+            instance.show({index: parameters[index] for index, one in updated.items() if one is not parameters[index]})
         else:
             instance.release(updated.keys())
 
@@ -214,6 +220,11 @@ class TrainingStep:
         except Exception as error:
             self.agreement.note(error)
             return parameters
+
+    @property
+    def _rooms(self) -> Rooms | None:
+        """Memory that rounds use again: not of a class that nobody described, which may keep what it is given."""
+        return None if self._held.spec.is_undescribed or self._is_one_by_one else self._memory
 
     def _part_of(self, number: int, indices: Sequence[int]) -> tuple[Bucket, Route]:
         """What travels now of a round, and its route: kept, since steps are alike."""
@@ -317,7 +328,7 @@ class TrainingStep:
             elif self._held.rank == 0:
                 self._norms[index] = norm_of(gradient)
         run_tasks(
-            norm_task(bucket, gradients, self._norms, norm_of, route, self._group)
+            norm_task(bucket, gradients, self._norms, norm_of, route, self._group, Room(self._rooms))
             for bucket, route in (self._part_of(number, indices) for number, indices in cut.items())
         )
 

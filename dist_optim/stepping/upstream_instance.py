@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
+from dist_optim.exchange.rooms import ALIGNMENT
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.driver import ParamGroup, as_given, tensors_in
 from dist_optim.specs.registry import OptimizerSpec, Trait
@@ -34,8 +35,6 @@ __all__ = ["UpstreamInstance", "as_if_alone"]
 
 MASTER = "(master)"
 """Key of the fp32 master among the state of a parameter in half precision."""
-ALIGNMENT = 64
-"""Bytes; of torch's allocations on the CPU."""
 
 
 class UpstreamInstance:
@@ -209,7 +208,17 @@ class UpstreamInstance:
                     self.returned = self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
             self.take_gradients(self.shadows if self._keeps_tensors else gradients)
-        return self.outgoing(parameters)
+        return self._outgoing_of(parameters)
+
+    def _outgoing_of(self, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """These tensors as the model is to have them: the very same where upstream has left them in place."""
+        if self._keeps_tensors:
+            return self.outgoing(parameters)
+        shadows = self.shadows
+        return {
+            index: tensor if shadows[index].data_ptr() == tensor.data_ptr() else shadows[index].data
+            for index, tensor in parameters.items()
+        }
 
     def outgoing(self, indices: Collection[int] | None = None) -> dict[int, Tensor]:
         """These tensors, or all that are stepped here, as the model is to have them."""
@@ -223,8 +232,10 @@ class UpstreamInstance:
         """Let upstream see these gradients; parameters that are the model's own have theirs."""
         for index, gradient in gradients.items():
             if index not in self._of_model:
-                self.shadows[index].requires_grad_(True)  # also of one that was frozen when this was built
-                self.shadows[index].grad = gradient.to(self.shadows[index].dtype)
+                shadow = self.shadows[index]
+                if not shadow.requires_grad:  # it was frozen when this was built
+                    shadow.requires_grad_(True)
+                shadow.grad = gradient if gradient.dtype == shadow.dtype else gradient.to(shadow.dtype)
 
     def take_gradients(self, indices: Collection[int]) -> None:
         """Let upstream see none any more."""
@@ -272,7 +283,7 @@ class UpstreamInstance:
                 self.optimizer.param_groups, group["params"] = every_group, members
                 group.update(counters)
                 shadow.grad = None
-        return {index: self.shadows[index].data for index in parameters}
+        return self._outgoing_of(parameters)
 
     def tick(self, keys: Collection[str]) -> None:
         """Let the groups' counters move on by one step, after ``step_each`` of what has a gradient in this step."""

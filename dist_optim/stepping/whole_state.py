@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.exchange.transfer import gather_single
+from dist_optim.exchange.packed import gather_single
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import gather_objects, host_group, num_ranks
 from dist_optim.stepping.holdings import Holdings
