@@ -103,9 +103,16 @@ def _sample(members: Sequence[PlacedParameter]) -> Tensor | None:
 def odd_gradient(placed: Sequence[PlacedParameter]) -> UnsupportedError | None:
     """Why one of the gradients cannot be stepped by; None where all can. Local."""
     for one in placed:
-        gradient = one.parameter.grad
-        reason = "" if gradient is None else _why_odd(one, gradient)
-        if reason:
+        parameter = one.parameter
+        gradient = parameter.grad
+        if gradient is None or (
+            type(gradient) is Tensor
+            and gradient.layout is torch.strided
+            and gradient.dtype == parameter.dtype
+            and one.layout.is_replicated
+        ):
+            continue
+        if reason := _why_odd(one, gradient):
             return UnsupportedError(f"The gradient of {one.fqn!r} {reason} No parameter was changed.")
     return None
 
