@@ -166,6 +166,16 @@ def audit(name: str, **options: Any) -> str:
     return build(name, DistributedDataParallel(make_net()), **options).route_audit()
 
 
+def audit_of_one_matrix() -> str:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 2, bias=False))
+    return build("adafactor", DistributedDataParallel(net)).route_audit()
+
+
+def test_route_audit_says_which_owner_all_others_wait_for(two_ranks: RankPool) -> None:
+    (text, _) = two_ranks.run(audit_of_one_matrix)
+    assert "careful: rank 0 owns 1.6 times the mean (its largest is '0.weight', 80.0%)" in text
+
+
 def test_route_audit_names_tensors_bytes_shapes_and_owners(two_ranks: RankPool) -> None:
     text = two_ranks.run(audit, "galore_adamw", **GALORE)[0]
     assert "galore_adamw on 2 ranks" in text

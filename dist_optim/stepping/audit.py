@@ -18,6 +18,10 @@ from dist_optim.stepping.holdings import Holdings
 __all__ = ["route_audit"]
 
 MAX_SHAPES = 6
+MAX_RANKS = 16
+"""The most owners that are listed one by one."""
+UNEVEN = 1.5
+"""An owner with so many times the mean of all is told."""
 
 
 def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
@@ -94,19 +98,8 @@ def _together_lines(held: Holdings, world_size: int) -> list[str]:
 
 
 def _owner_lines(held: Holdings) -> list[str]:
-    owned: Counter[int] = Counter()
-    tensors: Counter[int] = Counter()
     placed = held.placed
-    for index, owner in held.plan.owners.items():
-        if placed[index].is_idle:
-            continue
-        owned[owner] += placed[index].shape.numel()
-        tensors[owner] += 1
-    total = sum(owned.values())
-    lines = []
-    if total and len(held.plan.buckets[0].owned) > 1:
-        shares = (f"rank {r} {tensors[r]} tensors, {owned[r] / total:.1%}" for r in sorted(owned))
-        lines.append(f"  stepped whole by their owners, in {len(held.plan.buckets)} rounds: {'; '.join(shares)}")
+    lines = _share_lines(held)
     if held.num_replicas > 1:
         lines.append(f"  the {held.num_replicas} replicas of the shards all step the same: repeated work, no traffic")
     if held.spec.verdict is not None and len(held.plan.buckets) and len(held.plan.buckets[0].owned) > 1:
@@ -115,6 +108,40 @@ def _owner_lines(held: Holdings) -> list[str]:
     local = [p for i, p in enumerate(placed) if p.is_trained and i not in held.plan.owners]
     if local:
         lines.append(f"  stepped on local slices: {len(local)} of {len(trainable)} tensors")
+    return lines
+
+
+def _share_lines(held: Holdings) -> list[str]:
+    """How evenly whole tensors are dealt out: rank by rank, or where there are many heaviest, lightest and mean."""
+    num_owners = len(held.plan.buckets[0].owned) if held.plan.buckets else 1
+    tensors: dict[int, list[PlacedParameter]] = {rank: [] for rank in range(num_owners)}
+    for index, owner in held.plan.owners.items():
+        if not held.placed[index].is_idle:
+            tensors[owner].append(held.placed[index])
+    owned = {rank: sum(one.shape.numel() for one in own) for rank, own in tensors.items()}
+    total = sum(owned.values())
+    if not total or num_owners == 1:
+        return []
+
+    def share(rank: int) -> str:
+        return f"rank {rank} {len(tensors[rank])} tensors, {owned[rank] / total:.1%}"
+
+    heaviest, lightest = max(owned, key=lambda rank: owned[rank]), min(owned, key=lambda rank: owned[rank])
+    if num_owners <= MAX_RANKS:
+        shares = "; ".join(share(rank) for rank, own in tensors.items() if own)
+    else:
+        shares = (
+            f"heaviest {share(heaviest)}; lightest {share(lightest)}; mean of {num_owners} ranks {1 / num_owners:.1%}"
+        )
+    lines = [f"  stepped whole by their owners, in {len(held.plan.buckets)} rounds: {shares}"]
+    times = owned[heaviest] * num_owners / total
+    if times > UNEVEN:
+        largest = max(tensors[heaviest], key=lambda one: one.shape.numel())
+        lines.append(
+            f"  careful: rank {heaviest} owns {times:.1f} times the mean (its largest is {largest.fqn!r}, "
+            f"{largest.shape.numel() / total:.1%}), and the others wait for it: tensors are stepped whole, or where they "
+            "are stored. Fewer ranks to a shard group (HSDP) divide them better"
+        )
     return lines
 
 
