@@ -168,7 +168,7 @@ def audit(name: str, **options: Any) -> str:
 
 def audit_of_one_matrix() -> str:
     net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 2, bias=False))
-    return build("adafactor", DistributedDataParallel(net)).route_audit()
+    return build("adamw_torch", DistributedDataParallel(net), lr=0.1).route_audit()
 
 
 def test_route_audit_says_which_owner_all_others_wait_for(two_ranks: RankPool) -> None:

@@ -139,8 +139,8 @@ def _share_lines(held: Holdings) -> list[str]:
         largest = max(tensors[heaviest], key=lambda one: one.shape.numel())
         lines.append(
             f"  careful: rank {heaviest} owns {times:.1f} times the mean (its largest is {largest.fqn!r}, "
-            f"{largest.shape.numel() / total:.1%}), and the others wait for it: tensors are stepped whole, or where they "
-            "are stored. Fewer ranks to a shard group (HSDP) divide them better"
+            f"{largest.shape.numel() / total:.1%}), and the others wait for it: tensors are stepped whole, or where "
+            "they are stored. Fewer ranks to a shard group (HSDP) divide them better"
         )
     return lines
 
