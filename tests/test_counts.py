@@ -118,7 +118,7 @@ MESSAGES = {"isend": 3, "irecv": 3}
     ("placement", "name", "options", "expected"),
     [
         ("fsdp2", "adamw_torch", {}, {"rounds": 0}),
-        ("ddp", "adamw_torch", {}, {"rounds": 1, "broadcast": 2}),
+        ("ddp", "adamw_torch", {}, {"rounds": 1, "isend": 1, "irecv": 1}),
         ("fsdp2", "galore_adamw", LOW_RANK, {"rounds": 1, **MESSAGES}),
         ("fsdp2", "galore_adamw", {**LOW_RANK, "in packs": True}, {"rounds": 1, "all_to_all_single": 2}),
         ("ddp", "adamw_torch", {"in packs": True}, {"rounds": 1, "all_gather_single": 1}),

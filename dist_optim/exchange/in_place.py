@@ -15,11 +15,11 @@ from torch import Tensor
 from dist_optim.exchange.copies import copy, cut, write_back
 from dist_optim.exchange.plan import Bucket, Item, Route
 from dist_optim.exchange.rooms import Room
-from dist_optim.exchange.route import Leg, is_large
+from dist_optim.exchange.route import Leg
 from dist_optim.exchange.tasks import Task
 from dist_optim.ranks.agreement import own_rank
 
-__all__ = ["gather", "scatter", "spread"]
+__all__ = ["gather", "scatter"]
 
 FIELDS = 4
 """More than ever travel together: gradients and parameters to owners, parameters back."""
@@ -59,7 +59,7 @@ def scatter(
     process_group: dist.ProcessGroup | None,
     room: Room,
 ) -> Task[None]:
-    """As ``scatter_from_owner``, of sharded tensors on the host."""
+    """As ``scatter_from_owner``, on the host; of a replicated tensor every rank holds all."""
     rank = own_rank(process_group)
     own = bucket.owned[rank]
     whole = {item.index: full[item.index].contiguous() for item in own}
@@ -68,43 +68,12 @@ def scatter(
         mail.receive(leg, BACK, local)
     for leg in route.receives:
         mail.send(leg, BACK, {item.index: item.layout.view_of(whole[item.index], leg.peer) for item in _of(leg)})
-    copy([local[item.index] for item in own], [item.layout.view_of(whole[item.index], rank) for item in own])
+    if bucket.is_replicated:
+        write_back(whole, local)
+    else:
+        copy([local[item.index] for item in own], [item.layout.view_of(whole[item.index], rank) for item in own])
     yield
     mail.wait()
-
-
-def spread(
-    bucket: Bucket,
-    full: Mapping[int, Tensor],
-    local: Mapping[int, Tensor],
-    process_group: dist.ProcessGroup | None,
-    room: Room,
-) -> Task[None]:
-    """As ``scatter_from_owner``, of replicated tensors on the host: a broadcast for each large one, from its owner."""
-    rank = own_rank(process_group)
-    write_back({item.index: full[item.index] for item in bucket.owned[rank]}, local)
-    works: list[Any] = []
-    landing: list[tuple[Tensor, list[Tensor]]] = []
-    for owner, items in enumerate(bucket.owned):
-        small = [local[item.index] for item in items if _travels_packed(item, bucket, local)]
-        large = [local[item.index] for item in items if not _travels_packed(item, bucket, local)]
-        if small:
-            buffer = room.flat(sum(part.numel() for part in small), bucket.dtype, bucket.device)
-            if owner == rank:
-                copy(cut(buffer, small), small)
-            else:
-                landing.append((buffer, small))
-            large.append(buffer)
-        works += [dist.broadcast(one, group=process_group, group_src=owner, async_op=True) for one in large]
-    yield
-    for work in works:
-        work.wait()
-    for buffer, parts in landing:
-        copy(parts, cut(buffer, parts))
-
-
-def _travels_packed(item: Item, bucket: Bucket, local: Mapping[int, Tensor]) -> bool:
-    return not is_large(item.shape.numel(), bucket.dtype.itemsize) or not local[item.index].is_contiguous()
 
 
 def _of(leg: Leg) -> tuple[Item, ...]:

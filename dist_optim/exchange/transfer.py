@@ -76,16 +76,13 @@ def scatter_from_owner(
         process_group: The ranks of the bucket's plan.
         room: Memory for what is packed.
     """
-    in_messages = _goes_in_place(bucket)
     if num_ranks(process_group) == 1:
         yield
         write_back({item.index: full[item.index] for item in bucket.items}, local)
-    elif bucket.is_replicated and in_messages:
-        yield from in_place.spread(bucket, full, local, process_group, room or Room())
+    elif _goes_in_place(bucket):
+        yield from in_place.scatter(bucket, full, local, route, process_group, room or Room())
     elif bucket.is_replicated:
         yield from packed.spread(bucket, full, local, process_group)
-    elif in_messages:
-        yield from in_place.scatter(bucket, full, local, route, process_group, room or Room())
     else:
         yield from packed.scatter(bucket, full, local, route, process_group)
 
