@@ -17,9 +17,9 @@ from dist_optim.exchange.plan import Bucket
 from dist_optim.testing import RankPool
 
 
-def one_owner_lacks_the_others_gradients(bucket: Bucket, fields: Any, route: Any, process_group: Any) -> Any:
+def one_owner_lacks_the_others_gradients(bucket: Bucket, fields: Any, *rest: Any) -> Any:
     """The slices of the other ranks are lost on their way to rank 0, for one matrix."""
-    full = yield from transfer.gather_to_owner(bucket, fields, route, process_group)
+    full = yield from transfer.gather_to_owner(bucket, fields, *rest)
     rank = torch.distributed.get_rank()
     for item in bucket.owned[rank][:1] if rank == 0 else ():
         gradient = full[0][item.index]
@@ -29,7 +29,7 @@ def one_owner_lacks_the_others_gradients(bucket: Bucket, fields: Any, route: Any
     return full
 
 
-def updates_do_not_travel_back(bucket: Bucket, full: Any, local: Any, route: Any, process_group: Any) -> Any:
+def updates_do_not_travel_back(*transfer: Any) -> Any:
     yield
 
 
