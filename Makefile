@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity reshard any-optimizer soak compat trainer-suite docs clean
+.PHONY: help demo test lint parity reshard faults any-optimizer soak compat trainer-suite docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -51,6 +51,10 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 reshard: $(STAMP) ## save under every strategy, load under every other; writes docs/reshard.json and docs/checkpoints.md
 	@echo "+ python tests/measure_reshard.py"
 	@python tests/measure_reshard.py
+
+faults: $(STAMP) ## kill saves, and fail their disk, at each file-system call; writes docs/faults.json and docs/checkpoints.md
+	@echo "+ python tests/measure_faults.py"
+	@python tests/measure_faults.py
 
 any-optimizer: $(STAMP) ## every class of torch, pytorch-optimizer, timm, heavyball, ..., as installed; writes docs/any-optimizer.md
 	@echo "+ python tests/measure_any_optimizer.py"

@@ -17,7 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import track
-from strategies import BREAK, SHORT_CHAIN, STEPS, STRATEGIES, gap, gaps_of_chain, leg, one_process, recipe_of, strategy
+from strategies import (
+    BREAK,
+    INSIDE,
+    INSIDE_NAMES,
+    LAYERWISE_CHAIN,
+    LAYERWISE_NAMES,
+    SHORT_CHAIN,
+    STEPS,
+    STRATEGIES,
+    gap,
+    gaps_of_chain,
+    leg,
+    one_process,
+    recipe_of,
+    strategy,
+)
 from zero_names import served_names
 
 from dist_optim.testing import RankFailure, RankPool
@@ -73,9 +88,19 @@ def outcome(measure: Callable[[], float]) -> Cell:
 
 
 def chain(name: str, pool_of: PoolOf) -> Cell:
-    """The largest difference on the way through the strategies of ``SHORT_CHAIN``."""
+    """The largest difference on the way through the strategies of its chain."""
     with tempfile.TemporaryDirectory() as folder:
-        return outcome(lambda: max(gaps_of_chain(recipe_of(name), SHORT_CHAIN, pool_of, Path(folder)).values()))
+        return outcome(lambda: max(gaps_of_chain(recipe_of(name), chain_of(name), pool_of, Path(folder)).values()))
+
+
+def chain_of(name: str) -> tuple[str, ...]:
+    """The strategies that serve it."""
+    return LAYERWISE_CHAIN if name in LAYERWISE_NAMES else SHORT_CHAIN
+
+
+def names() -> list[str]:
+    """Every name that DeepSpeed serves, those that step inside backward, and those that do where they may."""
+    return [*served_names(), *LAYERWISE_NAMES, *INSIDE_NAMES]
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -94,14 +119,25 @@ def tables(results: dict[str, Any]) -> str:
         for saving, cells in results["matrix"].items()
     ]
     exact = [name for name, cell in results["chains"].items() if cell == 0]
-    others = {name: cell for name, cell in results["chains"].items() if cell != 0}
-    passed = (
-        f"Through {', '.join(SHORT_CHAIN)}, each loading what the one before has saved, {len(exact)} names are equal "
+    plain, inside, layerwise = (
+        [name for name in exact if name not in (*LAYERWISE_NAMES, *INSIDE_NAMES)],
+        [name.removesuffix(INSIDE) for name in exact if name in INSIDE_NAMES],
+        [name for name in exact if name in LAYERWISE_NAMES],
     )
-    listed = "to the bit: " + ", ".join(f"`{name}`" for name in exact) + "."
-    lines += ["", *textwrap.wrap(passed + listed, 125, break_on_hyphens=False)]
-    lines += [f"`{name}`: {shown(cell)}." for name, cell in others.items()]
+    for text in (
+        f"Through {', '.join(SHORT_CHAIN)}, each loading what the one before has saved, {len(plain)} names are equal "
+        f"to the bit: {listed(plain)}.",
+        f"So are {listed(inside)} where they step inside backward (one, ddp, fsdp2), and from stored gradients in "
+        "between (fsdp1, zero).",
+        f"Through {', '.join(LAYERWISE_CHAIN)}, all inside backward: {listed(layerwise)}.",
+    ):
+        lines += ["", *textwrap.wrap(text, 125, break_on_hyphens=False)]
+    lines += [f"`{name}`: {shown(cell)}." for name, cell in results["chains"].items() if cell != 0]
     return "\n".join(lines)
+
+
+def listed(found: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in found)
 
 
 def shown(cell: Cell) -> str:
@@ -123,7 +159,7 @@ def main() -> int:
         if not asked or MATRIX_OF in asked:
             with tempfile.TemporaryDirectory() as folder:
                 results["matrix"] = matrix(MATRIX_OF, pool_of, Path(folder))
-        for name in track(asked or served_names(), description="every name"):
+        for name in track(asked or names(), description="every name"):
             results["chains"][name] = chain(name, pool_of)
     results["chains"] = dict(sorted(results["chains"].items()))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from end_to_end import batch, make_llama
+from fused import injected_loss
 from placements import full_parameters, inject, place
 from torch import Tensor, nn
 from zero import ZeroRun, engine_of
@@ -22,6 +23,7 @@ from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.testing import RankPool
 
+LAYERWISE = "_layerwise"
 BREAK, STEPS = 4, 7
 """Saved after so many steps, and trained on to so many: GaLore's projectors are made anew in between."""
 
@@ -30,11 +32,26 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One optimizer, and the dtype of the model where an engine keeps masters of it."""
+    """One optimizer, the dtype of the model where an engine keeps masters of it, and when it steps."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     half: str = ""
+    is_inside: bool = False
+    """Whether losses bring the gradients, and it steps inside backward where that is served."""
+    is_reference: bool = False
+    """Of one that is inside: the same gradients, stored."""
+
+    @property
+    def reference(self) -> Recipe:
+        """The same algorithm, from stored gradients."""
+        return replace(self, name=self.name.removesuffix(LAYERWISE), is_reference=True)
+
+    def gradients(self, step: int) -> Values:
+        """What every side steps by: where a loss brings them, they survive what an engine multiplies and divides by."""
+        generator = torch.Generator().manual_seed(1000 + step)
+        made = {name: torch.randn(one.shape, generator=generator) * 0.1 for name, one in _parameters()}
+        return {name: one.bfloat16().float() for name, one in made.items()} if self.is_inside else made
 
     def start(self) -> nn.Module:
         """The model, in fp32: rounded where masters begin from a model in half precision."""
@@ -43,7 +60,8 @@ class Recipe:
         return model.to(dtype).float()
 
     def __str__(self) -> str:
-        return f"{self.name} {self.half}".strip()
+        is_named = self.is_inside and not self.name.endswith(LAYERWISE)
+        return f"{self.name} {self.half}".strip() + (INSIDE if is_named else "")
 
 
 @dataclass(frozen=True)
@@ -91,10 +109,9 @@ def strategy(text: str) -> Strategy:
     return next(one for one in STRATEGIES if str(one) == text)
 
 
-def gradients(step: int) -> Values:
-    """What every side steps by."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    return {name: torch.randn(one.shape, generator=generator) * 0.1 for name, one in make_llama().named_parameters()}
+@functools.cache
+def _parameters() -> list[tuple[str, nn.Parameter]]:
+    return list(make_llama().named_parameters())
 
 
 class Side(ABC):
@@ -127,15 +144,24 @@ class Side(ABC):
 class _UnderTorch(Side):
     def __init__(self, strategy: Strategy, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.model = place(recipe.start(), strategy.placement)
+        self.is_inside = recipe.is_inside and not recipe.is_reference and strategy.placement != "fsdp1"
+        model = recipe.start()
+        if self.is_inside:
+            _let_losses_be_given(model)
+        self.model = place(model, strategy.placement)
         self.optimizer = dist_optim.build_optimizer(
-            self.model, recipe.name, print_audit=False, fused_backward=False, **recipe.options
+            self.model, recipe.name, print_audit=False, fused_backward=self.is_inside, **recipe.options
         )
         self.schedule = _schedule(self.optimizer)
 
     def step(self, at: int) -> None:
-        inject(self.model, dict(gradients(at)))
-        seed(at)  # after the gradients, whose making draws
+        given = self.recipe.gradients(at)
+        seed(at)
+        if self.is_inside:  # the first rank's alone, so that the average is it whatever the order of summation
+            share = num_ranks() if own_rank() == 0 else 0
+            self.model({name: one * share for name, one in given.items()}).backward()
+        else:
+            inject(self.model, dict(given))
         self.optimizer.step()
         self.schedule.step()
 
@@ -145,6 +171,21 @@ class _UnderTorch(Side):
     @property
     def pair(self) -> tuple[Any, Any]:
         return self.model, self.optimizer
+
+
+def _let_losses_be_given(model: nn.Module) -> None:
+    """From now on a call with a tensor for each parameter returns the loss whose gradients those are."""
+    for module in model.modules():
+        module.forward = functools.partial(_given_loss, module)
+
+
+def _given_loss(module: nn.Module, given: Values) -> Tensor:
+    loss = injected_loss(module, given)
+    for name, child in module.named_children():
+        loss = loss + child(
+            {key.removeprefix(f"{name}."): one for key, one in given.items() if key.startswith(f"{name}.")}
+        )
+    return loss
 
 
 class _UnderZero(Side):
@@ -170,7 +211,7 @@ class _UnderZero(Side):
         step_part(present)
 
     def step(self, at: int) -> None:
-        self.given = gradients(at)
+        self.given = self.recipe.gradients(at)
         tokens = batch(at)
         self.engine.backward(self.engine(input_ids=tokens, labels=tokens).loss)
         seed(at)
@@ -240,8 +281,10 @@ def gap(found: list[Values], expected: list[Values]) -> float:
 
 
 def recipe_of(name: str, half: str = "") -> Recipe:
-    """As docs/zero.md has it measured."""
-    return Recipe(name, run_of_name(name, 0).options, half)
+    """As docs/zero.md has it measured; with a suffix, or the words "inside backward", inside backward."""
+    plain = name.removesuffix(INSIDE)
+    options = run_of_name(plain.removesuffix(LAYERWISE), 0).options
+    return Recipe(plain, options, half, is_inside=plain != name or plain.endswith(LAYERWISE))
 
 
 CHAIN = ("one", "zero1:2", "ddp:3", "zero2:3", "fsdp2:2", "zero3:2", "hsdp:4", "zero0:2") + (
@@ -258,11 +301,20 @@ CHAIN = ("one", "zero1:2", "ddp:3", "zero2:3", "fsdp2:2", "zero3:2", "hsdp:4", "
 SHORT_CHAIN = ("ddp:2", "zero2:3", "fsdp2:2", "zero3:2", "one", "zero1:2", "fsdp1:2")
 
 
+LAYERWISE_CHAIN = ("ddp:2", "fsdp2:3", "one", "hsdp:4", "ddp:3", "fsdp2:2")
+"""Where updates are made inside backward; under the others of ``SHORT_CHAIN`` the same names step stored gradients."""
+INSIDE = " inside backward"
+_INSIDE = ("adalomo", "adamw_torch", "flash_adamw", "lomo", "schedule_free_adamw", "sgd")
+_LAYERWISE = ("apollo_adamw", "galore_adafactor", "galore_adamw", "galore_adamw_8bit")
+INSIDE_NAMES = tuple(f"{name}{INSIDE}" for name in _INSIDE)
+LAYERWISE_NAMES = tuple(f"{name}{LAYERWISE}" for name in _LAYERWISE)
+
+
 def gaps_of_chain(
     recipe: Recipe, chain: tuple[str, ...], pool_of: Callable[[int], RankPool], folder: Path
 ) -> dict[str, float]:
     """Each strategy loads what the one before has saved, takes a step, and saves: how far that is from one process."""
-    expected = pool_of(1).run(one_process, recipe, BREAK + len(chain))[0]
+    expected = pool_of(1).run(one_process, recipe.reference, BREAK + len(chain))[0]
     found, source = {}, None
     for number, text in enumerate(chain):
         steps = range(BREAK) if source is None else range(BREAK + number - 1, BREAK + number)

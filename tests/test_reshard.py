@@ -10,7 +10,6 @@ from unittest import mock
 import measure_reshard
 import pytest
 from strategies import BREAK, CHAIN, SHORT_CHAIN, STRATEGIES, Recipe, gap, gaps_of_chain, leg, one_process, recipe_of
-from zero_names import served_names
 
 from dist_optim.testing import RankPool
 
@@ -28,6 +27,8 @@ CHAINS = [
         (recipe_of(name), SHORT_CHAIN) for name in ("adafactor", "adamw_bnb_8bit", "muon", "prodigy")
     ),  # others: the page
     (recipe_of("schedule_free_adamw", "bf16"), ("one", "zero0:2", "fsdp2:2", "zero2:3", "ddp:2", "zero3:2", "one")),
+    (recipe_of("galore_adamw_layerwise"), ("ddp:2", "fsdp2:3", "one")),
+    (recipe_of("schedule_free_adamw inside backward"), ("fsdp2:2", "zero3:2", "one", "ddp:2")),
     (recipe_of("galore_adamw", "fp16"), ("fsdp1:2", "zero1:2", "zero3:3", "zero2:2", "ddp:2")),
 ]
 
@@ -58,7 +59,7 @@ def test_control_without_the_state_or_the_weights_a_run_goes_elsewhere(
 def test_the_page_is_what_its_results_give_and_every_bit_is_equal() -> None:
     results = json.loads(measure_reshard.RESULTS.read_text())
     assert measure_reshard.PAGE.read_text() == measure_reshard.write_page(results), "run `make reshard`"
-    assert set(results["chains"]) == set(served_names()), "run `make reshard`"
+    assert set(results["chains"]) == set(measure_reshard.names()), "run `make reshard`"
     assert list(results["matrix"]) == [str(one) for one in STRATEGIES]
     cells = [*results["chains"].values(), *(cell for row in results["matrix"].values() for cell in row.values())]
     assert set(cells) == {0.0}

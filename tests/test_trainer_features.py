@@ -96,7 +96,7 @@ def train_and_push(trainer: Any) -> Any:
     hub = transformers.trainer.hf_api()
     # Beside stock's files a checkpoint of ours may have its own, and it has no optimizer.pt.
     return [
-        (message, path, [name for name in names if name != "optimizer.pt"], weights)
+        (message, path, [name for name in names if name not in ("optimizer.pt", "dist_optim_save.json")], weights)
         for message, path, names, weights in hub.pushed
     ]
 

@@ -187,11 +187,13 @@ def _replace(directory: Path, aside: Path) -> None:
         directory.rename(replaced)
     try:
         aside.rename(directory)
+        _sync(directory.parent)
     except OSError:
+        if not aside.exists():
+            directory.rename(aside)
         if replaced.exists():
             replaced.rename(directory)
         raise
-    _sync(directory.parent)
     for done_with in (aside.parent, replaced):  # it is saved: what cannot be removed now, the next save removes
         shutil.rmtree(done_with, ignore_errors=True)
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dist_optim.checkpoint.blocks import Pieces, read_pieces
 from dist_optim.checkpoint.directory import attempt
 from dist_optim.checkpoint.engine_view import EngineView
 from dist_optim.checkpoint.optimizer_state import look_into, read_state
 from dist_optim.errors import CheckpointError
+from dist_optim.specs.same_bits import same
 from dist_optim.stepping.fresh_state import instances_aside
 
 __all__ = ["rehearse_optimizer", "rehearse_weights"]
@@ -34,7 +33,7 @@ def rehearse_weights(folder: Path, held: Mapping[str, Pieces], view: EngineView)
 
     def compare() -> None:
         for name, piece in held.items():
-            if any(not _same(block, rooms[name].blocks[offsets]) for offsets, block in piece.blocks.items()):
+            if any(not same(block, rooms[name].blocks[offsets]) for offsets, block in piece.blocks.items()):
                 raise CheckpointError(f"{name!r} reads otherwise than it was written. {REMEDY}")
 
     attempt(compare, folder, view.ranks)
@@ -61,14 +60,5 @@ def _compare(view: EngineView, read: Mapping[str, Mapping[str, Any]]) -> None:
             second[index].write_encoded_state(index, read.get(name, {}))
             found = second[index].encoded_state(index)
             for key in own.keys() | found.keys():
-                if not _same(own.get(key), found.get(key)):
+                if not same(own.get(key), found.get(key)):
                     raise CheckpointError(f"{key!r} in the state of {name!r} loads otherwise than it was. {REMEDY}")
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal to the bit, and NaN equals NaN."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        one, other = one.detach().cpu(), other.detach().cpu()
-        is_alike = one.shape == other.shape and one.dtype == other.dtype
-        return is_alike and bool(((one == other) | ((one != one) & (other != other))).all())
-    return type(one) is type(other) and (one == other or (one != one and other != other))

@@ -1,4 +1,4 @@
-"""What ``checkpoint.json`` and ``optimizer.json`` hold, in words that a program can hold them to.
+"""What the records of a checkpoint hold (``*.json``), in words that a program can hold them to.
 
 A *kind* takes a value and says what is wrong with it, or nothing. What a record says of an optimizer, beyond the form,
 is compared where the optimizer is known (``optimizer_state``).
@@ -14,7 +14,7 @@ from typing import Any
 
 from dist_optim.specs.driver import STRUCTURE
 
-__all__ = ["CHECKPOINT", "OPTIMIZER", "Kind", "census", "problem_in"]
+__all__ = ["CHECKPOINT", "FOLDER", "OPTIMIZER", "Kind", "census", "problem_in"]
 
 Kind = Callable[[Any], str]
 """What is wrong with a value, beginning with where in it: empty where nothing is."""
@@ -135,6 +135,13 @@ _HEAD = {"format": count(1), "identity": WORD, "optimizer": NAME}
 ENGINE = record({}, {"loss_scale": mapping(number)}, other=count())
 
 CHECKPOINT = record({**_HEAD, "steps": count(), "world_size": count(1), "model": SEAL, "parts": mapping(SHA256)})
+FOLDER = record(
+    {
+        "format": count(1),
+        "saved_at_ns": count(),
+        "parts": mapping(mapping(record({"bytes": count(), "sums": text("([0-9a-f]{8})*")}))),
+    }
+)
 OPTIMIZER = record(
     {
         **_HEAD,

@@ -23,6 +23,7 @@ from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import FlatRange, Layout, Replicated
 from dist_optim.ranks.agreement import gather_objects, host_group, own_rank, reachable_devices
 from dist_optim.ranks.together import together
+from dist_optim.specs.same_bits import same
 
 __all__ = [
     "Call",
@@ -180,7 +181,7 @@ def _check_slices(slices: Sequence[ParamSlice], tilings: Sequence[Sequence[tuple
     for at, part in enumerate(slices):
         if not part.layout.is_replicated and not _tile([ranges[at] for ranges in tilings], part.shape.numel()):
             problem = f"the ranks' ranges of {part.name!r} {[ranges[at] for ranges in tilings]} do not tile it"
-        elif not _same(part.weight().to(part.model_values().dtype), part.model_values()):
+        elif not same(part.weight().to(part.model_values().dtype), part.model_values()):
             problem = f"the slice of {part.name!r} does not hold the model's own values"
     if problem:
         raise UnsupportedLayoutError(
@@ -267,7 +268,3 @@ def _tile(ranges: Sequence[tuple[int, int]], numel: int) -> bool:
     filled = [r for r in ranges if r[1] > r[0]]
     ends = [0, *(end for _, end in filled)]
     return [start for start, _ in filled] == ends[:-1] and ends[-1] == numel
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and bool(((left == right) | left.isnan() & right.isnan()).all())

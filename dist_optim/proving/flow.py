@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dist_optim.proving.scenario import Scenario
-from dist_optim.proving.subject import Context, Snapshot, StepFailed, Subject, copied, same
+from dist_optim.proving.subject import Context, Snapshot, StepFailed, Subject, copied
 from dist_optim.proving.trace import Found, Perturb, Trace, is_mixed, numbers
 from dist_optim.specs.driver import tensors_in
 from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.specs.same_bits import same
 
 __all__ = ["Flow", "flow_of", "random_state", "same_state", "set_random_state"]
 

@@ -17,11 +17,12 @@ from dist_optim.proving.scenario import Scenario
 from dist_optim.proving.trace import Trace
 from dist_optim.specs.driver import ParamGroup, as_given
 from dist_optim.specs.registry import OptimizerSpec, Trait
+from dist_optim.specs.same_bits import same
 from dist_optim.specs.verdict import Ghosts, Verdict
 from dist_optim.stepping.extras import Extras
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
-__all__ = ["Snapshot", "StepFailed", "Subject", "copied", "run", "same"]
+__all__ = ["Snapshot", "StepFailed", "Subject", "copied", "run"]
 
 Context = Callable[[], AbstractContextManager[Any]]
 FALLBACK_RATE = 1e-3
@@ -256,25 +257,6 @@ def copied(value: Any) -> Any:
     if hasattr(value, "__dict__") and not callable(value):
         return copied(vars(value))
     return type(value).__name__
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    """Whether two values of ``copied`` are equal to the bit; NaN is equal to itself."""
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            return False
-        return torch.equal(_bits(ours), _bits(theirs))
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
-    if isinstance(ours, (Tensor, dict, list)) or isinstance(theirs, (Tensor, dict, list)):
-        return False
-    return type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 class StepFailed(Exception):

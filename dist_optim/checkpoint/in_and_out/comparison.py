@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_optim.checkpoint.in_and_out.folder import Folder
 from dist_optim.checkpoint.in_and_out.upstream_file import load_plain
 from dist_optim.checkpoint.in_and_out.weights import LogicalWeights, Weights
 from dist_optim.checkpoint.index import StoredTensor
+from dist_optim.specs.same_bits import same
 
 __all__ = ["Difference", "differences"]
 
@@ -64,7 +64,7 @@ def _schedule_of(folder: Folder) -> dict[str, Any]:
 
 def _of_values(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[Difference]:
     for key in list(dict.fromkeys([*here, *there])):
-        if not _same(here.get(key), there.get(key)):
+        if not same(here.get(key), there.get(key)):
             yield Difference(key, _text(here.get(key)), _text(there.get(key)))
 
 
@@ -94,25 +94,11 @@ def _described(one: StoredTensor | None) -> str:
 
 
 def _largest(here: Tensor, there: Tensor) -> float | None:
-    """None where they are equal, also in what is not a number."""
-    if torch.equal(here, there) or _bytes(here).equal(_bytes(there)):
+    """None where they are equal to the bit; 0 where signs of zeros are all that differs."""
+    if same(here, there):
         return None
     apart = (here.double() - there.double()).abs()
     return math.nan if bool(apart.isnan().any()) else float(apart.max())
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _same(here: Any, there: Any) -> bool:
-    if isinstance(here, Tensor) or isinstance(there, Tensor):
-        return isinstance(here, Tensor) and isinstance(there, Tensor) and torch.equal(here, there)
-    if isinstance(here, dict) and isinstance(there, dict):
-        return here.keys() == there.keys() and all(_same(here[key], there[key]) for key in here)
-    if isinstance(here, (list, tuple)) and isinstance(there, (list, tuple)):
-        return len(here) == len(there) and all(map(_same, here, there))
-    return bool(here == there) or (here != here and there != there)
 
 
 def _text(value: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_optim.checkpoint.directory import attempt, read_json, written_aside
+from dist_optim.checkpoint.folder_seal import seal_alone
 from dist_optim.checkpoint.in_and_out.names import assert_fitting, model_of_config, names_by_group
 from dist_optim.checkpoint.in_and_out.skeleton import build_on, one_process, skeleton
 from dist_optim.checkpoint.in_and_out.sources import Source, find, zero_folder
@@ -307,6 +308,7 @@ def _save(target: Path, run: nn.Module, optimizer: DistributedOptimizer, schedul
         save_checkpoint(aside, run, optimizer, None if schedule is None else _Schedule(schedule))
         if trainers is not None:
             attempt(lambda: _copy_alongside(trainers, aside), target, None)
+            attempt(lambda: seal_alone(aside), target, None)
 
 
 def _copy_alongside(source: Path, target: Path) -> None:

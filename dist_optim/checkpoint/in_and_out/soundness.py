@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_optim.checkpoint.folder_seal import MARK, differences_in
 from dist_optim.checkpoint.identity import check_part, check_same_save
 from dist_optim.checkpoint.in_and_out.folder import MASTER_KEY, MODEL, Folder
 from dist_optim.checkpoint.in_and_out.upstream_file import load_plain
@@ -19,7 +20,7 @@ Check = Callable[[Folder], Iterable[str]]
 
 def problems_in(folder: Folder) -> list[str]:
     """All that is wrong, every tensor's checksum included."""
-    return _found_by([_in_tensors, _in_weights, *_OF_RECORDS, _in_plain_files], folder)
+    return _found_by([_in_tensors, _in_weights, *_OF_RECORDS, _in_plain_files, _in_folder], folder)
 
 
 def assert_consistent(folder: Folder) -> None:
@@ -116,6 +117,12 @@ def _in_plain_files(folder: Folder) -> Iterator[str]:
             load_plain(path)
         except CheckpointError as error:
             yield str(error)
+
+
+def _in_folder(folder: Folder) -> Iterator[str]:
+    """Files of transformers and accelerate, which are of one save by the folder's own record."""
+    if (folder.path / MARK).is_file():
+        yield from (f"{str(folder.path)!r}: {text}." for _, text in differences_in(folder.path))
 
 
 def _listed(what: str, names: Iterable[str]) -> Iterator[str]:

@@ -5,8 +5,8 @@ what FSDP should have sharded. Both would lose most of a sharded state. So our o
 written beside its files, as logical tensors. Weights that another strategy has saved are read here too; those of a
 DeepSpeed engine are written here, where accelerate would let the engine save all in DeepSpeed's own format.
 
-accelerate writes into the folder file by file. So the optimizer's part, without which nothing loads, goes first and
-comes last: a job that is killed in between leaves no mixture of two states.
+accelerate writes into the folder file by file. So the record that binds them (``checkpoint.folder_seal``), without
+which nothing loads, goes first and comes last: a job that is killed in between leaves no mixture of two states.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_optim.building.arguments import listed_names
 from dist_optim.checkpoint import exported_weights, save_optimizer
 from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, opened
 from dist_optim.checkpoint.engine_view import is_ours, view_of
+from dist_optim.checkpoint.folder_seal import MARK, check_folder, parts_among, seal_folder
 from dist_optim.checkpoint.model_weights import (
     FSDP_FOLDER,
     OWN_FOLDER,
@@ -36,7 +38,7 @@ from dist_optim.checkpoint.model_weights import (
 )
 from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, read_state
 from dist_optim.checkpoint.plain_loads import plain_loads
-from dist_optim.errors import CheckpointError
+from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.integrations.accelerate.guards import served_optimizers
 from dist_optim.ranks.meeting import meet
 
@@ -65,29 +67,41 @@ def serve_state(accelerator: Accelerator) -> None:
 def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str]) -> Callable[..., str]:
     def save_state(*args: Any, **options: Any) -> str:
         meet("save_state()")
-        ours = served_optimizers(accelerator)
-        given = args[0] if args else options.get("output_dir")
-        if given is not None:
-            is_first = accelerator.is_main_process
-            attempt(lambda: _remove(given, len(ours)) if is_first else None, Path(given), None)
-        with ExitStack() as stack:
-            stack.enter_context(_left_out(accelerator, ours))
-            for optimizer in ours:
-                stack.enter_context(exported_weights(optimizer))
-                if engine := engine_of(accelerator):
-                    stack.enter_context(_weights_alone(engine, optimizer))
-            folder = attempt(lambda: original(*args, **options), Path(given or "checkpoints"), None)
-        for number, optimizer in enumerate(ours):
-            save_optimizer(_folder(folder, number), optimizer)
-        if (schedule := schedule_inside(accelerator)) is not None:
-            path = Path(folder) / SCHEDULE
-            attempt(
-                lambda: torch.save(schedule.state_dict(), path) if accelerator.is_main_process else None, path, None
-            )
+        ours, is_first = served_optimizers(accelerator), accelerator.is_main_process
+        target = _target(accelerator, args[0] if args else options.get("output_dir"))
+        is_numbered = accelerator.project_configuration.automatic_checkpoint_naming  # one that is there is refused
+        is_new = attempt(lambda: not target.exists(), target, None)
+        if not is_new and not is_numbered:
+            attempt(lambda: _take_apart(target, len(ours)) if is_first else None, target, None)
+        try:
+            folder = _write_all(accelerator, ours, target, lambda: original(*args, **options))
+        except DistOptimError:
+            if is_new and is_first:  # all ranks have stopped writing
+                shutil.rmtree(target, ignore_errors=True)
+            raise
         return folder
 
     save_state.__doc__ = original.__doc__
     return save_state
+
+
+def _write_all(accelerator: Accelerator, ours: list[Any], target: Path, original: Callable[[], str]) -> str:
+    """accelerate's files, then ours, then the record over both. Collective."""
+    is_first = accelerator.is_main_process
+    with ExitStack() as stack:
+        stack.enter_context(_left_out(accelerator, ours))
+        for optimizer in ours:
+            stack.enter_context(exported_weights(optimizer))
+            if engine := engine_of(accelerator):
+                stack.enter_context(_weights_alone(engine, optimizer))
+        folder = attempt(original, target, None)
+    for number, optimizer in enumerate(ours):
+        save_optimizer(_folder(folder, number), optimizer)
+    if (schedule := schedule_inside(accelerator)) is not None:
+        path = Path(folder) / SCHEDULE
+        attempt(lambda: torch.save(schedule.state_dict(), path) if is_first else None, path, None)
+    seal_folder(Path(folder))
+    return folder
 
 
 def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., None]) -> Callable[..., None]:
@@ -95,12 +109,15 @@ def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., No
         meet("load_state()")
         named = Path(input_dir or "checkpoints")
         folder = attempt(lambda: _chosen(accelerator, input_dir), named, None, is_reading=True)
+        ours = served_optimizers(accelerator)
+        parts, hyperparameters = parts_among(listed_names("allow_changed", allow_changed))
+        if ours:
+            check_folder(folder, allowed=parts)
         if engine_of(accelerator) and (folder / ENGINES_OWN).is_dir():
             with plain_loads():
                 original(str(folder), *args, **options)
             return
-        ours = served_optimizers(accelerator)
-        look = functools.partial(_look_into, str(folder), ours, allow_changed)
+        look = functools.partial(_look_into, str(folder), ours, hyperparameters)
         found = attempt(look, folder, None, is_reading=True)
         for optimizer, incoming in zip(ours, found, strict=True):
             read_state(view_of(optimizer), incoming)
@@ -151,14 +168,22 @@ def _let_schedules_follow(accelerator: Accelerator) -> None:
                 let_follow(schedule, view_of(optimizer).optimizer.param_groups)
 
 
+def _target(accelerator: Accelerator, given: Any) -> Path:
+    """The folder that is going to be written."""
+    if accelerator.project_configuration.automatic_checkpoint_naming:
+        return Path(accelerator.project_dir) / "checkpoints" / f"checkpoint_{accelerator.save_iteration}"
+    return Path(given or "checkpoints")
+
+
 def _chosen(accelerator: Accelerator, given: str | None) -> Path:
-    """The folder to load: the latest one, where accelerate names them itself."""
+    """The folder to load: the latest one that was saved to its end, where accelerate names them itself."""
     if given is not None:
         return Path(os.path.expanduser(given))
     if not accelerator.project_configuration.automatic_checkpoint_naming:
         raise CheckpointError("load_state() was given no folder. Give the one that save_state returned.")
     folders = [path for path in (Path(accelerator.project_dir) / "checkpoints").iterdir() if path.name[-1].isdigit()]
-    return max(folders, key=lambda path: int(path.name.rpartition("_")[2]))
+    whole = [path for path in folders if (path / MARK).is_file()]
+    return max(whole or folders, key=lambda path: int(path.name.rpartition("_")[2]))
 
 
 def _foreign_weights(accelerator: Accelerator, folder: Path) -> StoredWeights | None:
@@ -220,12 +245,14 @@ def _look_into(folder: str, ours: list[Any], allow_changed: Iterable[str]) -> li
     return [look_into(one, view_of(optimizer), allow_changed) for one, optimizer in pairs]
 
 
-def _remove(state: str, number: int) -> None:
+def _take_apart(state: Path, number: int) -> None:
+    """Remove from the folder what makes it loadable, the record first."""
+    (state / MARK).unlink(missing_ok=True)
     for folder in (_folder(state, at) for at in range(number)):
         if folder.exists():
             shutil.rmtree(folder)
-    remove_weights(Path(state))
+    remove_weights(state)
 
 
-def _folder(state: str, number: int) -> Path:
+def _folder(state: str | Path, number: int) -> Path:
     return Path(state) / ("dist_optim" if number == 0 else f"dist_optim_{number}")

@@ -35,7 +35,8 @@ class TrainingArguments(transformers.TrainingArguments):
     Python literals), JSON text, or a dict. In it, ``rest=NAME, rest_lr=3e-4`` are ``rest`` and ``rest_options`` of
     ``build_optimizer``; JSON and a dict may hold ``params``, groups by pattern. ``optim_target_modules`` may be one
     string too. ``allow_changed`` (also as a list) names hyperparameters that may be others than in the run that is
-    resumed, and take the values given here. All else is unchanged.
+    resumed, and take the values given here; and parts of its folder that may be of another save
+    (``checkpoint.folder_seal.PARTS``). All else is unchanged.
     """
 
     # Redeclared: argparse would offer only transformers' own names, read no dict, and take a single module.
@@ -54,7 +55,10 @@ class TrainingArguments(transformers.TrainingArguments):
 
     allow_changed: str | None = field(
         default=None,
-        metadata={"help": "Hyperparameters that may be others than in the run that is resumed, as: lr,weight_decay."},
+        metadata={
+            "help": "Hyperparameters that may be others than in the run that is resumed, as: lr,weight_decay; and "
+            "parts of its checkpoint that may be of another save: model,scheduler."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@
     checkpoint-500/optimizer/        the optimizer (``dist_optim.checkpoint``), whatever the strategy
     checkpoint-500/model.safetensors and all else as transformers writes it; averaged weights of optimizers that average
     checkpoint-500/dist_optim_weights/   the weights, where ZeRO-3 was not told to gather them for saving
+    checkpoint-500/dist_optim_save.json  what binds all of it into one save (``checkpoint.folder_seal``)
 
 What one strategy has saved, every other resumes from. (With adapters of peft, DeepSpeed saves its own way.)
 
@@ -25,11 +26,12 @@ from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimiz
 from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, recover, written_aside
 from dist_optim.checkpoint.engine_view import is_ours, view_of
+from dist_optim.checkpoint.folder_seal import PARTS, check_folder, parts_among, seal_alone, seal_folder
 from dist_optim.checkpoint.model_weights import StoredWeights, find_weights, load_weights, save_weights
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.transformers.arguments import listed
-from dist_optim.integrations.transformers.history import checkpoints_in, mark_as_saved, remove_older
+from dist_optim.integrations.transformers.history import checkpoints_in, remove_older
 from dist_optim.ranks.agreement import gather_objects
 
 __all__ = ["CheckpointingMixin"]
@@ -69,14 +71,25 @@ class CheckpointingMixin:
     def train(self, resume_from_checkpoint: Any = None, *positional: Any, **named: Any) -> Any:
         """As in transformers; what a killed job has left between two names is there to resume from, or gone.
 
-        ``resume_from_checkpoint=True`` is the checkpoint that was saved last, whatever its number.
+        ``resume_from_checkpoint=True`` is the checkpoint that was saved last, whatever its number. One whose files are
+        not all of one save is refused, before anything is changed.
         """
         folder = Path(self.args.output_dir)
         attempt(lambda: recover(folder, CHECKPOINTS) if self.args.should_save else None, folder, None)
         if resume_from_checkpoint is True:
             latest = [str(path) for path in attempt(lambda: checkpoints_in(folder), folder, None)[-1:]]
             resume_from_checkpoint = next(iter(gather_objects(latest)[0]), True)  # transformers says that there is none
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            self._check_sealed(Path(resume_from_checkpoint), *PARTS)
         return super().train(resume_from_checkpoint, *positional, **named)  # type: ignore[misc]
+
+    def _check_sealed(self, checkpoint: Path, *parts: str) -> None:
+        """Refuse one that is no longer what was saved. Collective."""
+        allowed = parts_among(self._allowed_to_change())[0]
+        check_folder(checkpoint, allowed=allowed, only=parts, and_tensors="optimizer" in parts)
+
+    def _allowed_to_change(self) -> list[str]:
+        return listed(getattr(self.args, "allow_changed", None))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_into or super()._get_output_dir(trial))  # type: ignore[misc]
@@ -92,10 +105,9 @@ class CheckpointingMixin:
         with written_aside(directory, None) as aside:
             self._saving_into = aside.parent  # where transformers makes a folder of the same name
             try:
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                self._name_the_best(aside, directory)
-                if self.args.should_save:
-                    mark_as_saved(aside)
+                attempt(functools.partial(super()._save_checkpoint, model, trial), directory, None)  # type: ignore[misc]
+                attempt(lambda: self._name_the_best(aside, directory), directory, None)
+                seal_folder(aside)
             finally:
                 self._saving_into = None
         attempt(lambda: self._rotate(run) if self.args.should_save else None, directory, None)
@@ -106,6 +118,18 @@ class CheckpointingMixin:
             self.state.best_model_checkpoint = str(directory)
             if self.args.should_save:
                 self.state.save_to_json(str(aside / STATE_FILE))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        attempt(functools.partial(super()._save_scaler, output_dir), Path(output_dir), None)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        attempt(functools.partial(super()._save_rng_state, output_dir), Path(output_dir), None)  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in transformers, which uploads the folder from here on: all ranks have written into it."""
+        if self.args.should_save:
+            seal_alone(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _rotate(self, run: Path) -> None:
         remove_older(run, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -188,6 +212,7 @@ class CheckpointingMixin:
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
+        self._check_sealed(Path(best), "model")
         if self._read_here(best) is not None:
             self._load_from_checkpoint(best)
             return
@@ -262,7 +287,7 @@ class CheckpointingMixin:
                 f"{checkpoint} was saved without dist_optim: it has no folder {OPTIMIZER_FOLDER!r}. Resume it with the "
                 "Trainer that saved it, or train from its weights: from_pretrained(checkpoint)."
             )
-        allowed = listed(getattr(self.args, "allow_changed", None))
+        allowed = parts_among(self._allowed_to_change())[1]
         load_optimizer(folder, self.optimizer, allow_changed=allowed)
         attempt(lambda: self._load_schedule(schedule, RATE in allowed), Path(checkpoint), None, is_reading=True)
 

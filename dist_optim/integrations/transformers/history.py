@@ -1,26 +1,20 @@
 """The checkpoints of a run in the order in which they were saved.
 
 Who goes back to step 2 and on from there leaves a branch with larger numbers behind, which is not the run's latest. So
-each checkpoint says when it was saved; of another Trainer's, its file of progress does.
+each checkpoint says when it was saved (``checkpoint.folder_seal``); of another Trainer's, its file of progress does.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
-from dist_optim.checkpoint.directory import write_json
+from dist_optim.checkpoint.folder_seal import MARK
 
-__all__ = ["checkpoints_in", "mark_as_saved", "remove_older"]
+__all__ = ["checkpoints_in", "remove_older"]
 
-STATE, MARK = "trainer_state.json", "dist_optim_save.json"
-
-
-def mark_as_saved(checkpoint: Path) -> None:
-    """Note the time in a checkpoint that is being written: copies keep it."""
-    write_json(checkpoint / MARK, {"saved_at_ns": time.time_ns()})
+STATE = "trainer_state.json"
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
