@@ -11,6 +11,7 @@ DistOptimError
 ├── UsageError              (ValueError)           arguments of a job, or what they name, cannot be used
 ├── MetricError             (ValueError)           no learning-rate decision can be taken from what ranks gave
 ├── CheckpointError         (RuntimeError)         a checkpoint cannot be written or read
+│   └── BackgroundSaveError                        one that was written beside the training could not be
 ├── WrongModeError          (RuntimeError)         step() while the weights for evaluation are in place
 ├── NonFiniteGradientError  (ArithmeticError)      a gradient is infinite or NaN, and on_nonfinite="raise"
 ├── UnsupportedError        (NotImplementedError)  a sound request that cannot keep the promise yet
@@ -27,6 +28,7 @@ A built-in base in parentheses lets callers catch what they already catch. Nothi
 """
 
 __all__ = [
+    "BackgroundSaveError",
     "CheckpointError",
     "DistOptimError",
     "HyperparameterError",
@@ -76,6 +78,10 @@ class StateDictError(DistOptimError, ValueError):
 
 class CheckpointError(DistOptimError, RuntimeError):
     """A checkpoint cannot be written or read: no such folder, not a checkpoint, incomplete, or of another model."""
+
+
+class BackgroundSaveError(CheckpointError):
+    """A save beside the training has failed: told at the next call of all ranks, which has changed nothing."""
 
 
 class ScheduleError(DistOptimError, ValueError):

@@ -105,7 +105,7 @@ SCHEDULE_FREE = next(case for case in BY_NAME if case.name == "schedule_free_ada
 
 
 def go_on_with_projectors_laid_out_anew(case: Case, directory: Path) -> None:
-    with mock.patch("dist_optim.checkpoint.optimizer_state._memory_order", return_value=[]):
+    with mock.patch("dist_optim.checkpoint.optimizer_content._memory_order", return_value=[]):
         run_to_the_break(case, "ddp", directory)
     go_on(case, "ddp", directory)
 

@@ -149,7 +149,7 @@ def test_another_order_of_groups_or_parameters_is_refused(tmp_path: Path) -> Non
 
 def test_arguments_that_a_version_does_not_know_count_as_their_defaults(tmp_path: Path) -> None:
     first = run_of()
-    with mock.patch("dist_optim.checkpoint.optimizer_state.build_values", return_value=[{"lr": 0.1}]):
+    with mock.patch("dist_optim.checkpoint.optimizer_content.build_values", return_value=[{"lr": 0.1}]):
         save_optimizer(tmp_path / "run", first[1])
     load_optimizer(tmp_path / "run", run_of()[1])
     with pytest.raises(StateDictError, match="weight_decay of group 0 is 'not set' in it and 0.3 here"):

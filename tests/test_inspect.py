@@ -126,7 +126,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut weights": (cut("model/*.distcp"), "missing or damaged"),
     "cut index": (cut("model/.metadata"), "no complete checkpoint"),
     "a file gone": (removed("model/__0_0.distcp"), "missing or damaged"),
-    "a stray file": (replaced("model/__9_0.distcp", b""), "does not name it"),
+    "a stray file": (replaced("model/__9_0.distcp", b"more"), "does not name it"),
     "no record": (removed("optimizer/optimizer.json"), "no optimizer of dist_optim"),
     "no JSON": (replaced("optimizer/optimizer.json", b"{"), "cannot be read"),
     "optimizer of another step": (of_another_save("optimizer", steps=1), "parts of several checkpoints"),

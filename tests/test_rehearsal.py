@@ -23,8 +23,8 @@ from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 write, fill = UpstreamInstance.write_encoded_state, blocks._block
 
 
-def forget_a_moment(self: UpstreamInstance, index: int, encoded: Mapping[str, Any]) -> None:
-    write(self, index, {key: value for key, value in encoded.items() if key != "exp_avg"})
+def forget_a_moment(self: UpstreamInstance, index: int, encoded: Mapping[str, Any], **options: Any) -> None:
+    write(self, index, {key: value for key, value in encoded.items() if key != "exp_avg"}, **options)
 
 
 def write_sevens(self: blocks._WritePlanner, index: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from sessions import ENGINES, HAS_DEEPSPEED, Engine
 from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, cell
 from situations_alone import EVERY_ROW
 
-from dist_optim.checkpoint import engine_view, optimizer_state, run_state
+from dist_optim.checkpoint import engine_view, optimizer_content, run_state
 from dist_optim.errors import CheckpointError, ParameterError
 from dist_optim.stepping import before_step, gradients, optimizer, presence
 from dist_optim.stepping.group_values import GroupValues
@@ -81,9 +81,9 @@ def test_a_third_outcome_is_noticed(kind: str, text: str, results: dict[str, Row
 # Negative controls: each row sees the defect that it is there for -----------------------------------------------------
 
 
-def write_without_clearing(self: UpstreamInstance, index: int, encoded: Any) -> None:
+def write_without_clearing(self: UpstreamInstance, index: int, encoded: Any, **options: Any) -> None:
     if encoded:
-        _write_encoded_state(self, index, encoded)
+        _write_encoded_state(self, index, encoded, **options)
 
 
 _write_encoded_state = UpstreamInstance.write_encoded_state
@@ -117,7 +117,7 @@ def no_trained_weights_of_what_is_frozen_now(view: Any) -> Any:
         return _separate_weights(view)
 
 
-_separate_weights = optimizer_state._separate_weights
+_separate_weights = optimizer_content._separate_weights
 
 
 BREAKS: dict[str, tuple[object, str, object]] = {
@@ -130,7 +130,7 @@ BREAKS: dict[str, tuple[object, str, object]] = {
     "presence is not compared": (presence.StepAgreement, "before", agree_on_own_gradients),
     "whole gradients on shards pass": (before_step, "odd_gradient", lambda placed: None),
     "what is trained is asked anew": (
-        optimizer_state,
+        optimizer_content,
         "_separate_weights",
         no_trained_weights_of_what_is_frozen_now,
     ),

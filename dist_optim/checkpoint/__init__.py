@@ -4,11 +4,13 @@ Reading order: ``directory`` (a folder appears whole or not at all), ``identity`
 ``schema`` (what a record may hold), ``index`` (what tensors a folder holds), ``seals`` (whether they are those that
 were saved), ``blocks`` (blocks of logical tensors, written and read by ``torch.distributed.checkpoint``),
 ``group_values``, ``build_values`` (hyperparameters of the build, compared), ``fitting`` (whether what was read can be
-installed), ``optimizer_state``, ``exported`` (the weights to export), ``run_state`` (model, optimizer and schedule
-together), ``torch_state_dict`` (torch's own functions, asked about optimizers of ours), ``plain_loads`` (loads of other
-packages, without running anything), ``in_and_out`` (what others wrote, and what they load).
+installed), ``beside_training`` (asynchronous saves), ``optimizer_content``, ``optimizer_state``, ``exported`` (the
+weights to export), ``run_content``, ``run_state`` (model, optimizer and schedule together), ``torch_state_dict``
+(torch's own functions, asked about optimizers of ours), ``plain_loads`` (loads of other packages, without running
+anything), ``in_and_out`` (what others wrote, and what they load).
 """
 
+from dist_optim.checkpoint.beside_training import wait_for_saves
 from dist_optim.checkpoint.exported import exported_weights
 from dist_optim.checkpoint.in_and_out.export import export
 from dist_optim.checkpoint.in_and_out.imports import import_
@@ -26,6 +28,7 @@ __all__ = [
     "load_optimizer",
     "save_checkpoint",
     "save_optimizer",
+    "wait_for_saves",
 ]
 
 answer_torch()

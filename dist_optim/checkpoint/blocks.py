@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from dist_optim.checkpoint.index import IndexReader
 from dist_optim.errors import CheckpointError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Layout, boxes_on
-from dist_optim.ranks.agreement import own_rank
+from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.ranks.together import together
 
 __all__ = ["Pieces", "read_pieces", "write_pieces"]
@@ -46,6 +46,8 @@ class Pieces:
     dtype: torch.dtype
     blocks: Mapping[torch.Size, Tensor]
     """By where the block starts in the full tensor."""
+    is_everywhere: bool = False
+    """Whether every rank that trains the model holds all of it, by its layout."""
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Pieces:
@@ -61,7 +63,7 @@ class Pieces:
     def part(cls, local: Tensor, layout: Layout, shape: torch.Size, rank: int) -> Pieces:
         """What ``rank`` holds of a tensor of this shape; ``local`` is the storage of it."""
         if layout.is_replicated:
-            return cls.whole(local)
+            return replace(cls.whole(local), is_everywhere=True)
         boxes = boxes_on(layout, shape, rank)
         flat = local.detach().reshape(-1) if len(boxes) > 1 else local.detach()
         sizes = [torch.Size(box.sizes).numel() for box in boxes]
@@ -73,6 +75,11 @@ class Pieces:
         """The same blocks on memory of their own, in another dtype."""
         blocks = {offsets: torch.empty_like(block, dtype=dtype) for offsets, block in self.blocks.items()}
         return Pieces(self.shape, dtype, blocks)
+
+    def copied(self) -> Pieces:
+        """The same on memory of its own, on the host."""
+        blocks = {offsets: block.to("cpu", copy=True) for offsets, block in self.blocks.items()}
+        return replace(self, blocks=blocks)
 
     def fill(self, room: Pieces) -> None:
         """Copy what was read into ``room``."""
@@ -89,7 +96,13 @@ def write_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: d
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
     with _checksums_written():
         _in_files(
-            lambda: dcp.save(dict(pieces), storage_writer=writer, planner=_WritePlanner(), process_group=process_group),
+            lambda: dcp.save(
+                dict(pieces),
+                storage_writer=writer,
+                planner=_WritePlanner(),
+                process_group=process_group,
+                no_dist=num_ranks(process_group) == 1,
+            ),
             f"Writing {str(directory)!r}",
             "Check that the folder is on a disk that all ranks share and that it is not full; what was saved there "
             "before is untouched.",
@@ -109,6 +122,7 @@ def read_pieces(directory: Path, pieces: Mapping[str, Pieces], process_group: di
             storage_reader=IndexReader(directory),
             planner=_ReadPlanner(),
             process_group=process_group,
+            no_dist=num_ranks(process_group) == 1,
         ),
         f"Reading {str(directory)!r}",
         "A file is missing or damaged: resume from another checkpoint.",
@@ -120,10 +134,10 @@ def _in_files(action: Callable[[], object], doing: str, remedy: str, process_gro
     """One operation of ``torch.distributed.checkpoint``, which waits for all ranks also where one has failed."""
 
     def act() -> None:
+        # For good, since this may be a thread: what catch_warnings puts back is the whole process's.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-                action()
+            action()
         except CheckpointException as error:
             raise CheckpointError(f"{doing} failed: {_first_failure(error)}. {remedy}") from error
 

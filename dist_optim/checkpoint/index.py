@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,11 +23,14 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.futures import Future
 
+from dist_optim.checkpoint.archive import read_rows
 from dist_optim.checkpoint.directory import contents
 from dist_optim.errors import CheckpointError
 
-__all__ = ["INDEX", "Extent", "IndexReader", "StoredTensor", "extents", "stored_tensors"]
+__all__ = ["INDEX", "Extent", "IndexReader", "StoredTensor", "extents", "indexes_kept", "stored_tensors"]
 
 INDEX = ".metadata"
 
@@ -62,12 +67,30 @@ class Extent:
     dtype: torch.dtype
 
 
+_kept: dict[bytes, Metadata] | None = None
+"""By their content, while a load lasts."""
+
+
+@contextmanager
+def indexes_kept() -> Iterator[None]:
+    """Inside, an index is unpickled once, however often it is read. It takes seconds where thousands of ranks wrote."""
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
+
+
 class IndexReader(dcp.FileSystemReader):
     """torch's reader, with an index that cannot run code, nor lead out of its folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self._get_metadata_path(kwargs.get("rank")))
-        metadata = _IndexUnpickler(io.BytesIO(contents(path))).load()
+        content = contents(path)
+        if _kept is not None and content in _kept:
+            return _kept[content]
+        metadata = _IndexUnpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise ValueError("the index is not one of torch.distributed.checkpoint")
         for info in metadata.storage_data.values():
@@ -76,7 +99,26 @@ class IndexReader(dcp.FileSystemReader):
                 raise ValueError(f"it names {name!r}, which is no file of the folder")
         about = getattr(metadata, "storage_meta", None) or StorageMeta()
         about.load_id, metadata.storage_meta = self.load_id, about
+        if _kept is not None:
+            _kept[content] = metadata
         return metadata
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        """Whole rows are read straight into place; what else there is, by torch."""
+        left = [item for item in plan.items if not self._read_straight(item, planner)]
+        return super().read_data(replace(plan, items=left), planner)
+
+    def _read_straight(self, item: ReadItem, planner: dcp.LoadPlanner) -> bool:
+        info = self.storage_data[item.storage_index]
+        if item.type is LoadItemType.BYTE_IO or info.transform_descriptors or any(item.storage_offsets[1:]):
+            return False
+        target = planner.resolve_tensor(item).detach()
+        first_row = item.storage_offsets[0] if item.storage_offsets else 0
+        with (Path(self.path) / info.relative_path).open("rb", buffering=0) as file:
+            if target.shape != item.lengths or not read_rows(file, info.offset, info.length, first_row, target):
+                return False
+        planner.commit_tensor(item, target)
+        return True
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -136,7 +178,9 @@ def _extents(index: Metadata) -> list[Extent]:
         for chunk in entry.chunks:
             info = left.pop(MetadataIndex(name, chunk.offsets))
             shape = torch.Size(chunk.sizes)
-            extent = Extent(str(info.relative_path), int(info.offset), int(info.length), shape, dtype)
+            if type(info.offset) is not int or type(info.length) is not int:
+                raise ValueError(f"{name!r} has {info.length!r} bytes at {info.offset!r}")
+            extent = Extent(str(info.relative_path), info.offset, info.length, shape, dtype)
             if extent.offset < 0 or extent.length < shape.numel() * dtype.itemsize:
                 raise ValueError(f"{name!r} has {extent.length} bytes at {extent.offset}")
             made.append(extent)

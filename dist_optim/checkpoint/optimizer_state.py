@@ -1,60 +1,50 @@
-"""The state of a ``DistributedOptimizer`` on disk: logical tensors by parameter name, and one readable record.
-
-::
-
-    <directory>/optimizer.json    optimizer, steps, mode, param groups, hyperparameters of the build, scalars of the
-                                  state; what binds it to the tensors (see identity)
-    <directory>/tensors/          "state/<fqn>/<key>"; "weights/<fqn>" where what is trained is not what the model
-                                  holds: of optimizers that swap weights, and masters of half precision
-
-Nothing in it tells how parameters were sharded or who owned what.
-"""
+"""``save_optimizer`` and ``load_optimizer``: an optimizer's state on disk (``optimizer_content``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 from dist_optim.building.arguments import listed_names
-from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
-from dist_optim.checkpoint.build_values import build_values, check_build, with_values_of_build
+from dist_optim.checkpoint.beside_training import begin, own_copies, write_beside
+from dist_optim.checkpoint.blocks import Pieces, read_pieces
+from dist_optim.checkpoint.build_values import check_build, with_values_of_build
 from dist_optim.checkpoint.directory import attempt, opened, written_aside
 from dist_optim.checkpoint.engine_view import EngineView, view_of
 from dist_optim.checkpoint.fitting import check_content, check_decoded
-from dist_optim.checkpoint.group_values import decoded, encoded
-from dist_optim.checkpoint.identity import FORMAT, new_word, read_record, write_record
-from dist_optim.checkpoint.index import StoredTensor, stored_tensors
-from dist_optim.checkpoint.schema import OPTIMIZER, census
-from dist_optim.checkpoint.seals import check_files, seal
+from dist_optim.checkpoint.group_values import decoded
+from dist_optim.checkpoint.identity import new_word, read_record
+from dist_optim.checkpoint.index import StoredTensor, indexes_kept, stored_tensors
+from dist_optim.checkpoint.optimizer_content import (
+    RECORD,
+    Content,
+    content_of,
+    name_of_weights,
+    stepped_here,
+    write_optimizer,
+)
+from dist_optim.checkpoint.schema import OPTIMIZER
+from dist_optim.checkpoint.seals import check_files
 from dist_optim.errors import CheckpointError, StateDictError
-from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
+from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.specs.driver import STRUCTURE
-from dist_optim.specs.registry import Trait
 from dist_optim.stepping import half_steps, rank_state
-from dist_optim.stepping.holdings import Holdings
-from dist_optim.stepping.sharing import shared_extras
-from dist_optim.stepping.upstream_instance import UpstreamInstance
-from dist_optim.stepping.whole_state import is_slice, memory_order
 
 __all__ = [
-    "RECORD",
     "Incoming",
     "install",
     "load_optimizer",
     "look_into",
-    "name_of_weights",
     "read_state",
     "refuse_half_step",
     "save_optimizer",
-    "write_optimizer",
 ]
-
-RECORD = "optimizer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +65,7 @@ class Incoming:
     """Hyperparameters that keep the value of the build."""
 
 
-def save_optimizer(directory: str | Path, optimizer: Any) -> None:
+def save_optimizer(directory: str | Path, optimizer: Any, *, asynchronous: bool = False) -> None:
     """Write the optimizer's state into a folder of its own. Collective on all ranks that train the model.
 
     An optimizer that swaps weights (schedule-free) also writes its training weights, unless the averaged ones are in
@@ -85,17 +75,28 @@ def save_optimizer(directory: str | Path, optimizer: Any) -> None:
     Args:
         directory: Appears whole, or not at all; one that is there already is replaced.
         optimizer: A ``DistributedOptimizer``, DeepSpeed's ``engine.optimizer``, or accelerate's wrapper around one.
+        asynchronous: Whether it is written beside the training: see ``save_checkpoint``.
 
     Raises:
         CheckpointError: On all ranks; a checkpoint that was there is untouched.
     """
     view, directory = view_of(optimizer), Path(directory)
-    view.meet("save_optimizer()")
+    begin("save_optimizer()", view, {"asynchronous": asynchronous})
     refuse_half_step(view)
-    with written_aside(directory, view.ranks) as aside:
-        write_optimizer(aside, view, new_word(view.ranks))
+    content = content_of(view, directory)
+
+    def write(content: Content, ranks: dist.ProcessGroup | None) -> None:
+        with written_aside(directory, ranks) as aside:
+            write_optimizer(aside, content, new_word(ranks), ranks)
+
+    if not asynchronous:
+        write(content, view.ranks)
+        return
+    copied = replace(content, pieces=own_copies(content.pieces, directory, view.ranks))
+    write_beside(lambda ranks: write(copied, ranks), directory, view.ranks)
 
 
+@indexes_kept()
 def load_optimizer(directory: str | Path, optimizer: Any, *, allow_changed: Iterable[str] = ()) -> None:
     """Install what ``save_optimizer`` wrote, under any sharding and world size. Collective on all ranks.
 
@@ -114,7 +115,7 @@ def load_optimizer(directory: str | Path, optimizer: Any, *, allow_changed: Iter
         HyperparameterError: On all ranks: ``allow_changed`` names none.
     """
     view, directory = view_of(optimizer), opened(Path(directory))
-    view.meet("load_optimizer()")
+    begin("load_optimizer()", view)
     incoming = attempt(lambda: look_into(directory, view, allow_changed), directory, view.ranks, is_reading=True)
     read_state(view, incoming)
     install(view, incoming)
@@ -177,6 +178,7 @@ def _install(view: EngineView, incoming: Incoming) -> None:
             extras=incoming.extras,
             num_steps=record["num_steps"],
             mode=record["mode"],
+            may_keep=True,
         )
     view.take_counters(record.get("engine", {}), record["num_steps"])
 
@@ -193,103 +195,6 @@ def refuse_half_step(view: EngineView, weights: Iterable[nn.Parameter] = ()) -> 
     """
     if reason := view.why_not_saved() or half_steps.why_not_saved(weights):
         raise CheckpointError(reason)
-
-
-def write_optimizer(directory: Path, view: EngineView, identity: str) -> None:
-    """Write record and tensors into an empty folder. Collective.
-
-    Args:
-        directory: The folder.
-        view: Of what is saved.
-        identity: The word of this save.
-    """
-    ranks, is_first = view.ranks, own_rank(view.ranks) == 0
-    pieces, scalars, groups, structure = attempt(lambda: _held(view), directory, ranks)
-    held = view.parts[0].holdings
-    extras, *others = attempt(lambda: [part.holdings.extras() for part in view.parts], directory, ranks)
-    if not shared_extras(extras, held, *others):
-        structure = ""
-    write_pieces(directory / "tensors", pieces, ranks)
-    memory_orders = {name: order for name, piece in pieces.items() if (order := _memory_order(piece))}
-    gathered = gather_objects((scalars, memory_orders, structure), ranks)
-    scalars = {fqn: values for one, _, _ in gathered for fqn, values in one.items()}
-    verdict = view.spec.verdict
-    record = {
-        "format": FORMAT,
-        "identity": identity,
-        "optimizer": view.spec.name,
-        "num_steps": view.optimizer.num_steps,
-        "mode": view.optimizer.mode,
-        "counters": held.counter_keys(),
-        "param_groups": groups,
-        "build": build_values(held),
-        "shapes": {placed.fqn: list(placed.shape) for placed in view.placed},
-        "scalars": scalars,
-        "census": census(scalars),
-        "memory_orders": {name: order for _, one, _ in gathered for name, order in one.items()},
-        "tensors": seal(directory / "tensors", ranks),
-    }
-    if structures := [one for _, _, one in gathered if one]:
-        record["extras"] = structures[0]
-    if verdict is not None:
-        record["stepped"] = {"independent": verdict.is_independent, "reason": verdict.reason}
-    if counters := view.counters():
-        record["engine"] = counters
-    attempt(lambda: write_record(directory / RECORD, record) if is_first else None, directory, ranks)
-
-
-def _held(view: EngineView) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]], list[Any], str]:
-    """This rank's tensors, by logical name, its scalars, by parameter, the param groups, and what extras look like."""
-    view.look()
-    pieces: dict[str, Pieces] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for held, instance, index in _stepped_here(view):
-        placed = held.placed[index]
-        scalars[placed.fqn] = {}
-        for key, value in instance.encoded_state(index).items():
-            if not isinstance(value, Tensor):
-                scalars[placed.fqn][key] = value
-            elif is_slice(held, instance, index, value):
-                pieces[f"state/{placed.fqn}/{key}"] = Pieces.of(value, placed)
-            else:
-                pieces[f"state/{placed.fqn}/{key}"] = Pieces.whole(value)
-    pieces |= _separate_weights(view)
-    held = view.parts[0].holdings
-    extras: dict[str, Any] = held.extras() if held.rank == 0 else {}
-    pieces |= {f"extras/{key}": Pieces.whole(value) for key, value in extras.items() if key != STRUCTURE}
-    groups = rank_state.plain_groups(held)
-    encoded_groups = [encoded(group, f"groups/{at}", pieces) for at, group in enumerate(groups)]
-    return pieces, scalars, encoded_groups, extras.get(STRUCTURE, "")
-
-
-def _stepped_here(view: EngineView) -> Iterator[tuple[Holdings, UpstreamInstance, int]]:
-    for part in view.parts:
-        for instance, index in part.holdings.stepped_here():
-            yield part.holdings, instance, index
-
-
-def _memory_order(pieces: Pieces) -> list[int]:
-    """The dims of a whole tensor from the outermost in memory to the innermost; empty where that is their own order.
-
-    An SVD leaves its factors column by column, and a product of matrices rounds by how they lie in memory.
-    """
-    (tensor, *others) = pieces.blocks.values() or [torch.empty(0)]
-    if others or tensor.shape != pieces.shape or tensor.is_contiguous():
-        return []
-    return list(memory_order(tensor))
-
-
-def _separate_weights(view: EngineView) -> dict[str, Pieces]:
-    """Training weights, where the model's part of a checkpoint does not hold them."""
-    swaps = Trait.WEIGHT_SWAPPING in view.spec.traits and view.optimizer.mode == "train"
-    if not swaps and not view.has_masters:
-        return {}
-    return {name_of_weights(one.fqn): Pieces.of(one.local(), one) for one in view.training_weights()}
-
-
-def name_of_weights(fqn: str) -> str:
-    """Name of a parameter's training weights among the tensors."""
-    return f"weights/{fqn}"
 
 
 def _check_record(directory: Path, view: EngineView, record: dict[str, Any]) -> None:
@@ -337,7 +242,7 @@ def _allocate(
             keys_of.setdefault(fqn, []).append(key)
     state: dict[str, dict[str, Any]] = {}
     pieces: dict[str, Pieces] = {}
-    for held, instance, index in _stepped_here(view):
+    for held, instance, index in stepped_here(view):
         placed, is_local = held.placed[index], instance is held.local_instance
         values = dict(record["scalars"].get(placed.fqn, {}))
         for key in keys_of.get(placed.fqn, []):

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +26,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
+from dist_optim.checkpoint.beside_training import begin, own_copies, write_beside
+from dist_optim.checkpoint.blocks import Pieces, read_pieces
 from dist_optim.checkpoint.build_values import RATE, let_follow
-from dist_optim.checkpoint.directory import attempt, contents, opened, written_aside
+from dist_optim.checkpoint.directory import attempt, contents, opened
 from dist_optim.checkpoint.engine_view import EngineView, view_of
 from dist_optim.checkpoint.exported import exported_weights
-from dist_optim.checkpoint.identity import (
-    FORMAT,
-    check_part,
-    check_same_save,
-    digest_of,
-    new_word,
-    read_record,
-    write_record,
-)
-from dist_optim.checkpoint.index import StoredTensor, stored_tensors
+from dist_optim.checkpoint.identity import check_part, check_same_save, read_record
+from dist_optim.checkpoint.index import StoredTensor, indexes_kept, stored_tensors
 from dist_optim.checkpoint.model_weights import pieces_of_model
-from dist_optim.checkpoint.optimizer_state import RECORD as OPTIMIZER_RECORD
-from dist_optim.checkpoint.optimizer_state import (
-    Incoming,
-    install,
-    look_into,
-    name_of_weights,
-    read_state,
-    refuse_half_step,
-    write_optimizer,
-)
-from dist_optim.checkpoint.rehearsal import rehearse_optimizer, rehearse_weights
+from dist_optim.checkpoint.optimizer_content import content_of, name_of_weights
+from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, read_state, refuse_half_step
+from dist_optim.checkpoint.run_content import OPTIMIZER, RECORD, SCHEDULE, Run, own_file_of, plain_files, write_run
 from dist_optim.checkpoint.schema import CHECKPOINT
-from dist_optim.checkpoint.seals import check_files, seal
+from dist_optim.checkpoint.seals import check_files
 from dist_optim.errors import CheckpointError, DistOptimError
-from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
+from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.stepping import half_steps
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
-
-RECORD, SCHEDULE = "checkpoint.json", "scheduler.pt"
-OPTIMIZER = f"optimizer/{OPTIMIZER_RECORD}"
 
 
 def save_checkpoint(
@@ -73,6 +55,7 @@ def save_checkpoint(
     *,
     own: Any = None,
     rehearse: bool = False,
+    asynchronous: bool = False,
 ) -> None:
     """Write a run into a folder. Collective on all ranks that train the model, also under DDP.
 
@@ -84,39 +67,51 @@ def save_checkpoint(
         own: Plain values of this rank (progress, the state of random generators) that ``load_checkpoint`` returns.
         rehearse: Whether all is read again, the state into new instances of upstream, and compared, before the folder
             appears: for a first save, so that what cannot be resumed is known then. It takes twice this rank's state.
+        asynchronous: Whether training goes on while it is written. The call returns when this rank's own part is copied
+            to the host; the checkpoint is of that moment. The next save or load waits for it, the end of the process
+            does, and so does ``checkpoint.wait_for_saves()``. What fails then, the next call of all ranks raises, a
+            step too.
 
     Raises:
-        CheckpointError: On all ranks; a checkpoint that was there is untouched.
+        CheckpointError: On all ranks; a checkpoint that was there is untouched. A ``BackgroundSaveError`` is about the
+            last save, which was asynchronous; nothing of this one was done.
     """
     view, directory = view_of(optimizer), Path(directory)
-    view.meet("save_checkpoint()")
-    ranks, rank, scheduler = view.ranks, own_rank(view.ranks), view.schedule if scheduler is None else scheduler
+    begin("save_checkpoint()", view, {"rehearse": rehearse, "asynchronous": asynchronous})
+    ranks, scheduler = view.ranks, view.schedule if scheduler is None else scheduler
+    if rehearse and asynchronous:
+        raise CheckpointError(
+            f"{str(directory)!r} cannot be compared with a run that has gone on: rehearse=True waits until all is read "
+            "again. Rehearse the first save alone, and save with asynchronous=True after it."
+        )
     attempt(lambda: view.model_parameters(model), directory, ranks)
     refuse_half_step(view, model.parameters())
-    with written_aside(directory, ranks) as aside:
+
+    @contextmanager
+    def weights() -> Iterator[dict[str, Pieces]]:
         with exported_weights(view):
-            pieces = attempt(lambda: pieces_of_model(model, view.model_parameters(model)), directory, ranks)
-            write_pieces(aside / "model", pieces, ranks)
-            if rehearse:
-                rehearse_weights(aside / "model", pieces, view)
-        word = new_word(ranks)
-        attempt(lambda: (aside / "optimizer").mkdir() if rank == 0 else None, directory, ranks)
-        write_optimizer(aside / "optimizer", view, word)
-        if rehearse:
-            rehearse_optimizer(aside / "optimizer", view)
-        parts = gather_objects(attempt(lambda: _write_plain(aside, rank, scheduler, own), directory, ranks), ranks)
-        about = {
-            "format": FORMAT,
-            "identity": word,
-            "optimizer": view.spec.name,
-            "steps": view.optimizer.num_steps,
-            "world_size": num_ranks(ranks),
-            "model": seal(aside / "model", ranks),
-            "parts": {name: digest for one in parts for name, digest in one.items()},
-        }
-        attempt(lambda: write_record(aside / RECORD, about) if rank == 0 else None, directory, ranks)
+            yield attempt(lambda: pieces_of_model(model, view.model_parameters(model)), directory, ranks)
+
+    files = attempt(lambda: plain_files(own_rank(ranks), scheduler, own), directory, ranks)
+    about = {"optimizer": view.spec.name, "steps": view.optimizer.num_steps}
+    live = Run(weights, lambda: content_of(view, directory), files, about)
+    if asynchronous:
+        copied = _copied(live, directory, ranks)
+        write_beside(lambda group: write_run(directory, copied, group), directory, ranks)
+    else:
+        write_run(directory, live, ranks, view if rehearse else None)
 
 
+def _copied(run: Run, directory: Path, ranks: dist.ProcessGroup | None) -> Run:
+    """The same, on memory of its own. Collective."""
+    with run.weights() as held:
+        weights = own_copies(held, directory, ranks)
+    content = run.optimizer()
+    content = replace(content, pieces=own_copies(content.pieces, directory, ranks))
+    return replace(run, weights=lambda: nullcontext(weights), optimizer=lambda: content)
+
+
+@indexes_kept()
 def load_checkpoint(
     directory: str | Path,
     model: nn.Module,
@@ -148,7 +143,7 @@ def load_checkpoint(
         HyperparameterError: On all ranks: ``allow_changed`` names none.
     """
     view, directory = view_of(optimizer), opened(Path(directory))
-    view.meet("load_checkpoint()")
+    begin("load_checkpoint()", view)
     ranks = view.ranks
 
     def look() -> tuple[Incoming, dict[str, Pieces], dict[str, Pieces], Any, Any]:
@@ -232,38 +227,6 @@ def _described(found: StoredTensor | Pieces | None) -> str:
     return "none" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
 
 
-def _write_plain(aside: Path, rank: int, scheduler: Any, own: Any) -> dict[str, str]:
-    """This rank's own values, and on the first rank the schedule's; digests of what now lies there."""
-    (aside / "ranks").mkdir(exist_ok=True)
-    _write_values(aside / _own_of(rank), own)
-    written = [_own_of(rank), *([OPTIMIZER] if rank == 0 else [])]
-    if rank == 0 and scheduler is not None:
-        if not callable(getattr(scheduler, "state_dict", None)):
-            raise CheckpointError(
-                f"The schedule {type(scheduler).__name__} has no state_dict(). Pass a schedule that has one, or "
-                "scheduler=None and what it needs in `own`."
-            )
-        _write_values(aside / SCHEDULE, scheduler.state_dict())
-        written.append(SCHEDULE)
-    return {name: digest_of(aside / name) for name in written}
-
-
-def _own_of(rank: int) -> str:
-    return f"ranks/{rank}.pt"
-
-
-def _write_values(path: Path, values: Any) -> None:
-    """Save them, and prove that they load as plain values."""
-    try:
-        torch.save(values, path)
-        torch.load(path, weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path.name} would hold more than numbers, strings, lists, dicts and tensors, and could not be loaded "
-            f"safely ({type(error).__name__}). Give plain values, and a schedule whose state_dict() returns such."
-        ) from error
-
-
 def _read_plain(
     directory: Path, about: dict[str, Any], ranks: dist.ProcessGroup | None, scheduler: Any
 ) -> tuple[Any, Any]:
@@ -272,7 +235,7 @@ def _read_plain(
     has_schedule = SCHEDULE in about["parts"] or (directory / SCHEDULE).exists()
     if scheduler is not None and not has_schedule:
         raise CheckpointError(f"{str(directory)!r} was saved without a schedule. Pass scheduler=None to load it.")
-    own = _read_values(directory, _own_of(rank), about)
+    own = _read_values(directory, own_file_of(rank), about)
     return _read_values(directory, SCHEDULE, about) if has_schedule else None, own
 
 

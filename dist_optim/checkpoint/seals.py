@@ -7,11 +7,11 @@ of its entries, whose own CRC-32 torch has put into the archive's directory: mak
 
 from __future__ import annotations
 
-import io
-import struct
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_optim.checkpoint.archive import Part, Stored, begin_of, look_at_tensor
 from dist_optim.checkpoint.directory import attempt
 from dist_optim.checkpoint.identity import digest_of
 from dist_optim.checkpoint.index import INDEX, Extent, extents
@@ -30,8 +31,8 @@ __all__ = ["check_files", "seal"]
 DIGITS = 8
 PIECE = 1 << 22
 """Bytes that are read at once."""
-HEADER, LENGTHS = 30, 26
-"""Bytes of what precedes an entry's name, and where in it the lengths of the name and of what follows it are."""
+MAX_THREADS = 4
+"""Of a rank: reading, and a checksum of a large piece, hold no lock of the interpreter's."""
 
 
 def seal(directory: Path, ranks: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -71,8 +72,9 @@ def check_files(directory: Path, rank: int, num_ranks: int, sealed: dict[str, An
         for name, every in by_file.items()
         for at, extent in enumerate(every)
     ]
-    for path, extent, checksum in expected[rank::num_ranks]:
-        _check_tensor(path, extent, checksum)
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda one: _check_tensor(*one), expected[rank::num_ranks]):
+            pass  # what one raised is raised here
 
 
 def _check_sizes(directory: Path, by_file: dict[str, list[Extent]]) -> None:
@@ -87,13 +89,12 @@ def _check_sizes(directory: Path, by_file: dict[str, list[Extent]]) -> None:
 
 def _check_tensor(path: Path, extent: Extent, checksum: str | None) -> None:
     try:
-        with path.open("rb") as file, zipfile.ZipFile(_Part(file, extent)) as archive:
-            bad = _bad_entry(archive, file, extent) or _misfit(file, extent)
-            found = _checksum(archive, file, extent)
+        with path.open("rb") as file, zipfile.ZipFile(part := _part(file, extent)) as archive:
+            is_sealed = checksum is not None
+            bad = "its checksum is another one" if is_sealed and _checksum(archive, part, extent) != checksum else ""
+            bad = bad or _bad_entry(archive, file, extent, is_sealed) or _misfit(archive, part, extent)
     except Exception as error:  # a damaged archive raises almost anything
-        bad, found = f"{type(error).__name__}: {error}", ""
-    if not bad and checksum is not None and found != checksum:
-        bad = "its checksum is another one"
+        bad = f"{type(error).__name__}: {error}"
     if bad:
         raise CheckpointError(
             f"{str(path)!r} is damaged: the tensor at byte {extent.offset} is not what was saved ({bad}). Resume from "
@@ -101,13 +102,19 @@ def _check_tensor(path: Path, extent: Extent, checksum: str | None) -> None:
         )
 
 
-def _bad_entry(archive: zipfile.ZipFile, file: BinaryIO, extent: Extent) -> str:
+def _part(file: BinaryIO, extent: Extent) -> Part:
+    return Part(file, extent.offset, extent.length)
+
+
+def _bad_entry(archive: zipfile.ZipFile, file: BinaryIO, extent: Extent, is_sealed: bool) -> str:
     """As ``ZipFile.testzip``, which reads by small pieces: torch compresses nothing, and large ones will do."""
+    part = _part(file, extent)
     for entry in archive.infolist():
-        archive.open(entry).close()  # looks at what precedes it
+        if not is_sealed:
+            archive.open(entry).close()  # looks at what precedes it, which a seal covers
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             return entry.filename
-        begin, checksum = extent.offset + _begin_of(entry, _Part(file, extent)), 0
+        begin, checksum = extent.offset + begin_of(entry, part), 0
         if begin + entry.file_size > extent.offset + extent.length:
             return entry.filename
         file.seek(begin)
@@ -118,17 +125,14 @@ def _bad_entry(archive: zipfile.ZipFile, file: BinaryIO, extent: Extent) -> str:
     return ""
 
 
-def _begin_of(entry: zipfile.ZipInfo, part: _Part) -> int:
-    """Where in the archive the content of an entry begins."""
-    part.seek(entry.header_offset + LENGTHS)
-    return entry.header_offset + HEADER + sum(struct.unpack("<HH", part.read(4)))
-
-
-def _misfit(file: BinaryIO, extent: Extent) -> str:
-    """What the archive holds, where that is not what the index says; torch opens it, and reads no content."""
-    with torch.serialization.skip_data():
-        found = torch.load(_Part(file, extent), weights_only=True, map_location="cpu")  # type: ignore[arg-type]
-    is_it = isinstance(found, Tensor) and (found.shape, found.dtype) == (extent.shape, extent.dtype)
+def _misfit(archive: zipfile.ZipFile, part: Part, extent: Extent) -> str:
+    """What the archive holds, where that is not what the index says; no content is read."""
+    found: Any = look_at_tensor(archive, part)
+    if found is None:  # torch knows more kinds, and takes ten times as long
+        part.seek(0)
+        with torch.serialization.skip_data():
+            found = torch.load(part, weights_only=True, map_location="cpu")  # type: ignore[arg-type]
+    is_it = isinstance(found, (Stored, Tensor)) and (found.shape, found.dtype) == (extent.shape, extent.dtype)
     return "" if is_it else f"no {extent.dtype} of shape {tuple(extent.shape)}"
 
 
@@ -143,51 +147,20 @@ def _checksums_of(path: Path, every: Sequence[Extent]) -> str:
     texts = []
     with path.open("rb") as file:
         for extent in every:
-            with zipfile.ZipFile(_Part(file, extent)) as archive:
-                texts.append(_checksum(archive, file, extent))
+            with zipfile.ZipFile(part := _part(file, extent)) as archive:
+                texts.append(_checksum(archive, part, extent))
     return "".join(texts)
 
 
-def _checksum(archive: zipfile.ZipFile, file: BinaryIO, extent: Extent) -> str:
-    part, at, checksum = _Part(file, extent), 0, 0
+def _checksum(archive: zipfile.ZipFile, part: Part, extent: Extent) -> str:
+    at, checksum = 0, 0
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
-        begin = _begin_of(entry, part)
+        begin = begin_of(entry, part)
         checksum = zlib.crc32(_between(part, at, begin), checksum)
         at = begin + entry.compress_size
     return f"{zlib.crc32(_between(part, at, extent.length), checksum):0{DIGITS}x}"
 
 
-def _between(part: _Part, begin: int, end: int) -> bytes:
+def _between(part: Part, begin: int, end: int) -> bytes:
     part.seek(begin)
     return part.read(max(0, end - begin))
-
-
-class _Part(io.RawIOBase):
-    """A part of a file as a file: nothing outside it is read, and no more at once than is asked for."""
-
-    def __init__(self, file: BinaryIO, extent: Extent) -> None:
-        self._file, self._extent, self._at = file, extent, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._extent.length}[whence]
-        if base + offset < 0:
-            raise OSError("before the beginning")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        length = max(0, min(len(buffer), self._extent.length - self._at))
-        self._file.seek(self._extent.offset + self._at)
-        content = self._file.read(length)
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)

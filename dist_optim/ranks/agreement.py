@@ -10,6 +10,7 @@ import re
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dist_optim.errors import RanksDisagreeError
 __all__ = [
     "agree_on_bits",
     "assert_ranks_equal",
+    "background_group",
     "described",
     "gather_objects",
     "host_group",
@@ -128,8 +130,10 @@ def agree_on_bits(
     return any_has, any_lacks
 
 
-_host_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = weakref.WeakKeyDictionary()
-"""Of each default process group, by their ranks."""
+_made_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[str, tuple[int, ...]], ProcessGroup]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Of each default process group, by what they are for and their ranks."""
 
 
 def host_group(process_group: ProcessGroup | None = None) -> ProcessGroup | None:
@@ -141,11 +145,30 @@ def host_group(process_group: ProcessGroup | None = None) -> ProcessGroup | None
     Args:
         process_group: The ranks; the default group when None.
     """
+    return _group_for("agreements", process_group)
+
+
+def background_group(process_group: ProcessGroup | None = None) -> ProcessGroup | None:
+    """Another group of the same ranks over the host, for what they do in a thread beside the training.
+
+    Collective where one has to be made, as ``host_group``. Its time-out is the user's: that of the default group.
+    """
+    return _group_for("background", process_group)
+
+
+def _group_for(use: str, process_group: ProcessGroup | None) -> ProcessGroup | None:
     world = dist.group.WORLD if num_ranks(process_group) > 1 else None
     if world is None or dist.get_backend(process_group) == "fake":  # torch's stand-in for ranks that are not there
         return process_group
     ranks = tuple(dist.get_process_group_ranks(process_group or world))
-    made = _host_groups.setdefault(world, {})
-    if ranks not in made:
-        made[ranks] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-    return made[ranks]
+    made = _made_groups.setdefault(world, {})
+    if (use, ranks) not in made:
+        timeout = _timeout_of(world) if use == "background" else None
+        made[use, ranks] = dist.new_group(list(ranks), timeout, "gloo", use_local_synchronization=True)
+    return made[use, ranks]
+
+
+def _timeout_of(process_group: ProcessGroup) -> timedelta | None:
+    """How long its collectives may take; None where it does not say so."""
+    backend: Any = process_group._get_backend(process_group._device_types[0])
+    return getattr(getattr(backend, "options", None), "_timeout", None)

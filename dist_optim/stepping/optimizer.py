@@ -18,6 +18,7 @@ from dist_optim.exchange.norms import norm_as_clipping
 from dist_optim.exchange.plan import Plan
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
+from dist_optim.ranks.background import look_together
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.once import Once
@@ -161,7 +162,9 @@ class DistributedOptimizer(TorchContract):
             NonFiniteGradientError: A gradient is infinite or NaN, with ``on_nonfinite="raise"``. Nothing was changed.
                 With "skip" it is as if ``step`` had not been called; ``num_skipped_steps`` counts.
             StepFailedError: Upstream's step failed on one rank; others are updated.
+            BackgroundSaveError: A save with ``asynchronous=True`` failed. This call has done nothing: make it again.
         """
+        look_together("step()", self.holdings.all_ranks)
         evaluations = None if closure is None or not evaluates(self.spec) else self._evaluations(closure)
         loss = None if closure is None or evaluations is not None else loss_of(closure)
         problem = self._look_at_model() or self._why_no_step(closure)

@@ -155,6 +155,7 @@ def install(
     extras: Mapping[str, Any],
     num_steps: int,
     mode: str,
+    may_keep: bool = False,
 ) -> None:
     """Replace all state that this rank steps by; a parameter that ``state`` does not name has none afterwards.
 
@@ -167,9 +168,10 @@ def install(
         extras: What upstream keeps that is no parameter's.
         num_steps: Steps taken.
         mode: Which weights are in place.
+        may_keep: Whether tensors of the state may be kept as they are: nobody else uses them.
     """
     for instance, index in held.stepped_here():
-        instance.write_encoded_state(index, state.get(held.placed[index].fqn, {}))
+        instance.write_encoded_state(index, state.get(held.placed[index].fqn, {}), may_keep=may_keep)
     for group, saved in zip(held.groups, groups, strict=True):
         group.update(restored(saved))
     own = [{key: group[key] for key in counters if key in group} for group in held.groups]

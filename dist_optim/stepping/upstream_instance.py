@@ -349,13 +349,19 @@ class UpstreamInstance:
         encoded = self.driver.encode_state(state) if state else {}
         return {**encoded, MASTER: self.shadows[index].data} if encoded and index in self._model_dtypes else encoded
 
-    def write_encoded_state(self, index: int, encoded: Mapping[str, Any]) -> None:
-        """Install state that ``encoded_state`` returned, in place of any there is; tensors are copied to the device."""
+    def write_encoded_state(self, index: int, encoded: Mapping[str, Any], *, may_keep: bool = False) -> None:
+        """Install state that ``encoded_state`` returned, in place of any there is; tensors are copied to the device.
+
+        Args:
+            index: Which parameter.
+            encoded: The state.
+            may_keep: Whether tensors that are on the device already may be kept as they are: nobody else uses them.
+        """
         shadow, group = self.shadows[index], self.optimizer.param_groups[self._group_of[index]]
         if not encoded:
             self.driver.clear_state(self.optimizer, shadow)
             return
-        copied = {key: _copy(key, value, shadow.device, group) for key, value in encoded.items()}
+        copied = {key: _copy(key, value, shadow.device, group, may_keep) for key, value in encoded.items()}
         master = copied.pop(MASTER, None)
         if master is not None and index in self._model_dtypes:
             shadow.data.copy_(master)
@@ -405,12 +411,12 @@ def _refuse_changed_gradients(
         )
 
 
-def _copy(key: str, value: Any, device: torch.device, group: ParamGroup) -> Any:
+def _copy(key: str, value: Any, device: torch.device, group: ParamGroup, may_keep: bool) -> Any:
     """Tensors go to the parameter's device; a step counter stays where torch keeps it (on the host, unless fused)."""
     if not isinstance(value, Tensor):
         return value
     stays = key == "step" and not group.get("fused") and not group.get("capturable")
-    return value.detach().clone() if stays else value.detach().to(device, copy=True)
+    return value.detach().clone() if stays else value.detach().to(device, copy=not may_keep)
 
 
 def as_if_alone(gradient: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def _in_weights(folder: Folder) -> Iterator[str]:
 
 
 def _strays(directory: Path, sealed: dict[str, Any]) -> Iterator[str]:
-    for name in sorted({one.name for one in directory.glob("*.distcp")} - set(sealed["files"])):
+    found = {one.name for one in directory.glob("*.distcp") if one.stat().st_size}  # a rank may have nothing
+    for name in sorted(found - set(sealed["files"])):
         yield f"{str(directory / name)!r} is not of this save: its record does not name it."
 
 

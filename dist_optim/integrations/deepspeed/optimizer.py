@@ -29,6 +29,7 @@ from dist_optim.errors import (
     WrongModeError,
 )
 from dist_optim.exchange.plan import Plan
+from dist_optim.integrations.deepspeed.before_step import tell_before_steps
 from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
 from dist_optim.integrations.deepspeed.checkpoint_files import fail_together
 from dist_optim.integrations.deepspeed.checkpoint_view import ZeroView
@@ -191,6 +192,7 @@ class ZeroOptimizer(Optimizer):
         self._samples = GradientSamples(replicated, group, group) if replicated else None
         self._pull_hyperparameters()
         fail_together(engine)
+        tell_before_steps(engine)
         if Trait.WEIGHT_SWAPPING in self.spec.traits:
             hold_averaged_weights(engine, self)
 
