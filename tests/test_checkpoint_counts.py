@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ def peak_of(act: Callable[[], Any]) -> int:
     tracemalloc.start()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         act()
+        time.sleep(0.3)  # gloo's threads free what they have sent a moment later: the profiler must not end in between
     _, objects = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     results: Any = profiled.profiler.kineto_results
