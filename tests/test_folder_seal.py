@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import transformers
 from door_runs import DOORS, ByAccelerate, ByTrainer, Run, copy_over, equal, own_accelerate
 
 from dist_optim.checkpoint import folder_seal, inspect
@@ -194,3 +196,25 @@ def test_each_door_resumes_what_it_has_saved(saved: dict[str, dict[str, Path]], 
         run = kind(tmp_path / door, 0)
         run.load(saved[door]["this"])
         assert equal(run.bits(), kind(tmp_path / f"{door} again", 2).bits())
+
+
+class KeepsAdapters(transformers.TrainerCallback):
+    """As people do for PEFT: in ``on_save`` the folder is complete, and theirs."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        own = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter_model"
+        own.mkdir()
+        (own / "adapter_model.safetensors").write_bytes(b"theirs")
+
+
+def test_what_a_callback_adds_when_the_trainer_has_saved_belongs_to_the_save(tmp_path: Path) -> None:
+    run = ByTrainer(tmp_path, 0)
+    run.trainer.args.save_strategy, run.trainer.args.save_steps, run.trainer.args.max_steps = "steps", 1, 1
+    run.trainer.state.save_steps = 1
+    run.trainer.add_callback(KeepsAdapters())
+    run.trainer.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert (checkpoint / "adapter_model/adapter_model.safetensors").exists()
+    assert not list(differences_in(checkpoint))
+    (checkpoint / "adapter_model/adapter_model.safetensors").write_bytes(b"others")
+    assert [part for part, _ in differences_in(checkpoint)] == ["model"]

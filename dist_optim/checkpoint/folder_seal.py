@@ -34,6 +34,7 @@ __all__ = [
     "check_folder",
     "differences_in",
     "parts_among",
+    "seal_again",
     "seal_alone",
     "seal_folder",
 ]
@@ -90,6 +91,14 @@ def seal_alone(directory: Path) -> None:
     """The same by one process. Not a collective."""
     sizes = _sizes(directory)
     _write(directory, sizes, _sums(directory, sizes, 0, 1))
+
+
+def seal_again(directory: Path) -> None:
+    """Let the record know files that were added, taken away or grown since, by who may. By one process."""
+    sealed = read_record(directory / MARK, FOLDER)["parts"]
+    known = {(part, name): one["bytes"] for part, files in sealed.items() for name, one in files.items()}
+    if _sizes(directory) != known:
+        seal_alone(directory)
 
 
 def check_folder(

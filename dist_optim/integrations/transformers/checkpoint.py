@@ -26,7 +26,15 @@ from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimiz
 from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, recover, written_aside
 from dist_optim.checkpoint.engine_view import is_ours, view_of
-from dist_optim.checkpoint.folder_seal import PARTS, check_folder, parts_among, seal_alone, seal_folder
+from dist_optim.checkpoint.folder_seal import (
+    MARK,
+    PARTS,
+    check_folder,
+    parts_among,
+    seal_again,
+    seal_alone,
+    seal_folder,
+)
 from dist_optim.checkpoint.model_weights import StoredWeights, find_weights, load_weights, save_weights
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
@@ -58,6 +66,7 @@ class CheckpointingMixin:
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     _saving_into: Path | None = None
+    _saved_into: Path | None = None
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
         """As in transformers, which takes one step too many where a run resumes at its end."""
@@ -110,7 +119,17 @@ class CheckpointingMixin:
                 seal_folder(aside)
             finally:
                 self._saving_into = None
+        self._saved_into = directory
         attempt(lambda: self._rotate(run) if self.args.should_save else None, directory, None)
+
+    def _maybe_log_save_evaluate(self, *positional: Any, **named: Any) -> None:
+        """As in transformers, whose callbacks may change the folder in ``on_save``: some keep the adapters alone."""
+        super()._maybe_log_save_evaluate(*positional, **named)  # type: ignore[misc]
+        saved, self._saved_into = self._saved_into, None
+        if saved is not None:
+            attempt(
+                lambda: seal_again(saved) if self.args.should_save and (saved / MARK).exists() else None, saved, None
+            )
 
     def _name_the_best(self, aside: Path, directory: Path) -> None:
         """The best model's folder, where this is it, by the name that it will have."""
