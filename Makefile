@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity reshard faults any-optimizer soak compat trainer-suite docs clean
+.PHONY: help demo test lint parity reshard faults bench any-optimizer soak compat trainer-suite docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -32,7 +32,8 @@ lint: $(STAMP) ## ruff and mypy
 	@ruff check .
 	@echo "+ mypy dist_optim launch"
 	@mypy dist_optim launch
-	@echo "+ mypy tests; mypy tests_multigpu"
+	@echo "+ mypy benchmarks; mypy tests; mypy tests_multigpu"
+	@mypy benchmarks
 	@mypy tests
 	@MYPYPATH=tests_multigpu:tests mypy tests_multigpu
 
@@ -55,6 +56,10 @@ reshard: $(STAMP) ## save under every strategy, load under every other; writes d
 faults: $(STAMP) ## kill saves, and fail their disk, at each file-system call; writes docs/faults.json and docs/checkpoints.md
 	@echo "+ python tests/measure_faults.py"
 	@python tests/measure_faults.py
+
+bench: $(STAMP) ## time and count steps beside the alternatives, about 12 minutes; writes docs/performance.{json,md}
+	@echo "+ python benchmarks/steps.py"
+	@python benchmarks/steps.py
 
 any-optimizer: $(STAMP) ## every class of torch, pytorch-optimizer, timm, heavyball, ..., as installed; writes docs/any-optimizer.md
 	@echo "+ python tests/measure_any_optimizer.py"

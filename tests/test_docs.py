@@ -40,7 +40,7 @@ def test_relative_links_exist(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_files_exist(document: Path) -> None:
     """Paths in backquotes that start in one of our folders."""
-    pattern = r"`((?:dist_optim|launch|configs|tests|tests_multigpu|docs|docker)/[\w./-]+)`"
+    pattern = r"`((?:dist_optim|launch|configs|tests|tests_multigpu|docs|docker|benchmarks)/[\w./-]+)`"
     named = re.findall(pattern, document.read_text())
     assert not [path for path in named if not (ROOT / path).exists()]
 
