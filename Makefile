@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity reshard faults bench any-optimizer soak compat trainer-suite docs clean
+.PHONY: help demo test lint parity reshard faults simulate bench any-optimizer soak compat trainer-suite docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -56,6 +56,10 @@ reshard: $(STAMP) ## save under every strategy, load under every other; writes d
 faults: $(STAMP) ## kill saves, and fail their disk, at each file-system call; writes docs/faults.json and docs/checkpoints.md
 	@echo "+ python tests/measure_faults.py"
 	@python tests/measure_faults.py
+
+simulate: $(STAMP) ## plan Llama-8B and 70B on up to 4,096 ranks; writes docs/simulation.{json,md}
+	@echo "+ python benchmarks/simulate.py"
+	@python benchmarks/simulate.py
 
 bench: $(STAMP) ## time and count steps beside the alternatives, about 12 minutes; writes docs/performance.{json,md}
 	@echo "+ python benchmarks/steps.py"

@@ -16,6 +16,7 @@ _signals.end_quietly_on_interrupt()
 from dist_optim import optimizers as _optimizers  # noqa: F401  registers the families
 from dist_optim.building.build import build_optimizer
 from dist_optim.building.layerwise_decay import layerwise_decay
+from dist_optim.building.simulate import Machine, Simulation, simulate
 from dist_optim.checkpoint import load_checkpoint, save_checkpoint
 from dist_optim.errors import DistOptimError
 from dist_optim.schedulers import MetricScheduler, build_scheduler
@@ -28,9 +29,11 @@ __all__ = [
     "DistOptimError",
     "DistributedOptimizer",
     "Hyperparameter",
+    "Machine",
     "MetricScheduler",
     "OptimizerSpec",
     "Scope",
+    "Simulation",
     "Trait",
     "UpstreamClass",
     "UpstreamDriver",
@@ -43,6 +46,7 @@ __all__ = [
     "parse_optim_args",
     "register",
     "save_checkpoint",
+    "simulate",
 ]
 
 __version__ = "0.1.0"

@@ -170,6 +170,19 @@ def test_gathers_start_before_the_step_that_they_would_wait_for() -> None:
     assert max(started) == 3
 
 
+def test_owners_of_replicated_tensors_wait_for_nobody() -> None:
+    log: list[str] = []
+
+    def task(name: str) -> Task[None]:
+        yield
+        log.append(f"step {name}")
+        yield
+        log.append(f"end {name}")
+
+    run_tasks((task(name) for name in "abcd"), holds_memory=False)
+    assert log == [f"{what} {name}" for what in ("step", "end") for name in "abcd"]
+
+
 ATTENTION = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192)]
 LLAMA_70B = [*ATTENTION, (28672, 8192), (28672, 8192), (8192, 28672), (8192,), (8192,)]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.exchange.copies import copy, cut, write_back
+from dist_optim.exchange.copies import copy, cut
 from dist_optim.exchange.plan import Bucket, Item, Route
 from dist_optim.exchange.rooms import Room
 from dist_optim.exchange.route import Leg
@@ -68,9 +68,7 @@ def scatter(
         mail.receive(leg, BACK, local)
     for leg in route.receives:
         mail.send(leg, BACK, {item.index: item.layout.view_of(whole[item.index], leg.peer) for item in _of(leg)})
-    if bucket.is_replicated:
-        write_back(whole, local)
-    else:
+    if not bucket.is_replicated:
         copy([local[item.index] for item in own], [item.layout.view_of(whole[item.index], rank) for item in own])
     yield
     mail.wait()

@@ -6,23 +6,20 @@ itself holds it too: a generator that is dropped half way, because another one f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.exchange.copies import copy, cut, write_back
+from dist_optim.exchange.copies import copy, cut
 from dist_optim.exchange.plan import Bucket, Route
+from dist_optim.exchange.route import is_large
 from dist_optim.exchange.tasks import Task
 from dist_optim.ranks.agreement import own_rank
 
-__all__ = ["gather", "gather_single", "scatter", "spread"]
-
-# torch 2.13 renamed the collective.
-gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Gather tensors of equal size into one."""
+__all__ = ["gather", "scatter", "spread"]
 
 
 def gather(
@@ -51,14 +48,27 @@ def gather(
     return full
 
 
-def spread(
-    bucket: Bucket, full: Mapping[int, Tensor], local: Mapping[int, Tensor], process_group: dist.ProcessGroup | None
-) -> Task[None]:
-    """As ``scatter_from_owner``, of replicated tensors: an all-gather, or a broadcast where one rank owns them all."""
-    if sum(map(bool, bucket.owned)) == 1:
-        yield from _broadcast(bucket, full, local, process_group)
-    else:
-        yield from _all_gather(bucket, full, local, process_group)
+def spread(bucket: Bucket, local: Mapping[int, Tensor], process_group: dist.ProcessGroup | None) -> Task[None]:
+    """As ``scatter_from_owner``, of replicated tensors that are updated in place: a broadcast of each large one.
+
+    It goes from where it lies to where it lies, so that no buffer keeps rounds from being on their way together.
+    """
+    rank = own_rank(process_group)
+    works: list[Any] = []
+    landing: list[tuple[Tensor, list[Tensor]]] = []
+    for owner, items in enumerate(bucket.owned):
+        large = [[local[item.index]] for item in items if is_large(item.shape.numel(), bucket.dtype.itemsize)]
+        small = [local[item.index] for item in items if not is_large(item.shape.numel(), bucket.dtype.itemsize)]
+        for parts in [*large, small] if small else large:
+            sent = parts[0] if len(parts) == 1 and parts[0].is_contiguous() else _pack(parts, bucket)
+            if owner != rank and sent is not parts[0]:
+                landing.append((sent, parts))
+            works.append(dist.broadcast(sent, group=process_group, group_src=owner, async_op=True))
+    yield
+    for work in works:
+        work.wait()
+    for buffer, parts in landing:
+        _unpack(buffer, parts)
 
 
 def scatter(
@@ -85,47 +95,6 @@ def scatter(
     work.wait()
     del send
     _unpack(received, [local[item.index] for item in bucket.items])
-
-
-def _all_gather(
-    bucket: Bucket, full: Mapping[int, Tensor], local: Mapping[int, Tensor], process_group: dist.ProcessGroup | None
-) -> Task[None]:
-    rank = own_rank(process_group)
-    # Rounds are balanced, so padding every owner's share to the largest costs little and needs one even collective.
-    share = max(sum(item.shape.numel() for item in items) for items in bucket.owned)
-    send = torch.empty(share, dtype=bucket.dtype, device=bucket.device)
-    own_parts = [full[item.index].reshape(-1) for item in bucket.owned[rank]]
-    copy(cut(send, own_parts), own_parts)
-    received = torch.empty(share * len(bucket.owned), dtype=bucket.dtype, device=bucket.device)
-    work = gather_single(received, send, group=process_group, async_op=True)
-    yield
-    work.wait()
-    del send
-    for owner, items in enumerate(bucket.owned):
-        if owner == rank:
-            write_back({item.index: full[item.index] for item in items}, local)
-        else:
-            _unpack(received[owner * share :], [local[item.index] for item in items])
-
-
-def _broadcast(
-    bucket: Bucket, full: Mapping[int, Tensor], local: Mapping[int, Tensor], process_group: dist.ProcessGroup | None
-) -> Task[None]:
-    """From the one rank that owns all of the bucket."""
-    (owner,) = [rank for rank, items in enumerate(bucket.owned) if items]
-    is_mine = owner == own_rank(process_group)
-    if is_mine:
-        buffer = _pack([full[item.index] for item in bucket.items], bucket)
-    else:
-        numel = sum(item.shape.numel() for item in bucket.items)
-        buffer = torch.empty(numel, dtype=bucket.dtype, device=bucket.device)
-    work = dist.broadcast(buffer, group=process_group, group_src=owner, async_op=True)
-    yield
-    work.wait()
-    if is_mine:
-        write_back({item.index: full[item.index] for item in bucket.items}, local)
-    else:
-        _unpack(buffer, [local[item.index] for item in bucket.items])
 
 
 def _pack(parts: list[Tensor], bucket: Bucket) -> Tensor:

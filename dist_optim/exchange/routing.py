@@ -61,9 +61,13 @@ def plan_owners(
     bucket_bytes: int,
     process_group: dist.ProcessGroup | None,
     sole_owner: int | None = None,
+    world_size: int | None = None,
 ) -> Plan:
-    """Owners and rounds of the parameters that are stepped whole, given by position; one rank's, where one is named."""
-    items, world_size = [], num_ranks(process_group)
+    """Owners and rounds of the parameters that are stepped whole, given by position; one rank's, where one is named.
+
+    ``world_size`` stands for a process group that is not there.
+    """
+    items, world_size = [], num_ranks(process_group) if world_size is None else world_size
     for index, (placed, values) in members.items():
         cost = spec.driver.step_cost(placed.shape, values)
         is_idle = placed.is_idle and world_size > 1

@@ -16,11 +16,12 @@ Result = TypeVar("Result")
 Task = Generator[None, None, Result]
 
 
-def run_tasks(tasks: Iterable[Task[None]]) -> None:
+def run_tasks(tasks: Iterable[Task[None]], holds_memory: bool = True) -> None:
     """Advance generators in one order on every rank, so that collectives are in flight while tensors are stepped.
 
     The next bucket's gather is started before a bucket is stepped, and its scatter has the time of the next step to
-    arrive. So three buckets are in flight at the most.
+    arrive. So three buckets are in flight at the most; or all of them, where none holds memory on its way back: then no
+    owner waits for what another one steps.
     """
     waiting, gathering, returning = iter(tasks), deque[Task[None]](), deque[Task[None]]()
     _start(waiting, gathering)
@@ -29,7 +30,7 @@ def run_tasks(tasks: Iterable[Task[None]]) -> None:
         task = gathering.popleft()
         if _goes_on(task):
             returning.append(task)
-        if len(returning) > 1:
+        if holds_memory and len(returning) > 1:
             _finish(returning.popleft())
     for task in returning:
         _finish(task)

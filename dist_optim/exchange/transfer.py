@@ -79,10 +79,14 @@ def scatter_from_owner(
     if num_ranks(process_group) == 1:
         yield
         write_back({item.index: full[item.index] for item in bucket.items}, local)
-    elif _goes_in_place(bucket):
+        return
+    if bucket.is_replicated:
+        write_back({item.index: full[item.index] for item in bucket.owned[own_rank(process_group)]}, local)
+        full = local
+    if _goes_in_place(bucket):
         yield from in_place.scatter(bucket, full, local, route, process_group, room or Room())
     elif bucket.is_replicated:
-        yield from packed.spread(bucket, full, local, process_group)
+        yield from packed.spread(bucket, local, process_group)
     else:
         yield from packed.scatter(bucket, full, local, route, process_group)
 

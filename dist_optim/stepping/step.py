@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_optim.errors import DistOptimError, WrongModeError
+from dist_optim.exchange.copies import write_back
 from dist_optim.exchange.norms import NormOf, combine_norms, norm_in_fp32, norm_task
 from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
 from dist_optim.exchange.rooms import Room, Rooms
@@ -23,7 +24,8 @@ from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping import half_steps
 from dist_optim.stepping.before_step import BeforeStep
 from dist_optim.stepping.bystander import Bystander
-from dist_optim.stepping.detached import Act, DetachedStep, write_back
+from dist_optim.stepping.detached import Act, DetachedStep
+from dist_optim.stepping.detached import write_back as write_slices_back
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.own_methods import one_result
 from dist_optim.stepping.presence import StepAgreement
@@ -169,12 +171,14 @@ class TrainingStep:
                 here.append(index)
         if self._held.local_instance is not None and (here or not self._is_one_by_one):
             self._update_locally(self._held.local_instance, {index: gradients[index] for index in here})
-        run_tasks(self._update_task(number, indices, gradients) for number, indices in ready.items())
+        for is_replicated in (False, True):
+            rounds = [number for number in ready if self._rounds[number].is_replicated is is_replicated]
+            run_tasks((self._update_task(number, ready[number], gradients) for number in rounds), not is_replicated)
 
     def _update_locally(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
         """Upstream on this rank's slices, in place."""
         parameters = {index: self._held.placed[index].local() for index in gradients}
-        write_back(self._held, self._stepped(instance, parameters, gradients))
+        write_slices_back(self._held, self._stepped(instance, parameters, gradients))
         if self._is_one_by_one:
             instance.release(gradients.keys())
 
@@ -188,8 +192,13 @@ class TrainingStep:
         full_gradients = {index: as_if_alone(gradient) for index, gradient in full_gradients.items()}
         updated = self._stepped(instance, full, full_gradients)
         del full_gradients, full
-        yield from scatter_from_owner(bucket, updated, parameters, route, self._group, room)
-        self._put_down(bucket, instance, updated, parameters)
+        if bucket.is_replicated:  # nothing but the model's own tensors is on the way back
+            write_back(updated, parameters)
+            self._put_down(bucket, instance, updated, parameters)
+            yield from scatter_from_owner(bucket, parameters, parameters, route, self._group, room)
+        else:
+            yield from scatter_from_owner(bucket, updated, parameters, route, self._group, room)
+            self._put_down(bucket, instance, updated, parameters)
         room.close()
 
     def _put_down(
