@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_optim
 from dist_optim.errors import RanksDisagreeError
-from dist_optim.exchange import transfer
+from dist_optim.exchange import packed, transfer
 from dist_optim.testing import RankPool
 
 COLLECTIVES = (
@@ -52,7 +52,9 @@ def collectives_counted() -> Iterator[Counter[str]]:
         return call
 
     with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in COLLECTIVES}):
-        yield counted
+        gather = counting("all_gather_single", packed.gather_single)
+        with mock.patch.object(packed, "gather_single", gather):
+            yield counted
 
 
 def collectives_of_a_refused_rate() -> dict[str, int]:
@@ -114,7 +116,7 @@ MESSAGES = {"isend": 3, "irecv": 3}
         ("ddp", "adamw_torch", {}, {"rounds": 1, "isend": 1, "irecv": 1}),
         ("fsdp2", "galore_adamw", LOW_RANK, {"rounds": 1, **MESSAGES}),
         ("fsdp2", "galore_adamw", {**LOW_RANK, "in packs": True}, {"rounds": 1, "all_to_all_single": 2}),
-        ("ddp", "adamw_torch", {"in packs": True}, {"rounds": 1, "broadcast": 2}),
+        ("ddp", "adamw_torch", {"in packs": True}, {"rounds": 1, "all_gather_single": 1}),
     ],
 )
 def test_a_steady_step_makes_its_rounds_and_two_agreements(

@@ -44,7 +44,7 @@ def every_placement(case: Case, placements: Placements) -> None:
     """Small rounds go in place, as large tensors do, and on four ranks in packs, as on accelerators."""
     problems = []
     for placement, options in placements:
-        large = 16 if options else route.IN_PLACE_BYTES
+        large = 16 if options or placement == "fsdp1 no_shard" else route.IN_PLACE_BYTES
         most = 0 if dist.get_world_size() == 4 else transfer.MAX_PEERS
         with mock.patch.object(route, "IN_PLACE_BYTES", large), mock.patch.object(transfer, "MAX_PEERS", most):
             problems += [f"{placement} {options}: {problem}" for problem in run_case(case, placement, **options)]

@@ -6,7 +6,7 @@ itself holds it too: a generator that is dropped half way, because another one f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ from dist_optim.exchange.route import is_large
 from dist_optim.exchange.tasks import Task
 from dist_optim.ranks.agreement import own_rank
 
-__all__ = ["gather", "scatter", "spread"]
+__all__ = ["gather", "gather_single", "scatter", "spread"]
+
+
+# torch 2.13 renamed the collective.
+gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gather tensors of equal size into one."""
 
 
 def gather(
@@ -49,21 +54,29 @@ def gather(
 
 
 def spread(bucket: Bucket, local: Mapping[int, Tensor], process_group: dist.ProcessGroup | None) -> Task[None]:
-    """As ``scatter_from_owner``, of replicated tensors that are updated in place: a broadcast of each large one.
+    """As ``scatter_from_owner``, of replicated tensors that are updated in place: large ones each by a broadcast.
 
-    It goes from where it lies to where it lies, so that no buffer keeps rounds from being on their way together.
+    They go from where they lie to where they lie, so that no buffer keeps rounds from being on their way together. Of
+    the small ones each owner's are padded to the largest share, for one all-gather.
     """
-    rank = own_rank(process_group)
+    rank, itemsize = own_rank(process_group), bucket.dtype.itemsize
     works: list[Any] = []
     landing: list[tuple[Tensor, list[Tensor]]] = []
     for owner, items in enumerate(bucket.owned):
-        large = [[local[item.index]] for item in items if is_large(item.shape.numel(), bucket.dtype.itemsize)]
-        small = [local[item.index] for item in items if not is_large(item.shape.numel(), bucket.dtype.itemsize)]
-        for parts in [*large, small] if small else large:
-            sent = parts[0] if len(parts) == 1 and parts[0].is_contiguous() else _pack(parts, bucket)
-            if owner != rank and sent is not parts[0]:
-                landing.append((sent, parts))
+        for tensor in (local[item.index] for item in items if is_large(item.shape.numel(), itemsize)):
+            sent = tensor.contiguous()
+            if sent is not tensor and owner != rank:
+                landing.append((sent.view(-1), [tensor]))
             works.append(dist.broadcast(sent, group=process_group, group_src=owner, async_op=True))
+    small = [
+        [local[item.index] for item in items if not is_large(item.shape.numel(), itemsize)] for items in bucket.owned
+    ]
+    if share := max(sum(map(Tensor.numel, parts)) for parts in small):
+        mine = torch.empty(share, dtype=bucket.dtype, device=bucket.device)
+        copy(cut(mine, small[rank]), small[rank])
+        received = torch.empty(share * len(small), dtype=bucket.dtype, device=bucket.device)
+        works.append(gather_single(received, mine, group=process_group, async_op=True))
+        landing += [(received[at * share :], parts) for at, parts in enumerate(small) if parts and at != rank]
     yield
     for work in works:
         work.wait()

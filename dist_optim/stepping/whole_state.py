@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_optim.exchange.packed import gather_single
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import gather_objects, host_group, num_ranks
 from dist_optim.stepping.holdings import Holdings
@@ -17,8 +18,6 @@ from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["StateByName", "gathered", "is_slice", "memory_order", "own_state", "parts_of"]
 
-# torch 2.13 renamed the collective.
-_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 StateByName = dict[str, dict[str, Any]]
 """``{parameter: {key: tensor, number, string or None}}``"""
 
@@ -138,7 +137,7 @@ def _joined(value: Any, dtype: torch.dtype, placed: PlacedParameter, held: Holdi
     if isinstance(value, Tensor):
         mine[: value.numel()] = value.detach().reshape(-1).cpu()
     everyones = torch.empty(count * max(sizes), dtype=dtype)
-    _gather_single(_as_bytes(everyones), _as_bytes(mine), group=host_group(held.process_group))
+    gather_single(_as_bytes(everyones), _as_bytes(mine), group=host_group(held.process_group))
     whole = torch.empty(placed.shape, dtype=dtype)
     for rank, (part, size) in enumerate(zip(everyones.split(max(sizes)), sizes, strict=True)):
         view = placed.layout.view_of(whole, rank)
