@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from placements import inject, place
-from torch import nn
+from torch import Tensor, nn
 
 import dist_optim
 from dist_optim.stepping.upstream_instance import UpstreamInstance
@@ -67,8 +67,7 @@ def peak_of_full_tensors() -> tuple[int, int]:
 
     def step(self: UpstreamInstance, parameters: Any, gradients: Any, present: Any, closure: Any = None) -> Any:
         shown = [tensor for field in (parameters, gradients) for tensor in field.values()]
-        held.append(sum(tensor.untyped_storage().nbytes() for tensor in shown))
-        held[-1] += sum(full_bytes(other) for other in created if other is not self)
+        held.append(bytes_of([*shown, *(shadow for other in created if other is not self for shadow in matrices(other))]))
         return upstream_step(self, parameters, gradients, present, closure)
 
     created: list[UpstreamInstance] = []
@@ -81,11 +80,17 @@ def peak_of_full_tensors() -> tuple[int, int]:
     with mock.patch.object(UpstreamInstance, "step", step), mock.patch.object(UpstreamInstance, "__init__", init):
         options = {**LOW_RANK, "bucket_bytes": 2 * MATRIX_BYTES}
         optimizer = build_and_step("fsdp2", "galore_adamw", **options)
-    return max(held), sum(full_bytes(instance) for instance in optimizer.holdings.instances)
+    return max(held), bytes_of([shadow for one in optimizer.holdings.instances for shadow in matrices(one)])
 
 
-def full_bytes(instance: UpstreamInstance) -> int:
-    return sum(shadow.untyped_storage().nbytes() for shadow in instance.shadows.values() if shadow.ndim == 2)
+def matrices(instance: UpstreamInstance) -> list[Tensor]:
+    return [shadow for shadow in instance.shadows.values() if shadow.ndim == 2]
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Of their storage, which several may share."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_a_step_holds_no_more_than_the_rounds_in_flight(two_ranks: RankPool) -> None:
