@@ -67,7 +67,8 @@ def peak_of_full_tensors() -> tuple[int, int]:
 
     def step(self: UpstreamInstance, parameters: Any, gradients: Any, present: Any, closure: Any = None) -> Any:
         shown = [tensor for field in (parameters, gradients) for tensor in field.values()]
-        held.append(bytes_of([*shown, *(shadow for other in created if other is not self for shadow in matrices(other))]))
+        others = [shadow for other in created if other is not self for shadow in matrices(other)]
+        held.append(bytes_of([*shown, *others]))
         return upstream_step(self, parameters, gradients, present, closure)
 
     created: list[UpstreamInstance] = []
