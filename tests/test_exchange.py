@@ -136,6 +136,24 @@ def test_owners_receive_full_tensors_and_slices_come_back(ways: dict[str, int], 
     three_ranks.run(there_and_back_by, ways)
 
 
+def message_of_the_users_during_a_round_trip() -> None:
+    """Asked for before, sent after: it is not mistaken for one of ours, between the same ranks."""
+    peer = 1 - dist.get_rank()
+    theirs = torch.zeros(3)
+    work = dist.irecv(theirs, group_src=peer)
+    with mock.patch(IN_PLACE, 1):
+        items = [item(i, (7, 4), DimShard(0, 2)) for i in range(4)]
+        assert_no_problems_on_any_rank(_round_trip(items, dist.get_rank()))
+    sent = dist.isend(torch.full((3,), 5.0), group_dst=peer)
+    work.wait()
+    sent.wait()
+    assert theirs.tolist() == [5.0] * 3
+
+
+def test_a_message_of_the_users_is_not_taken_for_ours(two_ranks: RankPool) -> None:
+    two_ranks.run(message_of_the_users_during_a_round_trip)
+
+
 def test_memory_is_taken_once_and_never_by_two_rounds_at_a_time() -> None:
     rooms, device = Rooms(), torch.device("cpu")
     seen = set()

@@ -24,6 +24,8 @@ __all__ = ["gather", "scatter"]
 FIELDS = 4
 """More than ever travel together: gradients and parameters to owners, parameters back."""
 BACK = FIELDS - 1
+FIRST_TAG, FIRST_TAG_OF_PACKS = 1 << 29, 1 << 30
+"""Of our messages: a message of the user's that is still on its way has a small one."""
 
 
 def gather(
@@ -91,7 +93,7 @@ class _Mail:
     def send(self, leg: Leg, field: int, parts: Mapping[int, Tensor]) -> None:
         """To the other rank of the leg, its parts of one field."""
         for item in leg.in_place:
-            self._send(parts[item.index].contiguous(), leg.peer, item.index * FIELDS + field)
+            self._send(parts[item.index].contiguous(), leg.peer, FIRST_TAG + item.index * FIELDS + field)
         if leg.packed:
             buffer = self._room.flat(leg.packed_numel, self._bucket.dtype, self._bucket.device)
             small = [parts[item.index] for item in leg.packed]
@@ -106,7 +108,7 @@ class _Mail:
                 whole = self._room.flat(part.numel(), self._bucket.dtype, self._bucket.device)
                 self._landing.append((whole, [part]))
                 part = whole
-            self._receive(part, leg.peer, item.index * FIELDS + field)
+            self._receive(part, leg.peer, FIRST_TAG + item.index * FIELDS + field)
         if leg.packed:
             buffer = self._room.flat(leg.packed_numel, self._bucket.dtype, self._bucket.device)
             self._landing.append((buffer, [parts[item.index] for item in leg.packed]))
@@ -121,7 +123,7 @@ class _Mail:
             copy(parts, cut(buffer, parts))
 
     def _tag_of_packed(self, field: int) -> int:
-        return (1 << 30) + self._bucket.index * FIELDS + field
+        return FIRST_TAG_OF_PACKS + self._bucket.index * FIELDS + field
 
     def _send(self, tensor: Tensor, to: int, tag: int) -> None:
         self._works.append(dist.isend(tensor, group=self._group, group_dst=to, tag=tag))
