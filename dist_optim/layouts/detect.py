@@ -54,7 +54,8 @@ class PlacedParameter:
 
     def local(self) -> Tensor:
         """This rank's part of the parameter, as a plain tensor on the parameter's own storage."""
-        return local_of(self.parameter.data)
+        parameter = self.parameter
+        return local_of(parameter) if isinstance(parameter, DTensor) else parameter.data  # of a DTensor that dispatches
 
     def local_gradient(self) -> Tensor | None:
         """This rank's part of the gradient, as a plain tensor on its storage; None where there is none."""
