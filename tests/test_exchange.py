@@ -145,6 +145,7 @@ def message_of_the_users_during_a_round_trip() -> None:
         items = [item(i, (7, 4), DimShard(0, 2)) for i in range(4)]
         assert_no_problems_on_any_rank(_round_trip(items, dist.get_rank()))
     sent = dist.isend(torch.full((3,), 5.0), group_dst=peer)
+    assert work is not None and sent is not None
     work.wait()
     sent.wait()
     assert theirs.tolist() == [5.0] * 3
