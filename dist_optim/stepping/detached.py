@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dist_optim.exchange.copies import write_back
 from dist_optim.exchange.plan import Bucket, Route
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
@@ -21,7 +22,7 @@ from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.sharing import OwnersWord
 from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
 
-__all__ = ["Act", "Closure", "DetachedStep", "write_back"]
+__all__ = ["Act", "Closure", "DetachedStep"]
 
 Tensors = Mapping[int, Tensor]
 Act = Callable[[UpstreamInstance, Tensors], object]
@@ -87,7 +88,7 @@ class DetachedStep:
             updates = [step_one(instance, *whole, _own(closure)) for instance, whole in self._by_instance(rounds)]
         agree()
         if local is not None:
-            write_back(held, updated)
+            write_back(updated, slices)
         self._send_back(rounds, {index: tensor for one in updates for index, tensor in one.items()})
 
     def _evaluating(self, evaluations: Evaluations, rounds: Sequence[_Round], step_one: StepOne) -> list[Tensors]:
@@ -130,9 +131,10 @@ class DetachedStep:
         held, local = self._held, self._held.local_instance
         rounds = self._gathered(gradients, held.plan.owners)
         if local is not None:
-            local.show({index: held.placed[index].local() for index in local.shadows})
+            slices = {index: held.placed[index].local() for index in local.shadows}
+            local.show(slices)
             act(local, {index: one for index, one in gradients.items() if index in local.shadows})
-            write_back(held, local.outgoing())
+            write_back(local.outgoing(), slices)
         for instance, (parameters, whole_gradients) in self._by_instance(rounds):
             instance.show(parameters)
             act(instance, whole_gradients)
@@ -183,11 +185,3 @@ class DetachedStep:
 def _own(closure: Closure) -> Closure:
     """Each instance evaluates once."""
     return closure.again() if isinstance(closure, Once) else closure
-
-
-def write_back(held: Holdings, updated: Tensors) -> None:
-    """Copy slices that upstream put into other storage into the model's."""
-    for index, tensor in updated.items():
-        own = held.placed[index].local()
-        if tensor is not own and tensor.data_ptr() != own.data_ptr():
-            own.copy_(tensor)

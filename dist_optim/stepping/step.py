@@ -25,7 +25,6 @@ from dist_optim.stepping import half_steps
 from dist_optim.stepping.before_step import BeforeStep
 from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.detached import Act, DetachedStep
-from dist_optim.stepping.detached import write_back as write_slices_back
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.own_methods import one_result
 from dist_optim.stepping.presence import StepAgreement
@@ -178,7 +177,7 @@ class TrainingStep:
     def _update_locally(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
         """Upstream on this rank's slices, in place."""
         parameters = {index: self._held.placed[index].local() for index in gradients}
-        write_slices_back(self._held, self._stepped(instance, parameters, gradients))
+        write_back(self._stepped(instance, parameters, gradients), parameters)
         if self._is_one_by_one:
             instance.release(gradients.keys())
 
