@@ -19,7 +19,7 @@ from dist_optim.exchange.plan import Plan
 from dist_optim.exchange.routing import plan_owners, runs_on_local_slices
 from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.layouts.layout import DimShard
-from dist_optim.optimizers.low_rank import FLOPS_PER_ELEMENT
+from dist_optim.specs.driver import FLOPS_PER_ELEMENT
 from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES
 
 __all__ = ["Machine", "Simulation", "simulate"]

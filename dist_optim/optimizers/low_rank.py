@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.driver import FLOPS_PER_ELEMENT, UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 
 __all__ = ["ONE_SIDED", "LowRankDriver", "low_rank_hyperparameters", "svd_cost"]
@@ -18,7 +18,6 @@ ONE_SIDED = ("std", "reverse_std", "left", "right")
 
 # Seconds of LAPACK's thin SVD relative to an elementwise pass, fitted to one CPU thread: about 6 L k^2 + 20 k^3 flops
 # for sides L >= k, three times as long when the matrix is wide; an elementwise AdamW pass does about 20 flops' worth.
-FLOPS_PER_ELEMENT = 20.0
 _WIDE_PENALTY = 3.0
 _PREFIX = "projector."
 

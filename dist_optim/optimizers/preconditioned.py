@@ -18,12 +18,9 @@ from dist_optim.optimizers.pytorch_optimizer import (
     decoupled,
     whole_number,
 )
-from dist_optim.specs.driver import UpstreamDriver
+from dist_optim.specs.driver import FLOPS_PER_ELEMENT, UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
-
-FLOPS_PER_ELEMENT = 20.0
-"""Elementwise work of so many flops an element is the unit of cost."""
 
 
 class SidesDriver(UpstreamDriver):

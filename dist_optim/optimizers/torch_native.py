@@ -9,15 +9,12 @@ import torch
 from torch.optim import Optimizer
 
 from dist_optim.optimizers.common import betas, epsilon, flag, learning_rate, weight_decay
-from dist_optim.specs.driver import ParamGroup, UpstreamDriver
+from dist_optim.specs.driver import FLOPS_PER_ELEMENT, ParamGroup, UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
 
 _LICENCE = "BSD-3-Clause"
 _ELEMENTWISE = frozenset({Trait.ELEMENTWISE})
-
-# Elementwise work of about 20 flops an element is the unit of cost.
-_FLOPS_PER_ELEMENT = 20.0
 
 
 class FusedDriver(UpstreamDriver):
@@ -53,7 +50,7 @@ class MuonDriver(UpstreamDriver):
     def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
         long, short = max(shape), min(shape)
         iteration = 4.0 * short**2 * long + 2.0 * short**3  # three matrix products
-        return shape.numel() + values["ns_steps"] * iteration / _FLOPS_PER_ELEMENT
+        return shape.numel() + values["ns_steps"] * iteration / FLOPS_PER_ELEMENT
 
 
 _MOMENTUM = Hyperparameter(name="momentum", kind="float", default=0.0, minimum=0.0, meaning="momentum factor")

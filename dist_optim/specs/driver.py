@@ -17,8 +17,10 @@ from torch.optim import Optimizer
 
 from dist_optim.specs.state_codec import Leaves, decode, encode, is_plain
 
-__all__ = ["STRUCTURE", "NamedDriver", "ParamGroup", "UpstreamDriver", "tensors_in"]
+__all__ = ["FLOPS_PER_ELEMENT", "STRUCTURE", "NamedDriver", "ParamGroup", "UpstreamDriver", "tensors_in"]
 
+FLOPS_PER_ELEMENT = 20.0
+"""Of ``step_cost``: arithmetic that takes as long as an elementwise pass over one element."""
 STRUCTURE = "(structure)"
 """Key of the text that says how the nested parts of a state belong together."""
 
