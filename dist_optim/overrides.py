@@ -206,6 +206,29 @@ TABLE: dict[str, tuple[Override, ...]] = {
         *_rows("torch", f"{_FSDP2}_param:FSDPParam", "_unsharded_param", "sharded_param", "sharded_state"),
         *_rows("torch", "torch.distributed.tensor:DTensor", "device_mesh", "placements", "to_local"),
     ),
+    "FSDP2, to owners": (
+        *_rows("torch", f"{_FSDP2}_api:ReduceScatter", "__call__", "allocate"),
+        *_rows(
+            "torch",
+            f"{_FSDP2}_param_group:FSDPParamGroup",
+            "_reduce_scatter_comm",
+            "is_unsharded",
+            "mesh_info",
+            "reduce_grads",
+            post_backward=("unused",),
+        ),
+        *_rows(
+            "torch",
+            f"{_FSDP2}_param:FSDPParam",
+            "_orig_size",
+            "fsdp_placement",
+            "is_dtensor",
+            "offload_to_cpu",
+            "unsharded_accumulated_grad",
+            "unsharded_param",
+            to_sharded_dtensor=("tensor",),
+        ),
+    ),
     "torch.distributed.checkpoint": (
         *_rows(
             "torch",

@@ -70,6 +70,7 @@ def check_settings(
     bucket_bytes: Any,
     check_ranks_every: Any,
     fused_backward: Any = None,
+    reduce_to_owner: Any = False,
     print_audit: Any = True,
     independent: Any = None,
     master_weights: Any = False,
@@ -88,6 +89,7 @@ def check_settings(
         )
     for name, value, allowed in (
         ("fused_backward", fused_backward, (True, False, None)),
+        ("reduce_to_owner", reduce_to_owner, (True, False)),
         ("print_audit", print_audit, (True, False)),
         ("independent", independent, (True, False, None)),
         ("master_weights", master_weights, (True, False)),

@@ -20,6 +20,7 @@ from dist_optim.building.verdicts import with_verdict
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.inside_backward.handle import install
+from dist_optim.inside_backward.to_owners import send_to_owners, stop_sending
 from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.ranks.agreement import host_group, num_ranks, own_rank, reachable_devices
 from dist_optim.ranks.first_meeting import meet_first
@@ -57,6 +58,7 @@ def build_optimizer(
     rest_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     fused_backward: bool | None = None,
+    reduce_to_owner: bool = False,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     check_ranks_every: int = 0,
     on_nonfinite: str | None = None,
@@ -95,6 +97,12 @@ def build_optimizer(
         fused_backward: Update each parameter inside backward, as soon as its reduced gradient is there, and free the
             gradient (``dist_optim.inside_backward``); for elementwise optimizers, ``lomo``, ``adalomo`` and layerwise
             names. None: ``lomo`` and ``adalomo`` do so wherever it is served, and layerwise names always.
+        reduce_to_owner: Under FSDP2 (fully_shard), let backward send the gradients of tensors that are stepped whole to
+            their owners, in place of its reduce-scatter of them, so that they do not travel again in ``step``; nor do
+            the parameters, where they are stored in the dtype in which layers compute. ``parameter.grad`` of such a
+            tensor then has no values (``stepping.at_owner``): clip by ``optimizer.clip_grad_norm_``. An owner keeps
+            room for its gradients and parameters. Elsewhere gradients travel in ``step`` as they do without it, and the
+            route audit says so.
         bucket_bytes: The most that a rank's buffer for the gradients, or for the parameters, of one round of the
             exchange takes, at any number of ranks (a larger tensor travels alone); with a fused backward, bytes of
             gradients that wait for each other.
@@ -132,6 +140,7 @@ def build_optimizer(
             bucket_bytes=bucket_bytes,
             check_ranks_every=check_ranks_every,
             fused_backward=fused_backward,
+            reduce_to_owner=reduce_to_owner,
             print_audit=print_audit,
             independent=independent,
             master_weights=master_weights,
@@ -170,6 +179,7 @@ def build_optimizer(
     prepared = together(prepare, process_group, doing=doing, remedy=remedy)
     settings = {
         "fused_backward": prepared.is_fused,
+        "reduce_to_owner": reduce_to_owner,
         "bucket_bytes": bucket_bytes,
         "check_ranks_every": check_ranks_every,
         "independent": independent,
@@ -213,6 +223,9 @@ def build_optimizer(
     built.new_groups = NewGroups(model, hyperparameters, process_group)
     if prepared.is_fused:
         together(lambda: install(built, model, bucket_bytes=bucket_bytes), process_group)
+    stop_sending(model)
+    if reduce_to_owner and not prepared.is_fused:
+        built.route_of_gradients = together(lambda: send_to_owners(built, model), process_group)
     if print_audit and own_rank(process_group) == 0:
         print(built.route_audit(), flush=True)
     return built

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["GatheredFreezing", "keep_freezing"]
+__all__ = ["GatheredFreezing", "keep_freezing", "param_groups_of"]
 
 
 def keep_freezing(module: FSDPModule) -> None:
@@ -53,8 +53,13 @@ def _params(model: nn.Module) -> Iterator[Any]:
     return (one for module in model.modules() if isinstance(module, FSDPModule) for one in _params_of(module))
 
 
-def _params_of(module: FSDPModule) -> Iterator[Any]:
+def param_groups_of(module: FSDPModule) -> list[Any]:
+    """FSDP2's own record of what it shards in a module; one, or several where meshes differ."""
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one group until torch 2.12
-    for group in groups:
-        yield from () if group is None else group.fsdp_params
+    return [group for group in groups if group is not None]
+
+
+def _params_of(module: FSDPModule) -> Iterator[Any]:
+    for group in param_groups_of(module):
+        yield from group.fsdp_params

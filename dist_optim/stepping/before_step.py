@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_optim.errors import DistOptimError, WrongModeError
+from dist_optim.stepping.at_owner import forget_weights, weights_changed
 from dist_optim.stepping.gradients import GradientSamples, assert_gradients_reduced, odd_gradient, unfrozen
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.nonfinite import first_nonfinite, log_skip, nonfinite_error
@@ -30,6 +31,8 @@ class BeforeStep:
         self._progress = progress
         self._agreement = agreement
         self._on_nonfinite = on_nonfinite
+        self.are_sent_to_owners = False
+        """Whether backward may leave gradients, and values of parameters, with their owners."""
         self._nonfinite: str | None = None  # the parameter that "skip" is about, on this rank
         self._met: set[int] = set()  # whose gradients were compared between ranks, all of them, once
         self._samples = GradientSamples(holdings.placed, holdings.process_group, holdings.all_ranks)
@@ -63,10 +66,11 @@ class BeforeStep:
 
     def _agree(self, has: Sequence[bool], problem: DistOptimError | None, call: str) -> list[bool]:
         placed = self._held.placed[: len(has)]
-        return self._agreement.before(
-            [one.fqn for one in placed],
-            has,
-            [not has[at] and one.local().numel() > 0 for at, one in enumerate(placed)],
+        is_changed = self.are_sent_to_owners and weights_changed(placed)
+        *present, is_changed = self._agreement.before(
+            [*(one.fqn for one in placed), "weights"],
+            [*has, is_changed],
+            [*(not has[at] and one.local().numel() > 0 for at, one in enumerate(placed)), False],
             self._values,
             self._samples.take(self._progress.num_steps) if has else (),
             problem,
@@ -74,6 +78,9 @@ class BeforeStep:
             call,
             skips=self._nonfinite is not None,
         )
+        if is_changed:
+            forget_weights(placed)
+        return present
 
     def _explain_samples(self) -> None:
         placed, ranks = self._held.placed, self._held.all_ranks

@@ -17,6 +17,7 @@ from dist_optim.exchange.plan import Bucket, Route
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.specs.once import Once
+from dist_optim.stepping.at_owner import there_and_parts
 from dist_optim.stepping.closures import Evaluations
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.sharing import OwnersWord
@@ -154,10 +155,11 @@ class DetachedStep:
             group, (bucket, route) = self._held.process_group, self._part_of(number, indices)
             local = {index: self._held.placed[index].local() for index in indices}
             (full,) = yield from gather_to_owner(bucket, [local], route, group)
-            full_gradients: Tensors = {}
-            if stored := [index for index in indices if index in gradients]:
-                part, its_route = self._part_of(number, stored)
-                (full_gradients,) = yield from gather_to_owner(part, [gradients], its_route, group)
+            full_gradients, parts = there_and_parts({at: gradients[at] for at in indices if at in gradients})
+            if parts:
+                part, its_route = self._part_of(number, list(parts))
+                (more,) = yield from gather_to_owner(part, [parts], its_route, group)
+                full_gradients |= more
             aligned = {index: as_if_alone(gradient) for index, gradient in full_gradients.items()}
             rounds.append(_Round(bucket, route, local, full, aligned))
 

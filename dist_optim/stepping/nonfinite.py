@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_optim.errors import HyperparameterError, NonFiniteGradientError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import gather_objects, own_rank
+from dist_optim.stepping.at_owner import AtOwner
 
 __all__ = ["CHOICES", "check_choice", "first_nonfinite", "log_skip", "nonfinite_error"]
 
@@ -42,6 +43,8 @@ def first_nonfinite(placed: Sequence[PlacedParameter]) -> str | None:
     found: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for at, one in enumerate(placed):
         gradient = one.local_gradient()
+        if isinstance(gradient, AtOwner):
+            gradient = gradient.whole.gradient
         if gradient is not None and gradient.numel():
             found.setdefault((gradient.device, gradient.dtype), []).append((at, gradient))
     bad = [at for members in found.values() for at in _nonfinite_of(members)]

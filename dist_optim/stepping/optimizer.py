@@ -99,6 +99,7 @@ class DistributedOptimizer(TorchContract):
         self.spec = spec = division.spec
         self.inside_backward: InsideBackward | None = None  # set by inside_backward.install
         self.new_groups: NewGroups | None = None  # set by build_optimizer
+        self.route_of_gradients = ""  # what inside_backward.to_owners says, where it was asked for
         self._model_side = model_side
         self._is_built = False
         local, owners = division.build_instances(values)
@@ -348,7 +349,8 @@ class DistributedOptimizer(TorchContract):
 
     def route_audit(self) -> str:
         """Which algorithm got which tensors, and who steps them: the text that is printed before step 1."""
-        return audit.route_audit(self.holdings, is_inside_backward=self.inside_backward is not None)
+        text = audit.route_audit(self.holdings, is_inside_backward=self.inside_backward is not None)
+        return f"{text}\n  {self.route_of_gradients}" if self.route_of_gradients else text
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds, counted on the real storages."""
@@ -394,6 +396,8 @@ class DistributedOptimizer(TorchContract):
             return "the engine has divided the model's parameters."
         if self.inside_backward is not None:
             return "this optimizer steps inside backward, by hooks that are set when it is built."
+        if self.route_of_gradients:
+            return "with reduce_to_owner=True backward knows the owners from the start."
         return why_fixed(self.holdings)
 
 

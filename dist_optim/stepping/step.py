@@ -22,6 +22,7 @@ from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping import half_steps
+from dist_optim.stepping.at_owner import bring, there_and_parts
 from dist_optim.stepping.before_step import BeforeStep
 from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.detached import Act, DetachedStep
@@ -93,6 +94,10 @@ class TrainingStep:
             check_ranks_every=self._check_ranks_every,
             on_nonfinite=self._on_nonfinite,
         )
+
+    def expect_at_owners(self) -> None:
+        """From now on backward may leave gradients with their owners (``at_owner``)."""
+        self._before.are_sent_to_owners = True
 
     # Beginning ----------------------------------------------------------------------------------------------------
 
@@ -186,8 +191,9 @@ class TrainingStep:
         instance = self._held.owner_instances[number]
         parameters = {index: self._held.placed[index].local() for index in indices}
         room = Room(self._rooms)
-        fields = [gradients, parameters]
-        full_gradients, full = yield from gather_to_owner(bucket, fields, route, self._group, room)
+        full_gradients, full = yield from bring(
+            lambda some: self._part_of(number, some), gradients, parameters, self._group, room
+        )
         full_gradients = {index: as_if_alone(gradient) for index, gradient in full_gradients.items()}
         updated = self._stepped(instance, full, full_gradients)
         del full_gradients, full
@@ -307,10 +313,11 @@ class TrainingStep:
         _, route = self._part_of(number, [item.index for item in bucket.items])
         parameters = {item.index: self._held.placed[item.index].local() for item in bucket.items}
         (full,) = yield from gather_to_owner(bucket, [parameters], route, self._group)
-        full_gradients: Mapping[int, Tensor] = {}
-        if stored := [item.index for item in bucket.items if item.index in gradients]:
-            part, its_route = self._part_of(number, stored)
-            (full_gradients,) = yield from gather_to_owner(part, [gradients], its_route, self._group)
+        full_gradients, parts = there_and_parts({at: one for at, one in gradients.items() if at in parameters})
+        if parts:
+            part, its_route = self._part_of(number, list(parts))
+            (more,) = yield from gather_to_owner(part, [parts], its_route, self._group)
+            full_gradients |= more
         instance.show(full)
         act(instance, full_gradients)
         updated = {index: instance.shadows[index].data for index in full}
@@ -329,8 +336,11 @@ class TrainingStep:
         """Take the norms of these gradients, each of the whole tensor, at its owner; nothing is updated."""
         cut: dict[int, list[int]] = {}
         round_of = self._rounds_of_norms()
+        there, parts = there_and_parts(gradients)
+        self._norms |= {index: norm_of(whole) for index, whole in there.items()}
         for index, gradient in gradients.items():
             self._norm_dtypes[index] = torch.float32 if norm_of is norm_in_fp32 else gradient.dtype
+        for index, gradient in parts.items():
             if index in round_of:
                 cut.setdefault(round_of[index], []).append(index)
             elif self._held.rank == 0:
