@@ -27,6 +27,7 @@ import scale
 from dist_optim.testing import RankFailure, RankPool
 from measuring import page, results
 from measuring.cells import Cell, measure
+from measuring.contenders import OURS
 from measuring.recipes import RECIPES
 from measuring.share import ShareCell, measure_share
 from measuring.tables import cell_table, scale_table, share_table
@@ -35,6 +36,9 @@ LAYOUTS = ("ddp", "fsdp2", "zero1", "zero3")
 RANKS = (2, 4)
 WIDER = ("galore_adamw", "adafactor", "adamw_torch")
 """Of each kind one: measured on more than two ranks, and through backward. Others are where they are asked for."""
+THROUGH = {"fsdp2": ("galore_adamw", "apollo_adamw", "adafactor", "stable_adamw"), "ddp": WIDER}
+"""Measured through backward."""
+TO_OWNERS = {"reduce_to_owner": True}
 PARTS = ("step", "backward", "small", "share", "scale")
 TIMEOUT_S = 1200.0
 
@@ -84,10 +88,19 @@ def jobs(asked: argparse.Namespace) -> list[Cell | ShareCell]:
         ]
     served = [one for one in layouts if not one.startswith("zero")]
     if "backward" in parts:
-        through = [name for name in names if asked.only or name in WIDER]
-        found += [cell(asked, name, layout, two, is_through_backward=True) for layout in served for name in through]
+        found += [
+            cell(asked, name, layout, two, is_through_backward=True)
+            for layout in served
+            for name in names
+            if asked.only or name in THROUGH[layout]
+        ]
     if "share" in parts:
-        found += [ShareCell(layout=one, ranks=two, optimizers=names, device=asked.device) for one in served]
+        found += [
+            ShareCell(layout=one, ranks=two, optimizers=names, device=asked.device, options=options)
+            for one in served
+            for options in ({}, TO_OWNERS)
+            if one == "fsdp2" or not options
+        ]
     return sorted(found, key=lambda job: job.ranks)
 
 
@@ -95,6 +108,8 @@ def cell(
     asked: argparse.Namespace, name: str, layout: str, ranks: int, model: str = "matrices", **options: Any
 ) -> Cell:
     variants = {f"dist_optim {json.dumps(asked.options)}": asked.options} if asked.options else {}
+    if layout == "fsdp2" and options.get("is_through_backward"):
+        variants[f"{OURS}, reduce_to_owner"] = TO_OWNERS
     return Cell(
         optimizer=name,
         layout=layout,
@@ -126,7 +141,7 @@ def run(pool: RankPool, job: Cell | ShareCell, found: results.Results) -> bool:
 
 
 def described(job: Cell | ShareCell) -> dict[str, Any]:
-    names = ("optimizer", "layout", "ranks", "model", "is_through_backward")
+    names = ("optimizer", "layout", "ranks", "model", "is_through_backward", "options")
     return {name: getattr(job, name) for name in names if hasattr(job, name)}
 
 

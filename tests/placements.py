@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_optim.inside_backward.to_owners import MARK
 from dist_optim.layouts import detect
+from dist_optim.layouts.freezing_fsdp2 import param_groups_of
 from dist_optim.ranks.agreement import own_rank
 
 FSDP1 = {
@@ -92,7 +94,10 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
-    """Set gradients, cut as each parameter is."""
+    """Set gradients, cut as each parameter is; where FSDP2 sends them to owners, as its backward would."""
+    if any(hasattr(unit, MARK) for unit in units_of(model)):
+        reduce(model, full)
+        return
     for name, placed in detect(model).items():
         gradient, parameter = full[name], placed.parameter
         if gradient is None:
@@ -105,6 +110,26 @@ def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
             part = placed.layout.view_of(gradient, own_rank(placed.process_group))
             # FSDP1 leaves no gradient on a parameter of which this rank stores nothing.
             parameter.grad = part.clone() if part.numel() or placed.layout.is_replicated else None
+
+
+def units_of(model: nn.Module) -> list[Any]:
+    """FSDP2's own record of what it shards together."""
+    return [unit for one in model.modules() if isinstance(one, FSDPModule) for unit in param_groups_of(one)]
+
+
+def reduce(model: nn.Module, full: dict[str, Tensor | None]) -> None:
+    """End a backward pass in which every rank had these gradients: exact, where their number is a power of two."""
+    names = {id(placed.parameter): name for name, placed in detect(model).items()}
+    state: Any = model._get_fsdp_state()  # type: ignore[operator]
+    state._lazy_init()
+    for module in [one for one in model.modules() if isinstance(one, FSDPModule)][::-1]:
+        module.unshard()
+        for unit in param_groups_of(module):
+            for one in unit.fsdp_params:
+                gradient = full[names[id(one.sharded_param)]]
+                one.sharded_param.grad = None
+                one.unsharded_param.grad = None if gradient is None else gradient.clone()
+            unit.post_backward()
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:

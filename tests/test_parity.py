@@ -26,12 +26,13 @@ ON_TWO: Placements = (
     ("ddp", {}),
     ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp2", {}),
-    ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS}),
+    ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS, "reduce_to_owner": True}),
     ("fsdp2 columns", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
 )
 ON_ONE = tuple(one for one in ON_TWO if one[0] in ("none", "fsdp2", "fsdp1"))
-ON_THREE = tuple(one for one in ON_TWO if one[0] in ("ddp", "fsdp2 units", "fsdp2 columns", "fsdp1"))
+ON_THREE = tuple(one for one in ON_TWO if one[0] in ("ddp", "fsdp2 columns", "fsdp1"))
+ON_THREE += (("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS}),)
 ON_FOUR: Placements = (
     ("hsdp", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1 hybrid", {"bucket_bytes": SMALL_ROUNDS}),

@@ -166,7 +166,11 @@ def share(results: Results) -> str:
     """A table a layout."""
     found = sorted(results["shares"].values(), key=lambda cell: list(LAYOUTS).index(cell["layout"]))
     return "\n\n".join(
-        share_table(cell["optimizers"], f"{LAYOUTS[cell['layout']]}, {cell['ranks']} ranks") for cell in found
+        share_table(
+            cell["optimizers"],
+            ", ".join([LAYOUTS[cell["layout"]], f"{cell['ranks']} ranks", *cell.get("options", {})]),
+        )
+        for cell in found
     )
 
 

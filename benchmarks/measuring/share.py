@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,11 @@ class ShareCell:
     optimizers: tuple[str, ...]
     steps: int = 7
     device: str = "cpu"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of ours, besides the recipes'."""
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.ranks} ranks"
+        return ", ".join([self.layout, f"{self.ranks} ranks", *self.options])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def trainee(cell: ShareCell, name: str, device: torch.device) -> Trainee:
     if name == STOCK:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     else:
-        options = RECIPES[name].options
+        options = RECIPES[name].options | cell.options
         # A refresh every few steps is measured elsewhere; in a run it is one in hundreds.
         options |= {"update_proj_gap": 200} if "update_proj_gap" in options else {}
         optimizer = dist_optim.build_optimizer(model, name, print_audit=False, **options)

@@ -1,10 +1,10 @@
 """FSDP2's backward sends gradients to their owners, in place of the parts of them that ranks would get.
 
-An all-to-all and a sum have the bytes of a reduce-scatter. FSDP2 hands a unit's gradients over in one tensor of as many
-rows as ranks: row r has what rank r would get of each parameter, so that a column range over all rows is one parameter's
-whole gradient. Its owner gets that; of what is stepped on slices each rank gets its row, as ever. While a unit is
-gathered its owner copies the parameters too, where they have the dtype in which they are stepped: then nothing travels
-inside the step but the way back.
+An all-to-all and a sum have the bytes of a reduce-scatter. FSDP2 hands a unit's gradients over in one tensor of as
+many rows as ranks: row r has what rank r would get of each parameter, so that a column range over all rows is one
+parameter's whole gradient. Its owner gets that; of what is stepped on slices each rank gets its row, as ever. While a
+unit is gathered its owner copies the parameters too, where they have the dtype in which they are stepped: then nothing
+travels inside the step but the way back.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def send_to_owners(optimizer: DistributedOptimizer, model: nn.Module) -> str:
     if not units:
         return "gradients travel in step(): only fully_shard (FSDP2) can send them to owners in backward"
     wholes = {
-        id(held.placed[index].parameter): _Owned(Whole(one.fqn, one.shape, one.dtype, owner == held.rank), owner)
+        id(held.placed[index].parameter): Whole(held.placed[index], owner, held.rank)
         for index, owner in held.plan.owners.items()
-        for one in (held.placed[index],)
     }
     rooms = Rooms()
     served, reasons = 0, list[str]()
@@ -107,18 +106,12 @@ def _is_served(one: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Owned:
-    whole: Whole
-    owner: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Column:
     """One parameter's part of each row."""
 
     start: int
     numel: int
-    owned: _Owned | None
+    owned: Whole | None
     """None where each rank gets its row of it."""
     is_added: bool
     """Whether the owner adds it to what it has: gradients are accumulated."""
@@ -142,9 +135,7 @@ class ToOwners(ReduceScatter):
         rooms: Memory of the messages on the host, for all units together.
     """
 
-    def __init__(
-        self, unit: Any, optimizer: DistributedOptimizer, wholes: Mapping[int, _Owned], rooms: Rooms
-    ) -> None:
+    def __init__(self, unit: Any, optimizer: DistributedOptimizer, wholes: Mapping[int, Whole], rooms: Rooms) -> None:
         self._unit = weakref.ref(unit)
         self._optimizer = weakref.ref(optimizer)
         self._wholes = wholes
@@ -182,13 +173,14 @@ class ToOwners(ReduceScatter):
     def before_reduction(self) -> None:
         """While the unit is gathered: note what brings a gradient, and take the values of what this rank owns."""
         unit = self._unit()
+        assert unit is not None
         self._bringing = [] if self._optimizer() is None else _bringing(unit)
         for one in self._bringing:
             owned = self._wholes.get(id(one.sharded_param))
             if owned is not None and _is_served(one):
                 part, full = one.sharded_param._local_tensor, one._unsharded_param.detach()
                 is_same = unit.is_unsharded and full.dtype == part.dtype and type(full) is Tensor
-                owned.whole.take_values(full if is_same else None, part)
+                owned.take_values(full if is_same else None, part)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
@@ -241,8 +233,8 @@ class ToOwners(ReduceScatter):
     def _note_sent(self, columns: Sequence[_Column]) -> None:
         for one, column in zip(self._bringing, columns, strict=True):
             if column.owned is not None:
-                column.owned.whole.is_arriving = True
-                self._sent[id(one.sharded_param)] = one, column.owned.whole
+                column.owned.is_arriving = True
+                self._sent[id(one.sharded_param)] = one, column.owned
 
     def _assert_none_waits(self) -> None:
         for one in self._bringing:
@@ -272,7 +264,7 @@ def _sum(column: _Column, parts: Sequence[Tensor], output: Tensor) -> None:
     if column.owned is None:
         target = output[column.start : column.start + column.numel]
     else:
-        target = column.owned.whole.land(*first.shape, first.device)
+        target = column.owned.land(first.size(0), first.size(1), first.device)
     is_direct = not column.is_added and target.dtype == first.dtype
     total = torch.add(first, second, out=target) if is_direct else first + second
     for part in rest:

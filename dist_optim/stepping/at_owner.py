@@ -50,19 +50,15 @@ class Whole:
     """One parameter's whole gradient, and its values, as backward has left them with its owner.
 
     Args:
-        name: Of the parameter.
-        shape: Logical.
-        dtype: Of the parameter.
-        is_mine: Whether this rank owns it.
+        placed: The parameter.
+        owner: Who steps it.
+        rank: This rank.
     """
 
-    __slots__ = ("dtype", "gradient", "is_arriving", "is_mine", "landing", "mark", "name", "shape", "values")
-
-    def __init__(self, name: str, shape: torch.Size, dtype: torch.dtype, is_mine: bool) -> None:
-        self.name = name
-        self.shape = shape
-        self.dtype = dtype
-        self.is_mine = is_mine
+    def __init__(self, placed: PlacedParameter, owner: int, rank: int) -> None:
+        self.name, self.shape, self.dtype = placed.fqn, placed.shape, placed.dtype
+        self.owner, self.is_mine = owner, owner == rank
+        self._layout, self._rank = placed.layout, rank
         self.gradient: Tensor | None = None
         """At the owner."""
         self.landing: Tensor | None = None
@@ -82,19 +78,20 @@ class Whole:
         return self.landing
 
     def take_values(self, full: Tensor | None, part: Tensor) -> None:
-        """Keep the parameter's values, which the engine has gathered; None where it has not."""
-        self.mark = None if full is None else (part._version, _sample(part).clone())
-        if full is not None and self.is_mine:
+        """Keep the parameter's values, which the engine has gathered; None where it has not.
+
+        Args:
+            full: What it has gathered, maybe before this rank's part was changed.
+            part: This rank's part.
+        """
+        if full is None:
+            self.mark = None
+            return
+        self.mark = part._version, _sample(self._layout.view_of(full, self._rank)).clone()
+        if self.is_mine:
             if self.values is None:
                 self.values = torch.empty(self.shape, dtype=self.dtype, device=full.device)
             self.values.copy_(full)
-
-    def is_changed(self, part: Tensor) -> bool:
-        """Whether this rank's part of the parameter is another than when its values were taken. Local."""
-        if self.mark is None:
-            return False
-        version, sample = self.mark
-        return part._version != version or (part.device.type == "cpu" and not torch.equal(sample, _sample(part)))
 
 
 class AtOwner(Tensor):
@@ -104,21 +101,21 @@ class AtOwner(Tensor):
     """
 
     whole: Whole
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, whole: Whole, part: Tensor) -> AtOwner:
         """In place of ``part``."""
-        made: AtOwner = Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)  # type: ignore[attr-defined]
+        made: AtOwner = Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)
         made.whole = whole
         return made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"AtOwner({self.whole.name!r}, {tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = args[0]
         if func is _aten.detach.default and isinstance(given, AtOwner):
@@ -131,7 +128,7 @@ class AtOwner(Tensor):
                 real = one.whole.gradient if isinstance(one, AtOwner) else one
                 if real is not None:
                     act(real, *args[1:])
-            return given
+            return None if isinstance(given, list | tuple) else given
         raise UnsupportedError(_told(func, args))
 
 
@@ -151,8 +148,19 @@ def _sample(part: Tensor) -> Tensor:
 
 
 def weights_changed(placed: Sequence[PlacedParameter]) -> bool:
-    """Whether this rank's part of a parameter was changed after its values went to its owner. Local."""
-    return any(whole.is_changed(one.local()) for one, whole in _wholes(placed))
+    """Whether this rank's part of a parameter is another than its owner has taken. Local; waits for an accelerator.
+
+    What torch counts is seen by its count; what is written through ``.data`` by a few elements of each part.
+    """
+    taken = [(one.local(), whole.mark) for one, whole in _wholes(placed) if whole.mark is not None]
+    if any(part._version != version for part, (version, _) in taken):
+        return True
+    for dtype in {part.dtype for part, _ in taken}:
+        members = [(_sample(part), sample) for part, (_, sample) in taken if part.dtype == dtype]
+        now, then = (torch.cat(samples) for samples in zip(*members, strict=True))
+        if not torch.equal(now, then):
+            return True
+    return False
 
 
 def forget_weights(placed: Sequence[PlacedParameter]) -> None:

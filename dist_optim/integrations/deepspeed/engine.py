@@ -179,6 +179,7 @@ def build_optimizer_for_engine(
     print_audit: bool = True,
     rank_timeout_s: float | None = None,
     fused_backward: bool | None = None,
+    reduce_to_owner: bool = False,
     on_nonfinite: str | None = None,
     independent: bool | None = None,
     master_weights: bool = False,
@@ -193,6 +194,7 @@ def build_optimizer_for_engine(
         target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``rest``, ``rest_options``,
             ``print_audit``, ``rank_timeout_s``, ``independent``, hyperparameters.
         fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
+        reduce_to_owner: True is refused: DeepSpeed's engine reduces gradients, to its partitions.
         on_nonfinite: Refused: DeepSpeed's engine looks for such gradients itself.
         master_weights: Refused: DeepSpeed's engine has masters.
 
@@ -209,6 +211,11 @@ def build_optimizer_for_engine(
         raise UnsupportedError(
             f"{spec.name}: fused_backward=True updates inside backward, and DeepSpeed's engine steps after it. Leave "
             "it out; ZeRO divides the gradients over the ranks already."
+        )
+    if reduce_to_owner:
+        raise UnsupportedError(
+            f"{spec.name}: reduce_to_owner=True changes where FSDP2's backward sends gradients, and DeepSpeed's engine "
+            "sends them to its partitions. Leave it out: under ZeRO-1 and 2 most tensors lie whole with their owner."
         )
     if on_nonfinite is not None:
         raise UnsupportedError(
