@@ -24,7 +24,7 @@ Placements = tuple[tuple[str, dict[str, Any]], ...]
 ON_TWO: Placements = (
     ("none", {}),
     ("ddp", {}),
-    ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS}),
+    ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS, "replicate": "elementwise"}),
     ("fsdp2", {}),
     ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS, "reduce_to_owner": True}),
     ("fsdp2 columns", {"bucket_bytes": SMALL_ROUNDS}),

@@ -74,6 +74,7 @@ def check_settings(
     print_audit: Any = True,
     independent: Any = None,
     master_weights: Any = False,
+    replicate: Any = None,
 ) -> None:
     """Refuse settings of ``build_optimizer`` that say nothing.
 
@@ -93,8 +94,9 @@ def check_settings(
         ("print_audit", print_audit, (True, False)),
         ("independent", independent, (True, False, None)),
         ("master_weights", master_weights, (True, False)),
+        ("replicate", replicate, ("elementwise", None)),
     ):
-        if not any(value is one for one in allowed):
+        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
             raise HyperparameterError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}. Pass one of them.")
 
 

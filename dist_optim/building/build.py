@@ -59,6 +59,7 @@ def build_optimizer(
     process_group: dist.ProcessGroup | None = None,
     fused_backward: bool | None = None,
     reduce_to_owner: bool = False,
+    replicate: str | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     check_ranks_every: int = 0,
     on_nonfinite: str | None = None,
@@ -103,6 +104,9 @@ def build_optimizer(
             tensor then has no values (``stepping.at_owner``): clip by ``optimizer.clip_grad_norm_``. An owner keeps
             room for its gradients and parameters. Elsewhere gradients travel in ``step`` as they do without it, and the
             route audit says so.
+        replicate: ``"elementwise"``: what every rank holds whole (DistributedDataParallel), and an elementwise
+            optimizer steps, is stepped by every rank alike, as a stock optimizer does it: no parameter travels, and
+            each rank holds all of its state. None: one rank steps each tensor, and has its state.
         bucket_bytes: The most that a rank's buffer for the gradients, or for the parameters, of one round of the
             exchange takes, at any number of ranks (a larger tensor travels alone); with a fused backward, bytes of
             gradients that wait for each other.
@@ -144,6 +148,7 @@ def build_optimizer(
             print_audit=print_audit,
             independent=independent,
             master_weights=master_weights,
+            replicate=replicate,
         )
         check_choice(on_nonfinite)
         spec = resolve(optimizer, inside_backward=fused_backward is not False)
@@ -180,6 +185,7 @@ def build_optimizer(
     settings = {
         "fused_backward": prepared.is_fused,
         "reduce_to_owner": reduce_to_owner,
+        "replicate": replicate,
         "bucket_bytes": bucket_bytes,
         "check_ranks_every": check_ranks_every,
         "independent": independent,
@@ -199,6 +205,7 @@ def build_optimizer(
             all_ranks=process_group,
             bucket_bytes=prepared.bucket_bytes,
             master_weights=master_weights,
+            replicates=replicate == "elementwise",
         ),
         process_group,
         doing=doing,

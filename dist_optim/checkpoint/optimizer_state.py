@@ -243,7 +243,8 @@ def _allocate(
     state: dict[str, dict[str, Any]] = {}
     pieces: dict[str, Pieces] = {}
     for held, instance, index in stepped_here(view):
-        placed, is_local = held.placed[index], instance is held.local_instance
+        placed = held.placed[index]
+        is_local = instance is held.local_instance and not placed.layout.is_replicated
         values = dict(record["scalars"].get(placed.fqn, {}))
         for key in keys_of.get(placed.fqn, []):
             name = f"state/{placed.fqn}/{key}"

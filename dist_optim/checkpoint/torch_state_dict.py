@@ -95,7 +95,7 @@ def from_torch(optimizer: DistributedOptimizer, given: Mapping[str, Any], *, fro
     given = _unflattened(optimizer, _of_rank_0(optimizer, given) if from_rank_0 else given)
     held = optimizer.holdings
     parameters = {one.fqn: one.parameter for one in held.placed}
-    cut = {held.placed[index].fqn for index in held.local_indices}
+    cut = {held.placed[index].fqn for index in held.local_indices if not held.placed[index].layout.is_replicated}
     state = {
         fqn: _plain(own, parameters[fqn].data if fqn in cut else None)
         for fqn, own in given["state"].items()

@@ -19,10 +19,21 @@ __all__ = ["plan_owners", "refuse_misfits", "runs_on_local_slices"]
 MAX_NAMES = 8
 
 
-def runs_on_local_slices(spec: OptimizerSpec, placed: PlacedParameter, values: Mapping[str, Any]) -> bool:
-    """Whether this rank steps its slice of the parameter by itself, with these hyperparameters."""
-    if placed.layout.is_replicated or Trait.ELEMENTWISE not in spec.traits:
+def runs_on_local_slices(
+    spec: OptimizerSpec, placed: PlacedParameter, values: Mapping[str, Any], replicates: bool = False
+) -> bool:
+    """Whether this rank steps its slice of the parameter by itself, with these hyperparameters.
+
+    Args:
+        spec: The optimizer.
+        placed: The parameter.
+        values: Its hyperparameters.
+        replicates: Whether all ranks that hold a parameter whole step it alike.
+    """
+    if Trait.ELEMENTWISE not in spec.traits:
         return False
+    if placed.layout.is_replicated:
+        return replicates and spec.driver.runs_on_slices(values, placed.device)
     # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail: an
     # element's result depends on where a slice ends.
     rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4

@@ -106,8 +106,11 @@ def _owner_lines(held: Holdings) -> list[str]:
         lines.append(f"  each tensor by itself: {held.spec.verdict.reason.rstrip('.')}")
     trainable = [p for p in placed if p.is_trained]
     local = [p for i, p in enumerate(placed) if p.is_trained and i not in held.plan.owners]
-    if local:
-        lines.append(f"  stepped on local slices: {len(local)} of {len(trainable)} tensors")
+    alike = [p for p in local if p.layout.is_replicated and held.division.replicates]
+    if cut := len(local) - len(alike):
+        lines.append(f"  stepped on local slices: {cut} of {len(trainable)} tensors")
+    if alike:
+        lines.append(f"  stepped by every rank alike, state and all: {len(alike)} of {len(trainable)} tensors")
     return lines
 
 

@@ -60,6 +60,8 @@ class Division:
     has_masters: bool
     """Whether upstream steps fp32 copies of what the model holds in half precision."""
     bucket_bytes: int
+    replicates: bool
+    """Whether all ranks step alike what they hold whole, where it is elementwise."""
     process_group: dist.ProcessGroup | None
     """The ranks that share the work."""
     all_ranks: dist.ProcessGroup | None
@@ -135,6 +137,7 @@ def divide(
     all_ranks: dist.ProcessGroup | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     master_weights: bool = False,
+    replicates: bool = False,
 ) -> Division:
     """Decide who steps what. Not a collective: ranks that describe the same model decide alike.
 
@@ -146,6 +149,7 @@ def divide(
         all_ranks: All ranks that train the model: also the replicas of a shard group (HSDP).
         bucket_bytes: The most that a rank's buffer for one field of a round takes.
         master_weights: Whether upstream steps fp32 copies of what the model holds in half precision.
+        replicates: Whether all ranks step alike what they hold whole, where it is elementwise.
 
     Raises:
         UnsupportedError: Upstream cannot step a parameter, or not in this way.
@@ -156,7 +160,9 @@ def divide(
     refuse_misfits(spec, list(members.values()), is_divided=num_ranks(all_ranks) > 1)
     is_together = _steps_together(spec, process_group)
     here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
-    slices = [] if is_together else [index for index, member in here.items() if runs_on_local_slices(spec, *member)]
+    replicates = replicates and num_ranks(process_group) > 1
+    local = [index for index, member in here.items() if runs_on_local_slices(spec, *member, replicates)]
+    slices = [] if is_together else local
     owned = {index: member for index, member in here.items() if index not in slices}
     plan = plan_owners(spec, owned, bucket_bytes, process_group, SOLE_OWNER if is_together else None)
     return Division(
@@ -169,6 +175,7 @@ def divide(
         is_together=is_together,
         has_masters=master_weights and any(is_half(one.dtype) for one, _ in members.values()),
         bucket_bytes=bucket_bytes,
+        replicates=replicates,
         process_group=process_group,
         all_ranks=all_ranks,
     )

@@ -122,6 +122,7 @@ def _divided(division: Division, group: ParamGroup) -> Division:
         process_group=division.process_group,
         all_ranks=division.all_ranks,
         bucket_bytes=division.bucket_bytes,
+        replicates=division.replicates,
     )
     return replace(made, has_masters=division.has_masters)
 

@@ -46,7 +46,8 @@ def _marks(held: Holdings) -> dict[str, Any]:
         where = "" if placed.layout.is_replicated else f", slice {held.rank}"
         marks[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
     for instance, index in held.stepped_here():
-        where = "" if index in held.plan.owners else f", slice {held.rank}"
+        is_whole = index in held.plan.owners or held.placed[index].layout.is_replicated
+        where = "" if is_whole else f", slice {held.rank}"
         for key, value in instance.encoded_state(index).items():
             shown = fingerprint(value) if isinstance(value, Tensor) else value
             marks[f"state {key!r} of {held.placed[index].fqn!r}{where}"] = shown
