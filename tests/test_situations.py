@@ -128,7 +128,7 @@ BREAKS: dict[str, tuple[object, str, object]] = {
     "failures are forgotten": (presence.StepAgreement, "after", forget),
     "rates are not compared": (presence.StepAgreement, "before", agree_on_presence_alone),
     "presence is not compared": (presence.StepAgreement, "before", agree_on_own_gradients),
-    "whole gradients on shards pass": (before_step, "odd_gradient", lambda placed: None),
+    "whole gradients on shards pass": (before_step, "odd_gradient", lambda *_: None),
     "what is trained is asked anew": (
         optimizer_content,
         "_separate_weights",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_optim.errors import ParameterError, UnsupportedLayoutError
@@ -19,7 +19,7 @@ from dist_optim.layouts.layout import DimShard, Layout, Replicated
 from dist_optim.overrides import check
 from dist_optim.ranks.agreement import own_rank
 
-__all__ = ["PlacedParameter", "assert_held_by", "clean_name", "detect", "local_of", "reshard"]
+__all__ = ["PlacedParameter", "assert_held_by", "clean_name", "detect", "has_shards", "local_of", "reshard"]
 
 # Modules that engines and transforms put around the user's own; they add a name part that the logical name lacks.
 _WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -155,6 +155,11 @@ def reshard(model: nn.Module) -> None:
             keep_freezing(module)
             module.reshard()
     reshard_fsdp1(model)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether an engine shards any of its modules, so that it may leave them gathered."""
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
 def assert_held_by(model: nn.Module, placed: Iterable[PlacedParameter]) -> None:

@@ -37,6 +37,8 @@ class BeforeStep:
         self._met: set[int] = set()  # whose gradients were compared between ranks, all of them, once
         self._samples = GradientSamples(holdings.placed, holdings.process_group, holdings.all_ranks)
         self._values: list[tuple[str, object]] = []
+        self._names = [one.fqn for one in holdings.placed]
+        self._parameters = [one.parameter for one in holdings.placed]
 
     def read_hyperparameters(self) -> None:
         """Take the groups' values for this step: what ranks compare, and what ``changed_value`` is about."""
@@ -54,11 +56,12 @@ class BeforeStep:
             DistOptimError: On all ranks; see ``TrainingStep.begin``.
         """
         placed = self._held.placed
-        problem = problem or odd_gradient(placed) or unfrozen(placed)
+        gradients = [parameter.grad for parameter in self._parameters]
+        problem = problem or odd_gradient(placed, gradients) or unfrozen(placed, gradients)
         self._nonfinite = first_nonfinite(placed) if self._on_nonfinite and problem is None else None
         if self._nonfinite is not None and self._on_nonfinite == "raise":
             problem = nonfinite_error(self._held.spec.name, self._nonfinite, self._progress.num_steps)
-        return self._agree([one.parameter.grad is not None for one in placed], problem, call)
+        return self._agree([gradient is not None for gradient in gradients], problem, call)
 
     def agree_without_gradients(self, problem: DistOptimError | None, call: str) -> list[bool]:
         """On all else, where gradients are still to come. Collective."""
@@ -68,9 +71,9 @@ class BeforeStep:
         placed = self._held.placed[: len(has)]
         is_changed = self.are_sent_to_owners and weights_changed(placed)
         *present, is_changed = self._agreement.before(
-            [*(one.fqn for one in placed), "weights"],
+            [*self._names[: len(has)], "weights"],
             [*has, is_changed],
-            [*(not has[at] and one.local().numel() > 0 for at, one in enumerate(placed)), False],
+            [*(not is_there and one.local().numel() > 0 for one, is_there in zip(placed, has, strict=True)), False],
             self._values,
             self._samples.take(self._progress.num_steps) if has else (),
             problem,

@@ -100,15 +100,13 @@ def _sample(members: Sequence[PlacedParameter]) -> Tensor | None:
     return torch.stack(picked) if picked else None
 
 
-def odd_gradient(placed: Sequence[PlacedParameter]) -> UnsupportedError | None:
-    """Why one of the gradients cannot be stepped by; None where all can. Local."""
-    for one in placed:
-        parameter = one.parameter
-        gradient = parameter.grad
+def odd_gradient(placed: Sequence[PlacedParameter], gradients: Sequence[Tensor | None]) -> UnsupportedError | None:
+    """Why one of the parameters' gradients cannot be stepped by; None where all can. Local."""
+    for one, gradient in zip(placed, gradients, strict=True):
         if gradient is None or (
             type(gradient) is Tensor
             and gradient.layout is torch.strided
-            and gradient.dtype == parameter.dtype
+            and gradient.dtype is one.parameter.dtype
             and one.layout.is_replicated
         ):
             continue
@@ -136,10 +134,10 @@ def _why_odd(one: PlacedParameter, gradient: Tensor) -> str:
     return ""
 
 
-def unfrozen(placed: Sequence[PlacedParameter]) -> ParameterError | None:
+def unfrozen(placed: Sequence[PlacedParameter], gradients: Sequence[Tensor | None]) -> ParameterError | None:
     """The first parameter with a gradient that was frozen at building and listed nowhere; None without any. Local."""
-    for one in placed:
-        if one.parameter.grad is not None and not one.is_trained:
+    for one, gradient in zip(placed, gradients, strict=True):
+        if gradient is not None and not one.is_trained:
             return ParameterError(
                 f"Parameter {one.fqn!r} has a gradient, but was frozen (requires_grad=False) when the optimizer was "
                 "built, and no group named it, so that nobody steps it. Let it be trainable when the model is wrapped "

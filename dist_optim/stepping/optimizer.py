@@ -238,9 +238,8 @@ class DistributedOptimizer(TorchContract):
     def _local_gradients(self, present: Sequence[bool]) -> dict[int, Tensor]:
         """This rank's part of every gradient that is to be stepped by; zeros where only other ranks have one."""
         gradients = {}
-        for index in self.holdings.trained:
-            one = self.holdings.placed[index]
-            if present[index] and not isinstance(one.layout, Elsewhere):
+        for index, one in enumerate(self.holdings.placed):
+            if present[index] and one.is_trained and type(one.layout) is not Elsewhere:
                 gradient = one.local_gradient()
                 gradients[index] = torch.zeros_like(one.local()) if gradient is None else gradient
         return gradients

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from dist_optim.errors import ParameterError, UnsupportedError
-from dist_optim.layouts.detect import PlacedParameter, reshard
+from dist_optim.layouts.detect import PlacedParameter, has_shards, reshard
 from dist_optim.layouts.freezing_fsdp2 import GatheredFreezing
 
 __all__ = ["NO_JOIN", "ParameterGuard"]
@@ -47,6 +47,8 @@ class ParameterGuard:
         self._ids = {id(one.parameter) for one in self._placed}
         self._as_built = [_look_of(one.parameter) for one in self._placed]
         self._freezing = GatheredFreezing(model)
+        self._has_shards = has_shards(model)
+        self._tree = _tree_of(model)
         self._left_join: object = None
         self._joinable = [weakref.ref(module) for module in model.modules() if isinstance(module, Joinable)]
 
@@ -57,7 +59,7 @@ class ParameterGuard:
 
     def reshard(self) -> None:
         """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
-        model = self._model()
+        model = self._model() if self._has_shards else None
         if model is not None:
             self._freezing.carry_over()
             reshard(model)
@@ -74,9 +76,12 @@ class ParameterGuard:
         model = self._model()
         if model is None:
             return None
-        current = {id(parameter) for parameter in model.parameters()}
         looks = [_look_of(one.parameter) for one in self._placed]
+        if looks == self._as_built and _is_same(self._tree):
+            return None
+        current = {id(parameter) for parameter in model.parameters()}
         if looks == self._as_built and current.issuperset(self._ids):
+            self._tree = _tree_of(model)
             return None
         for one, as_built in zip(self._placed, self._as_built, strict=True):
             if id(one.parameter) not in current:
@@ -101,6 +106,31 @@ class ParameterGuard:
             if any(type(one) is Join and module in one._joinables for one in gc.get_objects()):
                 raise UnsupportedError(f"step() was called inside Join. {NO_JOIN} No parameter was changed.")
             self._left_join = config  # torch leaves it as it was inside: who evaluates so goes on training after it
+
+
+_Tree = list[tuple[weakref.ref[nn.Module], tuple[int, ...], tuple[int, ...]]]
+"""Modules, each with the ids of its own parameters and children."""
+
+
+def _tree_of(model: nn.Module) -> _Tree:
+    return [
+        (weakref.ref(one), tuple(map(id, one._parameters.values())), tuple(map(id, one._modules.values())))
+        for one in model.modules()
+    ]
+
+
+def _is_same(tree: _Tree) -> bool:
+    """Whether every module has the parameters and children that it had: a fraction of the time of walking them."""
+    for reference, parameters, children in tree:
+        one = reference()
+        if (
+            one is None
+            or tuple(map(id, one._parameters.values())) != parameters
+            or (one._modules or children)
+            and tuple(map(id, one._modules.values())) != children
+        ):
+            return False
+    return True
 
 
 Look = tuple[torch.Size, torch.dtype, torch.device]

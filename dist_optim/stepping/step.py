@@ -74,6 +74,9 @@ class TrainingStep:
         self._rounds = {bucket.index: bucket for bucket in holdings.plan.buckets}
         self._round_of = {item.index: bucket.index for bucket in holdings.plan.buckets for item in bucket.items}
         self._memory = Rooms()
+        self._holds_all = num_ranks(self._group) == 1 and all(
+            one.layout.is_replicated and one.local().shape == one.shape for one in holdings.placed
+        )
         self._parts: dict[tuple[int, tuple[int, ...]], tuple[Bucket, Route]] = {}
         self._norm_round_of: dict[int, int] | None = None
         self.present: Sequence[bool] = ()
@@ -174,17 +177,25 @@ class TrainingStep:
             else:
                 here.append(index)
         if self._held.local_instance is not None and (here or not self._is_one_by_one):
-            self._update_locally(self._held.local_instance, {index: gradients[index] for index in here})
+            self._update_in_place(self._held.local_instance, {index: gradients[index] for index in here})
+        if self._holds_all and not self._is_one_by_one:
+            for number, indices in ready.items():
+                instance = self._held.owner_instances[number]
+                self._update_in_place(instance, {index: gradients[index] for index in indices})
+            return
         for is_replicated in (False, True):
             rounds = [number for number in ready if self._rounds[number].is_replicated is is_replicated]
             run_tasks((self._update_task(number, ready[number], gradients) for number in rounds), not is_replicated)
 
-    def _update_locally(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
-        """Upstream on this rank's slices, in place."""
+    def _update_in_place(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
+        """Upstream on what the model has here: this rank's slices, or all of it in one process."""
         parameters = {index: self._held.placed[index].local() for index in gradients}
-        write_back(self._stepped(instance, parameters, gradients), parameters)
+        updated = self._stepped(instance, parameters, gradients)
+        write_back(updated, parameters)
         if self._is_one_by_one:
             instance.release(gradients.keys())
+        else:
+            instance.show({index: parameters[index] for index, one in updated.items() if one is not parameters[index]})
 
     def _update_task(self, number: int, indices: Sequence[int], gradients: Mapping[int, Tensor]) -> Task[None]:
         bucket, route = self._part_of(number, indices)
