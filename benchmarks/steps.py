@@ -99,7 +99,6 @@ def jobs(asked: argparse.Namespace) -> list[Cell | ShareCell]:
             ShareCell(layout=one, ranks=two, optimizers=names, device=asked.device, options=options)
             for one in served
             for options in ({}, TO_OWNERS)
-            if one == "fsdp2" or not options
         ]
     return sorted(found, key=lambda job: job.ranks)
 
@@ -108,7 +107,7 @@ def cell(
     asked: argparse.Namespace, name: str, layout: str, ranks: int, model: str = "matrices", **options: Any
 ) -> Cell:
     variants = {f"dist_optim {json.dumps(asked.options)}": asked.options} if asked.options else {}
-    if layout == "fsdp2" and options.get("is_through_backward"):
+    if options.get("is_through_backward"):
         variants[f"{OURS}, reduce_to_owner"] = TO_OWNERS
     return Cell(
         optimizer=name,

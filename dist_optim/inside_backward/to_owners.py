@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.errors import UnsupportedError
 from dist_optim.exchange.copies import copy, cut
 from dist_optim.exchange.rooms import Room, Rooms
+from dist_optim.inside_backward.to_owners_ddp import MARK as BUCKETS
+from dist_optim.inside_backward.to_owners_ddp import send_buckets_to_owners
 from dist_optim.layouts.freezing_fsdp2 import param_groups_of
 from dist_optim.overrides import check
 from dist_optim.ranks.agreement import num_ranks, own_rank
@@ -51,12 +54,16 @@ def send_to_owners(optimizer: DistributedOptimizer, model: nn.Module) -> str:
     held = optimizer.holdings
     if num_ranks(held.process_group) == 1 or not held.plan.owners:
         return "no gradient has to travel"
-    if not units:
-        return "gradients travel in step(): only fully_shard (FSDP2) can send them to owners in backward"
     wholes = {
         id(held.placed[index].parameter): Whole(held.placed[index], owner, held.rank)
         for index, owner in held.plan.owners.items()
     }
+    if isinstance(model, DistributedDataParallel):
+        reason = send_buckets_to_owners(optimizer, model, wholes)
+        optimizer.training_step.expect_at_owners()
+        return f"gradients are reduced on every rank: {reason}" if reason else _line(len(wholes), len(wholes), [])
+    if not units:
+        return "gradients travel in step(): only fully_shard (FSDP2) and DistributedDataParallel send them to owners"
     rooms = Rooms()
     served, reasons = 0, list[str]()
     for unit in units:
@@ -67,8 +74,12 @@ def send_to_owners(optimizer: DistributedOptimizer, model: nn.Module) -> str:
             served += len(owned)
     if served:
         optimizer.training_step.expect_at_owners()
-    line = f"gradients of {served} of {len(wholes)} whole tensors go to their owners inside backward"
-    return line if served == len(wholes) else f"{line}, others in step(): {_others(reasons)}"
+    return _line(served, len(wholes), reasons)
+
+
+def _line(served: int, num_wholes: int, reasons: Sequence[str]) -> str:
+    line = f"gradients of {served} of {num_wholes} whole tensors go to their owners inside backward"
+    return line if served == num_wholes else f"{line}, others in step(): {_others(reasons)}"
 
 
 def stop_sending(model: nn.Module) -> None:
@@ -76,6 +87,8 @@ def stop_sending(model: nn.Module) -> None:
     for unit in _units(model):
         if (earlier := vars(unit).get(MARK)) is not None:
             earlier.remove()
+    if (hook := getattr(model, BUCKETS, None)) is not None:
+        hook.stop()
 
 
 def _others(reasons: Sequence[str]) -> str:
