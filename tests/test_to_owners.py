@@ -49,8 +49,8 @@ def gradients(step: int) -> dict[str, Tensor]:
 class Pair:
     """The same model in one process and under FSDP2, with the same optimizer."""
 
-    def __init__(self, name: str = NAME, **options: Any) -> None:
-        self.alone, self.model = Net(), place(Net(), "fsdp2", **options)
+    def __init__(self, placement: str = "fsdp2", name: str = NAME, **options: Any) -> None:
+        self.alone, self.model = Net(), place(Net(), placement, **options)
         self.reference = dist_optim.build_optimizer(self.alone, name, process_group=own_group(), **OPTIONS)
         self.optimizer = dist_optim.build_optimizer(self.model, name, reduce_to_owner=True, **OPTIONS)
 
@@ -74,7 +74,7 @@ class Pair:
 
 
 def weight(model: nn.Module) -> nn.Parameter:
-    found = model.get_parameter("first.weight")
+    found = getattr(model, "module", model).get_parameter("first.weight")
     assert isinstance(found, nn.Parameter)
     return found
 
@@ -110,6 +110,28 @@ def test_loops_end_as_in_one_process(three_ranks: RankPool) -> None:
 
 def run(body: Callable[[Pair], None]) -> None:
     body(Pair())
+
+
+def loops_under_ddp(placement: str) -> None:
+    pair = Pair(placement, find_unused_parameters=True, bucket_cap_mb=0.003)
+    pair.backward(0)
+    assert isinstance(weight(pair.model).grad, AtOwner)
+    pair.step()
+    with pair.model.no_sync():  # type: ignore[operator]
+        pair.backward(1)
+    pair.backward(2)
+    assert torch.equal(*(optimizer.clip_grad_norm_(3.0) for _, optimizer in pair.sides))
+    pair.step()
+    pair.backward(3, without="second")
+    pair.step()
+    pair.backward(1)
+    with pytest.raises(UnsupportedError, match=r"no_sync"):
+        pair.model(gradients(2)).backward()
+
+
+@pytest.mark.parametrize("placement", ["ddp", "ddp bucket view"])
+def test_loops_under_ddp_end_as_in_one_process(placement: str, three_ranks: RankPool) -> None:
+    three_ranks.run(loops_under_ddp, placement)
 
 
 def accumulates_without_reducing(pair: Pair) -> None:
@@ -211,13 +233,10 @@ def test_layers_in_half_precision(two_ranks: RankPool) -> None:
 
 
 def where_it_is_not_served() -> None:
-    for placement, reason in (("ddp", r"only fully_shard"), ("hsdp", "HSDP sums"), ("fsdp2 columns", "first dim")):
+    for placement, reason in (("fsdp1", "only fully_shard"), ("hsdp", "HSDP sums"), ("fsdp2 columns", "first dim")):
         model = place(Net(), placement)
         optimizer = dist_optim.build_optimizer(model, NAME, reduce_to_owner=True, **OPTIONS)
         assert reason in optimizer.route_audit(), optimizer.route_audit()
-        model(gradients(0), without="unused").backward()
-        if placement != "ddp":  # which is told that it reduced nothing of what is unused
-            optimizer.step()
 
 
 def test_elsewhere_the_audit_says_why_not(four_ranks: RankPool) -> None:

@@ -98,10 +98,10 @@ def build_optimizer(
         fused_backward: Update each parameter inside backward, as soon as its reduced gradient is there, and free the
             gradient (``dist_optim.inside_backward``); for elementwise optimizers, ``lomo``, ``adalomo`` and layerwise
             names. None: ``lomo`` and ``adalomo`` do so wherever it is served, and layerwise names always.
-        reduce_to_owner: Under FSDP2 (fully_shard), let backward send the gradients of tensors that are stepped whole to
-            their owners, in place of its reduce-scatter of them, so that they do not travel again in ``step``; nor do
-            the parameters, where they are stored in the dtype in which layers compute. ``parameter.grad`` of such a
-            tensor then has no values (``stepping.at_owner``): clip by ``optimizer.clip_grad_norm_``. An owner keeps
+        reduce_to_owner: Under FSDP2 (fully_shard) and DistributedDataParallel, let backward send the gradients of
+            tensors that are stepped whole to their owners, in place of its own reduction of them, so that they do not
+            travel again in ``step``; nor do the parameters, where they are stored in the dtype in which layers compute.
+            ``parameter.grad`` of such a tensor then has no values (``stepping.at_owner``): clip by ``optimizer.clip_grad_norm_``. An owner keeps
             room for its gradients and parameters. Elsewhere gradients travel in ``step`` as they do without it, and the
             route audit says so.
         replicate: ``"elementwise"``: what every rank holds whole (DistributedDataParallel), and an elementwise
