@@ -101,9 +101,9 @@ def build_optimizer(
         reduce_to_owner: Under FSDP2 (fully_shard) and DistributedDataParallel, let backward send the gradients of
             tensors that are stepped whole to their owners, in place of its own reduction of them, so that they do not
             travel again in ``step``; nor do the parameters, where they are stored in the dtype in which layers compute.
-            ``parameter.grad`` of such a tensor then has no values (``stepping.at_owner``): clip by ``optimizer.clip_grad_norm_``. An owner keeps
-            room for its gradients and parameters. Elsewhere gradients travel in ``step`` as they do without it, and the
-            route audit says so.
+            ``parameter.grad`` of such a tensor then has no values (``stepping.at_owner``): clip by
+            ``optimizer.clip_grad_norm_``. An owner keeps room for its gradients and parameters. Elsewhere gradients
+            travel in ``step`` as they do without it, and the route audit says so.
         replicate: ``"elementwise"``: what every rank holds whole (DistributedDataParallel), and an elementwise
             optimizer steps, is stepped by every rank alike, as a stock optimizer does it: no parameter travels, and
             each rank holds all of its state. None: one rank steps each tensor, and has its state.
