@@ -9,6 +9,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # One thread per rank: ranks that share cores slow each other down otherwise.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Some environments forbid compiled files: every rank would compile all of these again.
+unexport PYTHONDONTWRITEBYTECODE
 
 DEMO = accelerate launch --config_file configs/accelerate/ddp_cpu_2.yaml launch/train.py --use_cpu \
 	--optim galore_adamw --optim_target_modules attn mlp --optim_args "rank=32, update_proj_gap=50, scale=1.0" \

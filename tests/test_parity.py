@@ -21,18 +21,24 @@ SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
 
 Placements = tuple[tuple[str, dict[str, Any]], ...]
-ON_TWO: Placements = (
+ON_ONE: Placements = (
     ("none", {}),
+    ("fsdp2", {}),
+    ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
+)
+ON_TWO: Placements = (
     ("ddp", {}),
     ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS, "replicate": "elementwise"}),
     ("fsdp2", {}),
     ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS, "reduce_to_owner": True}),
+    ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
+)
+ON_THREE: Placements = (
+    ("ddp", {}),
+    ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp2 columns", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
 )
-ON_ONE = tuple(one for one in ON_TWO if one[0] in ("none", "fsdp2", "fsdp1"))
-ON_THREE = tuple(one for one in ON_TWO if one[0] in ("ddp", "fsdp2 columns", "fsdp1"))
-ON_THREE += (("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS}),)
 ON_FOUR: Placements = (
     ("hsdp", {"bucket_bytes": SMALL_ROUNDS}),
     ("fsdp1 hybrid", {"bucket_bytes": SMALL_ROUNDS}),
