@@ -15,7 +15,7 @@ from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 CASES = all_cases()
 ONE_A_NAME = list({case.name: case for case in reversed(CASES)}.values())
-"""`make parity` runs every case on every number of ranks; here all of them on one rank and two, and half on three."""
+"""`make parity` runs every case on every number of ranks; here all of them on one rank and two, and half on three and four."""
 
 SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
@@ -82,7 +82,7 @@ def test_equals_upstream_on_three_ranks(case: Case, three_ranks: RankPool) -> No
 
 @pytest.mark.parametrize("case", ONE_A_NAME, ids=str)
 def test_equals_upstream_on_four_ranks(case: Case, four_ranks: RankPool) -> None:
-    four_ranks.run(every_placement, case, ON_FOUR)
+    four_ranks.run(every_placement, case, ON_FOUR[ONE_A_NAME.index(case) % 2 :: 2])
 
 
 @pytest.mark.parametrize("case", ONE_A_NAME, ids=str)
