@@ -15,7 +15,7 @@ from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 CASES = all_cases()
 ONE_A_NAME = list({case.name: case for case in reversed(CASES)}.values())
-"""`make parity` runs every case on every number of ranks; here all of them on one rank and two, and half on three and four."""
+"""`make parity` runs every case on every number of ranks; here all on one rank and two, half on three and four."""
 
 SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
