@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity reshard faults simulate bench any-optimizer soak compat trainer-suite docs clean
+.PHONY: help demo test lint parity reshard faults simulate bench gpu any-optimizer soak compat trainer-suite docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -66,6 +66,10 @@ simulate: $(STAMP) ## plan Llama-8B and 70B on up to 4,096 ranks; writes docs/si
 bench: $(STAMP) ## time and count steps beside the alternatives, about 12 minutes; writes docs/performance.{json,md}
 	@echo "+ python benchmarks/steps.py"
 	@python benchmarks/steps.py
+
+gpu: $(STAMP) ## what can be shown on one GPU, in less than 10 minutes; writes docs/gpu.{json,md}
+	@echo "+ python benchmarks/gpu.py"
+	@python benchmarks/gpu.py
 
 any-optimizer: $(STAMP) ## every class of torch, pytorch-optimizer, timm, heavyball, ..., as installed; writes docs/any-optimizer.md
 	@echo "+ python tests/measure_any_optimizer.py"

@@ -54,6 +54,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--with", dest="options", type=json.loads, help="JSON: ours with these options as well")
     parser.add_argument("--write", action="store_true", help="keep a part's figures")
     asked = parser.parse_args(given)
+    if asked.device == "cuda" and max(asked.ranks or ranks_on("cuda")) > torch.cuda.device_count():
+        parser.error(f"--device cuda takes a GPU for each rank, and torch sees {torch.cuda.device_count()} here")
     if asked.write and asked.options:
         parser.error("--write keeps what everyone gets: leave --with out")
     return asked

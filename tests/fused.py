@@ -68,7 +68,7 @@ def injected_loss(module: nn.Module, given: dict[str, Tensor]) -> Tensor:
 def subject_net(case: Case) -> nn.Module:
     """With the weights and the frozen parameters of the case's own model."""
     model, source = InjectedNet(case), make_model(case)
-    model.load_state_dict(source.state_dict())
+    model.to(case.device).load_state_dict(source.state_dict())
     for parameter, like in zip(model.parameters(), source.parameters(), strict=True):
         parameter.requires_grad_(like.requires_grad)
     return model

@@ -64,6 +64,8 @@ class Case:
     """Upstream draws from the global generators: every step begins with equal ones."""
     label: str = ""
     """What sets this case apart from the family's others."""
+    device: str = "cpu"
+    """Where both sides have the model."""
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.name, self.label, str(self.dtype).removeprefix("torch."))))
@@ -84,7 +86,7 @@ class Together(torch.optim.Optimizer):
 
 def make_model(case: Case) -> Net:
     torch.manual_seed(0)
-    model = Net(case.linear, case.extra).to(case.dtype)
+    model = Net(case.linear, case.extra).to(case.device, case.dtype)
     for place_in_model, (name, parameter) in enumerate(model.named_parameters()):
         parameter.requires_grad_(name not in case.frozen)
         parameter.place_in_model = place_in_model  # type: ignore[attr-defined]  # for references that sum in its order

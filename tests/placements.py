@@ -130,6 +130,8 @@ def reduce(model: nn.Module, full: dict[str, Tensor | None]) -> None:
                 one.sharded_param.grad = None
                 one.unsharded_param.grad = None if gradient is None else gradient.clone()
             unit.post_backward()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # FSDP2 reduces on a stream of its own, for which the end of backward waits
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -3,5 +3,5 @@
 Reading order: ``recipes`` (the optimizers, as upstream and as ours), ``models``, ``contenders`` (what is measured side
 by side), ``through_backward`` and ``zero`` (contenders whose engine brings the gradients), ``timing`` and ``counting``
 (how), ``cells`` and ``share`` (bodies of a rank), ``scale`` (one rank of many), ``results``, ``tables``, ``charts``,
-``page``.
+``page``. ``on_gpu`` is what ``benchmarks/gpu.py`` is made of.
 """

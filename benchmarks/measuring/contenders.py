@@ -64,7 +64,7 @@ class Problem:
 
     def model(self) -> nn.Module:
         """The same on every call and rank."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # else all GPUs'
             torch.manual_seed(0)
             return self.make_model().to(self.device)
 

@@ -19,7 +19,7 @@ from dist_optim.exchange.route import is_large
 from dist_optim.exchange.tasks import Task
 from dist_optim.ranks.agreement import own_rank
 
-__all__ = ["gather", "gather_single", "scatter", "spread"]
+__all__ = ["gather", "gather_single", "pack", "scatter", "spread", "unpack"]
 
 
 # torch 2.13 renamed the collective.
@@ -33,14 +33,16 @@ def gather(
     """As ``gather_to_owner``, of sharded tensors: one all-to-all for all fields."""
     own = bucket.owned[own_rank(process_group)]
     to_owners, from_holders = ([len(fields) * n for n in sizes] for sizes in (route.to_owners, route.from_holders))
-    send = _pack([field[item.index] for items in bucket.owned for field in fields for item in items], bucket)
+    send = pack(
+        [field[item.index] for items in bucket.owned for field in fields for item in items], bucket.dtype, bucket.device
+    )
     received = torch.empty(sum(from_holders), dtype=bucket.dtype, device=bucket.device)
     work = dist.all_to_all_single(received, send, from_holders, to_owners, group=process_group, async_op=True)
     yield
     work.wait()
     del send
     full = [{item.index: received.new_empty(item.shape) for item in own} for _ in fields]
-    _unpack(
+    unpack(
         received,
         [
             item.layout.view_of(field[item.index], holder)
@@ -81,7 +83,7 @@ def spread(bucket: Bucket, local: Mapping[int, Tensor], process_group: dist.Proc
     for work in works:
         work.wait()
     for buffer, parts in landing:
-        _unpack(buffer, parts)
+        unpack(buffer, parts)
 
 
 def scatter(
@@ -100,21 +102,23 @@ def scatter(
         if route.from_holders[holder]
         for item in own
     ]
-    send = _pack(pieces, bucket)
+    send = pack(pieces, bucket.dtype, bucket.device)
     received = torch.empty(sum(route.to_owners), dtype=bucket.dtype, device=bucket.device)
     sizes = list(route.to_owners), list(route.from_holders)
     work = dist.all_to_all_single(received, send, *sizes, group=process_group, async_op=True)
     yield
     work.wait()
     del send
-    _unpack(received, [local[item.index] for item in bucket.items])
+    unpack(received, [local[item.index] for item in bucket.items])
 
 
-def _pack(parts: list[Tensor], bucket: Bucket) -> Tensor:
+def pack(parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One buffer with all parts, one after the other."""
     if not parts:
-        return torch.empty(0, dtype=bucket.dtype, device=bucket.device)
+        return torch.empty(0, dtype=dtype, device=device)
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _unpack(flat: Tensor, parts: list[Tensor]) -> None:
+def unpack(flat: Tensor, parts: list[Tensor]) -> None:
+    """Copy them out of it again."""
     copy(parts, cut(flat, parts))

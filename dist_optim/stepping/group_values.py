@@ -56,7 +56,7 @@ class GroupValues:
                 continue
             for key in keys & inner.keys() & outer.keys():
                 if isinstance(inner[key], Tensor):
-                    inner[key].copy_(torch.as_tensor(outer[key]))  # kept as a tensor where upstream wants one
+                    _write(inner[key], outer[key])  # kept as a tensor where upstream wants one
                 else:
                     inner[key] = outer[key]
 
@@ -102,9 +102,14 @@ def _push_changes(outer: ParamGroup, inner: ParamGroup, shown: ParamGroup) -> No
     for key, value in outer.items():
         if isinstance(inner.get(key), Tensor):
             if inner[key] is not value:
-                inner[key].copy_(torch.as_tensor(value))
+                _write(inner[key], value)
         elif key != "params" and not (key in shown and _is_same(shown[key], value)):
             shown[key] = inner[key] = value
+
+
+def _write(target: Tensor, value: Any) -> None:
+    """A device is not waited for where the value goes to it; where it comes from one, the host has to have it."""
+    target.copy_(torch.as_tensor(value), non_blocking=target.device.type != "cpu")
 
 
 def _is_same(shown: Any, value: Any) -> bool:

@@ -27,9 +27,8 @@ class FromUpstream(torch.optim.Optimizer):
         import lomo_optim
 
         if parameter not in self.instances:
-            with mock.patch.object(
-                Tensor, "cuda", lambda tensor: tensor
-            ):  # AdaLomo's state, whatever the model's device
+            # AdaLomo's state goes to a GPU, whatever the model's device.
+            with mock.patch.object(Tensor, "cuda", lambda tensor: tensor.to(parameter.device)):
                 self.instances[parameter] = getattr(lomo_optim, self.upstream)(
                     nn.ParameterList([parameter]), weight_decay=weight_decay, **self.arguments
                 )
