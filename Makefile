@@ -90,6 +90,8 @@ trainer-suite: $(STAMP) ## run transformers' own Trainer tests with ours; writes
 docs: $(STAMP) ## write the tables of docs/optimizers from the registry
 	@echo "+ python tests/optimizer_pages.py"
 	@PYTHONPATH=. python tests/optimizer_pages.py
+	@echo "+ python tests/doctor_page.py"
+	@PYTHONPATH=. python tests/doctor_page.py
 
 clean: ## remove the environment, the caches and the runs
 	rm -rf .venv .compat runs .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist

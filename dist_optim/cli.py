@@ -18,9 +18,11 @@ from rich.text import Text
 import dist_optim
 from dist_optim import run
 from dist_optim.checkpoint.in_and_out import commands
+from dist_optim.doctor import commands as doctor_commands
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.signals import interrupt_as_usual
 from dist_optim.specs.catalogue import describe, describe_hyperparameters
+from dist_optim.testing.verify import commands as verify_commands
 
 __all__ = ["app"]
 
@@ -95,6 +97,8 @@ def run_script(context: typer.Context) -> None:
 
 
 commands.add_to(app)
+verify_commands.add_to(app)
+doctor_commands.add_to(app)
 
 
 def _list_all(as_json: bool) -> None:

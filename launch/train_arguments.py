@@ -132,6 +132,10 @@ class TrainArguments(TrainingArguments):
     rehearse: bool = described(
         True, "After the first step, save, load again and compare, so that a later save will not be the first to fail."
     )
+    telemetry: bool = described(
+        False,
+        "Say in each line of metrics what the optimizer did in that step: update ratios, times, bytes.",
+    )
     ddp_find_unused_parameters: bool | None = described(False, "Let DDP look for parameters that a step leaves out.")
     disable_tqdm: bool = described(False, "No progress bar.")
 

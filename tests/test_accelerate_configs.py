@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,7 +14,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from train_runs import CONFIGS, GALORE, REPOSITORY, SUMMARY_KEYS, FinishedRun, finished_in, launch_environment
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dist_optim.integrations.accelerate.placing import _refuse_fsdp_settings
+from dist_optim.integrations.accelerate.placing import refuse_fsdp_settings
 from dist_optim.testing import RankPool
 
 
@@ -30,8 +28,7 @@ def test_accelerate_reads_the_file_as_the_strategy_of_its_name(name: str) -> Non
     with mock.patch.dict(os.environ, given):
         plugin = FullyShardedDataParallelPlugin()
         parallelism = ParallelismConfig() if "ACCELERATE_USE_PARALLELISM_CONFIG" in given else None
-    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=parallelism)
-    _refuse_fsdp_settings(accelerator)
+    refuse_fsdp_settings(plugin, parallelism)
     assert plugin.fsdp_version == (1 if strategy == "fsdp1" else 2)
     assert plugin.auto_wrap_policy is not None, "everything in one unit would gather the whole model at once"
     sizes = (parallelism.dp_replicate_size, parallelism.dp_shard_size) if parallelism else None

@@ -220,13 +220,13 @@ def test_under_replicas_of_shards(name: str, four_ranks: RankPool) -> None:
 
 
 def with_new_groups_left_out(name: str, placement: str) -> int:
-    local = dist_optim.DistributedOptimizer._local_gradients
+    local = dist_optim.DistributedOptimizer.local_gradients
 
     def of_old(self: dist_optim.DistributedOptimizer, present: Sequence[bool]) -> dict[int, Tensor]:
         first = len(self.holdings.division.groups[0]["params"])
         return {index: one for index, one in local(self, present).items() if index < first}
 
-    with mock.patch.object(dist_optim.DistributedOptimizer, "_local_gradients", of_old):
+    with mock.patch.object(dist_optim.DistributedOptimizer, "local_gradients", of_old):
         return len(problems_of(name, placement))
 
 

@@ -11,7 +11,6 @@ import torch
 from cases.galore import CASES as GALORE
 from parity import Case, run_case
 
-import dist_optim.stepping.step
 from dist_optim.exchange import transfer
 from dist_optim.exchange.plan import Bucket
 from dist_optim.testing import RankPool
@@ -34,16 +33,16 @@ def updates_do_not_travel_back(*transfer: Any) -> Any:
 
 
 def with_defect(case: Case, placement: str, name: str, defect: Callable[..., Any]) -> list[str]:
-    with mock.patch.object(dist_optim.stepping.step, name, defect):
+    with mock.patch(f"dist_optim.stepping.{name}", defect):
         return run_case(case, placement)
 
 
 @pytest.mark.parametrize(
     ("placement", "name", "defect"),
     [
-        ("fsdp2", "gather_to_owner", one_owner_lacks_the_others_gradients),
-        ("fsdp2", "scatter_from_owner", updates_do_not_travel_back),
-        ("ddp", "scatter_from_owner", updates_do_not_travel_back),
+        ("fsdp2", "at_owner.gather_to_owner", one_owner_lacks_the_others_gradients),
+        ("fsdp2", "step.scatter_from_owner", updates_do_not_travel_back),
+        ("ddp", "step.scatter_from_owner", updates_do_not_travel_back),
     ],
 )
 def test_lost_transfer_is_noticed(placement: str, name: str, defect: Callable[..., Any], two_ranks: RankPool) -> None:

@@ -27,7 +27,7 @@ from train_arguments import DATA_RANGES, KINDS, TRAIN_RANGES, make_arguments, re
 NAMES = [item.name for kind in KINDS for item in fields(kind) if item.init]
 EVERY_RANGE = {**TRAIN_RANGES, **DATA_RANGES}
 WHOLE = {name for name in EVERY_RANGE if name.endswith(("_size", "_samples", "seed", "_workers", "_limit"))} | {
-    *("gradient_accumulation_steps", "eval_accumulation_steps"),
+    *("gradient_accumulation_steps", "eval_accumulation_steps", "verify_steps"),
 }
 TEXTS = ("", "fast", "1e", "0x", "1,5", "None", "[1]", "--")
 

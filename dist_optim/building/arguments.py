@@ -75,6 +75,7 @@ def check_settings(
     independent: Any = None,
     master_weights: Any = False,
     replicate: Any = None,
+    verify_steps: Any = 0,
 ) -> None:
     """Refuse settings of ``build_optimizer`` that say nothing.
 
@@ -87,6 +88,10 @@ def check_settings(
         raise HyperparameterError(
             f"check_ranks_every={check_ranks_every!r} is not a whole number of steps: 100 compares in every hundredth, "
             "0 never."
+        )
+    if not _is_whole(verify_steps) or verify_steps < 0:
+        raise HyperparameterError(
+            f"verify_steps={verify_steps!r} is not a whole number of steps: 5 verifies the first five, 0 none."
         )
     for name, value, allowed in (
         ("fused_backward", fused_backward, (True, False, None)),

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dist_optim.building.alike import assert_alike
 from dist_optim.building.arguments import check_model, check_process_group, check_settings
-from dist_optim.building.choice import refuse_combination, resolve
+from dist_optim.building.choice import refuse_combination, refuse_inside_backward, resolve
 from dist_optim.building.composing import Rest, compose
 from dist_optim.building.groups import GivenParameters
 from dist_optim.building.new_groups import NewGroups
@@ -32,19 +32,11 @@ from dist_optim.stepping.division import divide, starting_values
 from dist_optim.stepping.nonfinite import check_choice
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
 from dist_optim.stepping.parameter_guard import ParameterGuard
+from dist_optim.verifying.shadow import VerifiedSteps, refuse_closures
 
 __all__ = ["build_optimizer"]
 
 ONE_BUCKET = 1 << 62
-_TOO_LATE = (
-    "{name}: on_nonfinite looks at all gradients before the first update, and inside backward updates are made before "
-    "the last gradients are there. Leave on_nonfinite out, or use {instead}, which stores gradients."
-)
-
-_NO_MASTERS = (
-    "{name}: master_weights are stepped from stored gradients, and inside backward a parameter is stepped as it is. "
-    "Leave master_weights out, or use {instead}."
-)
 
 
 def build_optimizer(
@@ -66,6 +58,7 @@ def build_optimizer(
     rank_timeout_s: float | None = None,
     independent: bool | None = None,
     master_weights: bool = False,
+    verify_steps: int = 0,
     print_audit: bool = True,
     **hyperparameters: Any,
 ) -> DistributedOptimizer:
@@ -125,6 +118,9 @@ def build_optimizer(
             float16, which lose updates far smaller than themselves. They live with the rank that steps them, sharded
             like its state, and in checkpoints; the trajectory is that of upstream on fp32 copies, given the gradients
             in fp32. DeepSpeed has masters of its own.
+        verify_steps: So many of the first steps are stepped a second time, by the unmodified upstream optimizer on rank
+            0 from the same gradients, and compared to the bit; rank 0 prints one line. It has the whole model once more
+            until then, with its state. From stored gradients alone, and in runs that start without state.
         print_audit: Whether rank 0 prints the route audit.
         **hyperparameters: ``lr``, ``weight_decay``, and everything else under upstream's own names.
 
@@ -149,15 +145,14 @@ def build_optimizer(
             independent=independent,
             master_weights=master_weights,
             replicate=replicate,
+            verify_steps=verify_steps,
         )
         check_choice(on_nonfinite)
         spec = resolve(optimizer, inside_backward=fused_backward is not False)
         placed = detect(model, process_group)
         is_fused = _choose_fused(fused_backward, model, spec, placed, process_group)
-        if is_fused and on_nonfinite is not None:
-            raise UnsupportedError(_TOO_LATE.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
-        if is_fused and master_weights:
-            raise UnsupportedError(_NO_MASTERS.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
+        if is_fused:
+            refuse_inside_backward(spec, on_nonfinite, master_weights, verify_steps)
         spec, groups, arguments = compose(
             model,
             spec,
@@ -190,12 +185,15 @@ def build_optimizer(
         "check_ranks_every": check_ranks_every,
         "independent": independent,
         "master_weights": master_weights,
+        "verify_steps": verify_steps,
     }
     asked = {"optimizer": prepared.spec.name, **settings, "target_modules": target_modules, **hyperparameters}
     asked |= {"rest": rest, "rest_options": rest_options}
     asked |= {f"the group of {one.fqn!r}": at for at, group in enumerate(prepared.groups) for one in group["params"]}
     assert_alike(asked, process_group, prepared.spec.packages)
     spec = with_verdict(prepared.spec, prepared.groups, prepared.arguments, process_group, independent)
+    if verify_steps:
+        refuse_closures(spec)
     division = together(
         lambda: divide(
             spec,
@@ -233,6 +231,8 @@ def build_optimizer(
     stop_sending(model)
     if reduce_to_owner and not prepared.is_fused:
         built.route_of_gradients = together(lambda: send_to_owners(built, model), process_group)
+    if verify_steps:
+        built.verified_steps = VerifiedSteps([built], verify_steps, built.free_gathered_copies)
     if print_audit and own_rank(process_group) == 0:
         print(built.route_audit(), flush=True)
     return built

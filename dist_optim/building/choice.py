@@ -16,7 +16,20 @@ from dist_optim.specs.registry import OptimizerSpec, get_spec, names, spec_of_cl
 from dist_optim.specs.unwrapping import find_optimizer
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["refuse_combination", "resolve"]
+__all__ = ["refuse_combination", "refuse_inside_backward", "resolve"]
+
+_TOO_LATE = (
+    "{name}: on_nonfinite looks at all gradients before the first update, and inside backward updates are made before "
+    "the last gradients are there. Leave on_nonfinite out, or use {instead}, which stores gradients."
+)
+_NO_MASTERS = (
+    "{name}: master_weights are stepped from stored gradients, and inside backward a parameter is stepped as it is. "
+    "Leave master_weights out, or use {instead}."
+)
+_NO_SHADOW = (
+    "{name}: verify_steps takes a step again from all its gradients, and inside backward they are freed one by one. "
+    "Use {instead}; or verify before the run: dist-optim verify."
+)
 
 
 def resolve(
@@ -67,6 +80,20 @@ def refuse_combination(spec: OptimizerSpec, *, is_fused: bool) -> None:
             f"{spec.name} needs all gradients before its first update, and inside backward updates are made before the "
             "last gradients are there. Leave fused_backward out, or the bound on the norm of all gradients."
         )
+
+
+def refuse_inside_backward(
+    spec: OptimizerSpec, on_nonfinite: str | None, master_weights: bool, verify_steps: int
+) -> None:
+    """Refuse options that need all gradients of a step, where they are applied and freed inside backward.
+
+    Raises:
+        UnsupportedError: With what to choose; of the first one.
+    """
+    asked = ((on_nonfinite is not None, _TOO_LATE), (master_weights, _NO_MASTERS), (verify_steps, _NO_SHADOW))
+    for is_asked, text in asked:
+        if is_asked:
+            raise UnsupportedError(text.format(name=spec.name, instead=spec.instead or "fused_backward=False"))
 
 
 def _refuse_other_inputs(optimizer_class: type[Optimizer]) -> None:

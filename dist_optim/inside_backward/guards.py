@@ -20,8 +20,9 @@ from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.optimizer import InsideBackward
 
-__all__ = ["MARK", "guard_clipping", "marked_by", "why_not_fused"]
+__all__ = ["MARK", "NOT_UNDER_FSDP1", "guard_clipping", "marked_by", "why_not_fused"]
 
+NOT_UNDER_FSDP1 = "FSDP1 reduces one flat gradient for a whole unit. Use fsdp_version: 2 (fully_shard)."
 MARK = "_dist_optim_fused"
 """Attribute of a parameter that is updated inside backward: a weak reference to what does it."""
 
@@ -44,7 +45,7 @@ def why_not_fused(
             "fp32 parameters."
         )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return "FSDP1 reduces one flat gradient for a whole unit. Use fsdp_version: 2 (fully_shard)."
+        return NOT_UNDER_FSDP1
     if num_ranks(process_group) == 1:
         return ""
     if isinstance(model, DistributedDataParallel):

@@ -52,6 +52,7 @@ __all__ = [
     "deepspeed_arguments",
     "fsdp_arguments",
     "is_ignored",
+    "refuse_wrong_size",
     "turn_fsdp_on",
 ]
 
@@ -123,15 +124,19 @@ def turn_fsdp_on(
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.device = PartialState._shared_state["device"] = torch.device("cpu")
     if parallelism_config is not None:
-        _refuse_wrong_size(parallelism_config, accelerator.num_processes)
+        refuse_wrong_size(parallelism_config, accelerator.num_processes)
         state.parallelism_config = parallelism_config
         state.device_mesh = parallelism_config.get_device_mesh("cpu")
     if plugin.fsdp_version == 1:
         vars(accelerator)["prepare_model"] = _gathering_in_place(accelerator.prepare_model)
 
 
-def _refuse_wrong_size(sizes: ParallelismConfig, num_ranks: int) -> None:
-    """As accelerate does where it takes the sizes itself."""
+def refuse_wrong_size(sizes: ParallelismConfig, num_ranks: int) -> None:
+    """As accelerate does where it takes the sizes itself.
+
+    Raises:
+        UnsupportedError: The mesh has another number of ranks than the job.
+    """
     if sizes.total_size != num_ranks:
         raise UnsupportedError(
             f"parallelism_config asks for {sizes.total_size} ranks ({sizes.dp_replicate_size} x "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["quieten_libraries"]
+__all__ = ["libraries_silenced", "quieten_libraries"]
 
 LOGGERS = ("DeepSpeed", "bitsandbytes", "torch.utils._pytree", "torchao")
 CALLED_BY_ENGINES = (
@@ -32,3 +34,16 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in CALLED_BY_ENGINES:
         warnings.filterwarnings("ignore", message=text)
+
+
+@contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """No warnings, neither of Python's nor of loggers, while something is looked at; afterwards as before."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -32,6 +32,8 @@ class Progress:
     """Calls of a class's own methods, which may step as ``step`` does."""
     num_skipped: int = 0
     """Steps that were left out since the optimizer was built, with ``on_nonfinite="skip"``."""
+    num_loads: int = 0
+    """How often state of some steps was installed since the optimizer was built."""
     failed_step: int | None = None
     """The step that failed half way, until something is loaded: weights and state are of no step at all."""
 

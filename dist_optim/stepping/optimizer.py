@@ -54,6 +54,22 @@ class InsideBackward(Protocol):
         """Store gradients again, and update from them in ``step``."""
 
 
+class VerifiedSteps(Protocol):
+    """Takes the first steps a second time, by upstream alone: see ``dist_optim.verifying.shadow``."""
+
+    def before_step(self, has_closure: bool) -> None:
+        """Before a step that is agreed on. Collective."""
+
+    def take_gradients(self, part: int, gradients: Mapping[int, Tensor]) -> None:
+        """Right before it, with this rank's part of its gradients. Collective."""
+
+    def after_step(self) -> None:
+        """Take it again, and compare. Collective."""
+
+    def swap(self, mode: str) -> None:
+        """Training and averaged weights are exchanged. Collective."""
+
+
 class ModelSide(Protocol):
     """The model that an optimizer was built on, as far as a step needs it."""
 
@@ -100,6 +116,7 @@ class DistributedOptimizer(TorchContract):
         self.inside_backward: InsideBackward | None = None  # set by inside_backward.install
         self.new_groups: NewGroups | None = None  # set by build_optimizer
         self.route_of_gradients = ""  # what inside_backward.to_owners says, where it was asked for
+        self.verified_steps: VerifiedSteps | None = None  # the same, where it was asked for
         self._model_side = model_side
         self._is_built = False
         local, owners = division.build_instances(values)
@@ -181,7 +198,7 @@ class DistributedOptimizer(TorchContract):
     def _evaluations(self, closure: Callable[[], Any]) -> Evaluations:
         def after() -> None:
             present = self.training_step.agree_on_gradients(self._look_at_model(), "step(closure)")
-            self.training_step.detached.take_gradients(self._local_gradients(present))
+            self.training_step.detached.take_gradients(self.local_gradients(present))
 
         def before() -> None:
             self.training_step.detached.show_model()
@@ -228,14 +245,19 @@ class DistributedOptimizer(TorchContract):
             self._update_and_end()
 
     def _update_and_end(self, closure: Callable[[], Any] | None = None) -> None:
-        gradients = self._local_gradients(self.training_step.present)
+        gradients = self.local_gradients(self.training_step.present)
         if self.holdings.needs_total_norm:
             self.training_step.measure(gradients)
             self.training_step.clip_updates_by(self.training_step.total())
+        if self.verified_steps is not None:
+            self.verified_steps.before_step(closure is not None)
+            self.verified_steps.take_gradients(0, gradients)
         self.training_step.update(gradients, closure)
         self.training_step.end()
+        if self.verified_steps is not None:
+            self.verified_steps.after_step()
 
-    def _local_gradients(self, present: Sequence[bool]) -> dict[int, Tensor]:
+    def local_gradients(self, present: Sequence[bool]) -> dict[int, Tensor]:
         """This rank's part of every gradient that is to be stepped by; zeros where only other ranks have one."""
         gradients = {}
         for index, one in enumerate(self.holdings.placed):
@@ -257,7 +279,7 @@ class DistributedOptimizer(TorchContract):
         if self.inside_backward is not None:
             raise UnsupportedError(self.inside_backward.why_no_clipping())
         present = self.training_step.agree_on_gradients(self._look_at_model(), "clip_grad_norm_()")
-        self.training_step.measure(self._local_gradients(present), norm_as_clipping(norm_type))
+        self.training_step.measure(self.local_gradients(present), norm_as_clipping(norm_type))
         total = self.training_step.total(norm_type)
         if self.training_step.is_skipped:
             return total  # step() finds the same gradients, and names whose they are
@@ -311,11 +333,13 @@ class DistributedOptimizer(TorchContract):
             self.meet(f"{mode}()")
             self.free_gathered_copies()
             self.training_step.swap_weights(mode)
+            if self.verified_steps is not None:
+                self.verified_steps.swap(mode)
 
     # What there is to see -----------------------------------------------------------------------------------------
 
     def _call_own_method(self, name: str, *args: Any, **keywords: Any) -> Any:
-        gradients = self._local_gradients(self.training_step.agree_on_gradients(self._look_at_model(), f"{name}()"))
+        gradients = self.local_gradients(self.training_step.agree_on_gradients(self._look_at_model(), f"{name}()"))
         result, is_cleared = self.training_step.call_own_method(name, args, keywords, gradients)
         if is_cleared:
             self.zero_grad()

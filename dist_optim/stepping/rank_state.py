@@ -180,6 +180,7 @@ def install(
             instance.extras.write(extras)
         instance.group_values.write_counters(own)
     progress.num_steps, progress.mode, progress.failed_step = num_steps, mode, None
+    progress.num_loads += bool(num_steps or any(state.values()))  # accelerate loads what was just built
     half_steps.heal(one.parameter for one in held.placed)
 
 

@@ -18,6 +18,7 @@ from dist_optim.testing.compare import (
 from dist_optim.testing.failure import RankFailure
 from dist_optim.testing.pool import RankPool
 from dist_optim.testing.prove import prove
+from dist_optim.testing.verify import verify
 
 __all__ = [
     "RankFailure",
@@ -27,4 +28,5 @@ __all__ = [
     "max_abs_difference",
     "prove",
     "relative_distance",
+    "verify",
 ]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-__all__ = ["place_by_fsdp2", "prepare", "refuse_unserved_strategy"]
+__all__ = ["place_by_fsdp2", "prepare", "refuse_fsdp_settings", "refuse_stored_gradients", "refuse_unserved_strategy"]
 
 SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP", "DEEPSPEED")
 
@@ -112,7 +112,7 @@ def prepare(
         remember(names, placed)
         built = build_optimizer(placed, optimizer, **{**options, "params": followed(options.get("params"))})
         if built.inside_backward is not None:
-            _refuse_stored_gradients(accelerator, built.spec.name)
+            refuse_stored_gradients(accelerator, built.spec.name)
         prepared = accelerator.prepare_optimizer(built)
         serve_state(accelerator)
         guard_calls(accelerator)
@@ -173,8 +173,12 @@ def _refuse(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> Optim
     return spec
 
 
-def _refuse_stored_gradients(accelerator: Accelerator, name: str) -> None:
-    """What needs gradients to last until ``step``, and they are applied inside backward. The same on all ranks."""
+def refuse_stored_gradients(accelerator: Accelerator, name: str) -> None:
+    """What needs gradients to last until ``step``, and they are applied inside backward. The same on all ranks.
+
+    Raises:
+        UnsupportedError: With what to use instead.
+    """
     unserved = ""
     if accelerator.gradient_accumulation_steps > 1:
         unserved = f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} sums gradients over batches"
@@ -209,11 +213,19 @@ def refuse_unserved_strategy(accelerator: Accelerator) -> None:
             "cpu=True; or remove DeepSpeed from the accelerate configuration."
         )
     if strategy == "FSDP":
-        _refuse_fsdp_settings(accelerator)
+        refuse_fsdp_settings(accelerator.state.fsdp_plugin, accelerator.parallelism_config)
 
 
-def _refuse_fsdp_settings(accelerator: Accelerator) -> None:
-    plugin, parallelism = accelerator.state.fsdp_plugin, accelerator.parallelism_config
+def refuse_fsdp_settings(plugin: Any, parallelism: Any) -> None:
+    """Refuse settings of FSDP, and a mesh beside it, that are not served.
+
+    Args:
+        plugin: accelerate's ``FullyShardedDataParallelPlugin``, or what has its attributes.
+        parallelism: accelerate's ``ParallelismConfig``; None for no mesh.
+
+    Raises:
+        UnsupportedError: With what to use instead.
+    """
     if plugin.fsdp_version == 1 and not plugin.use_orig_params:
         raise UnsupportedError(
             "FSDP1 with use_orig_params=False hides the parameters that the optimizer needs to know. Set "

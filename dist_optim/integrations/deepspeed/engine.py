@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.building.alike import assert_alike
+from dist_optim.building.arguments import check_settings
 from dist_optim.building.choice import resolve
 from dist_optim.building.composing import Rest, compose
 from dist_optim.errors import (
@@ -40,7 +41,7 @@ from dist_optim.overrides import check
 from dist_optim.ranks.agreement import own_rank
 from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import raise_together, together
-from dist_optim.specs.registry import Trait, get_spec, names
+from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec, names
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "UnknownDeepSpeedOptimizerError",
     "build_optimizer_for_engine",
     "is_ours",
+    "refuse_options",
     "register",
 ]
 
@@ -183,6 +185,7 @@ def build_optimizer_for_engine(
     on_nonfinite: str | None = None,
     independent: bool | None = None,
     master_weights: bool = False,
+    verify_steps: int = 0,
     **hyperparameters: Any,
 ) -> ZeroOptimizer:
     """The optimizer over the model before DeepSpeed flattens it: a client optimizer for ``deepspeed.initialize``.
@@ -197,32 +200,20 @@ def build_optimizer_for_engine(
         reduce_to_owner: True is refused: DeepSpeed's engine reduces gradients, to its partitions.
         on_nonfinite: Refused: DeepSpeed's engine looks for such gradients itself.
         master_weights: Refused: DeepSpeed's engine has masters.
+        verify_steps: As in ``dist_optim.build_optimizer``; of fp32 masters, where the engine has such.
 
     Raises:
         DistOptimError: As ``dist_optim.build_optimizer``, on this rank alone.
     """
+    check_settings(bucket_bytes=1, check_ranks_every=0, verify_steps=verify_steps)
     spec = resolve(optimizer)
-    if master_weights:
-        raise UnsupportedError(
-            f'{spec.name}: DeepSpeed keeps fp32 masters itself, with "bf16" or "fp16" in its configuration, and '
-            "upstream steps those. Leave master_weights out."
-        )
-    if fused_backward:
-        raise UnsupportedError(
-            f"{spec.name}: fused_backward=True updates inside backward, and DeepSpeed's engine steps after it. Leave "
-            "it out; ZeRO divides the gradients over the ranks already."
-        )
-    if reduce_to_owner:
-        raise UnsupportedError(
-            f"{spec.name}: reduce_to_owner=True changes where FSDP2's backward sends gradients, and DeepSpeed's engine "
-            "sends them to its partitions. Leave it out: under ZeRO-1 and 2 most tensors lie whole with their owner."
-        )
-    if on_nonfinite is not None:
-        raise UnsupportedError(
-            f"{spec.name}: on_nonfinite={on_nonfinite!r} looks at gradients before a step, which DeepSpeed's engine "
-            "does itself: ZeRO stages 1 to 3 leave such a step out on all ranks (engine.skipped_steps counts; in bf16 "
-            'as "bf16": {"check_grad_overflow": ...} says, which is true where it is not set). Leave on_nonfinite out.'
-        )
+    refuse_options(
+        spec,
+        master_weights=master_weights,
+        fused_backward=fused_backward,
+        reduce_to_owner=reduce_to_owner,
+        on_nonfinite=on_nonfinite,
+    )
     placed = {
         fqn: PlacedParameter(
             fqn, parameter, logical_shape(parameter), Replicated(), None, position, parameter.requires_grad
@@ -245,8 +236,50 @@ def build_optimizer_for_engine(
         takes_idle=False,
     )
     return ZeroOptimizer(
-        spec, groups, arguments, print_audit=print_audit, rank_timeout_s=rank_timeout_s, independent=independent
+        spec,
+        groups,
+        arguments,
+        print_audit=print_audit,
+        rank_timeout_s=rank_timeout_s,
+        independent=independent,
+        verify_steps=verify_steps,
     )
+
+
+def refuse_options(
+    spec: OptimizerSpec,
+    *,
+    master_weights: Any = False,
+    fused_backward: Any = None,
+    reduce_to_owner: Any = False,
+    on_nonfinite: Any = None,
+) -> None:
+    """Refuse options of ``build_optimizer`` that DeepSpeed's engine does itself, or cannot do.
+
+    Raises:
+        UnsupportedError: With what to do; of the first one.
+    """
+    if master_weights:
+        raise UnsupportedError(
+            f'{spec.name}: DeepSpeed keeps fp32 masters itself, with "bf16" or "fp16" in its configuration, and '
+            "upstream steps those. Leave master_weights out."
+        )
+    if fused_backward:
+        raise UnsupportedError(
+            f"{spec.name}: fused_backward=True updates inside backward, and DeepSpeed's engine steps after it. Leave "
+            "it out; ZeRO divides the gradients over the ranks already."
+        )
+    if reduce_to_owner:
+        raise UnsupportedError(
+            f"{spec.name}: reduce_to_owner=True changes where FSDP2's backward sends gradients, and DeepSpeed's engine "
+            "sends them to its partitions. Leave it out: under ZeRO-1 and 2 most tensors lie whole with their owner."
+        )
+    if on_nonfinite is not None:
+        raise UnsupportedError(
+            f"{spec.name}: on_nonfinite={on_nonfinite!r} looks at gradients before a step, which DeepSpeed's engine "
+            "does itself: ZeRO stages 1 to 3 leave such a step out on all ranks (engine.skipped_steps counts; in bf16 "
+            'as "bf16": {"check_grad_overflow": ...} says, which is true where it is not set). Leave on_nonfinite out.'
+        )
 
 
 def _build(model: nn.Module, name: str, parameters: Any, options: Mapping[str, Any]) -> ZeroOptimizer:

@@ -55,6 +55,7 @@ from dist_optim.stepping.gradients import GradientSamples
 from dist_optim.stepping.growing import REMEDY
 from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.stepping.presence import PartOfAgreement, StepAgreement, hyperparameters_of
+from dist_optim.verifying.shadow import VerifiedSteps, refuse_closures
 
 __all__ = ["GROUP_NUMBER", "ZeroOptimizer"]
 
@@ -76,6 +77,7 @@ class ZeroOptimizer(Optimizer):
         print_audit: Whether rank 0 prints the route audit when the engine is known.
         rank_timeout_s: See ``ranks.liveness.watch_ranks``.
         independent: See ``dist_optim.build_optimizer``.
+        verify_steps: The same.
     """
 
     def __init__(
@@ -87,8 +89,11 @@ class ZeroOptimizer(Optimizer):
         print_audit: bool = True,
         rank_timeout_s: float | None = None,
         independent: bool | None = None,
+        verify_steps: int = 0,
     ) -> None:
         self.spec = spec
+        self._num_verified = verify_steps
+        self.verified_steps: VerifiedSteps | None = None
         self._independent = independent
         self.print_audit = print_audit
         self.rank_timeout_s = rank_timeout_s
@@ -193,6 +198,9 @@ class ZeroOptimizer(Optimizer):
         self._pull_hyperparameters()
         fail_together(engine)
         tell_before_steps(engine)
+        if self._num_verified:
+            refuse_closures(spec)
+            self.verified_steps = VerifiedSteps(self._parts, self._num_verified, self._show_weights)
         if Trait.WEIGHT_SWAPPING in self.spec.traits:
             hold_averaged_weights(engine, self)
 
@@ -241,6 +249,8 @@ class ZeroOptimizer(Optimizer):
         (number,) = [at for at, call in enumerate(self._engine_calls) if call.is_for(shown[0])]
         if number == 0:
             self._begin_training_step()
+            if self.verified_steps is not None:
+                self.verified_steps.before_step()
         if self._gathered is None:
             self._step_part(self._calls[number], self._parts[number])
         elif not self._gathered.keep_gradients(number):
@@ -252,7 +262,10 @@ class ZeroOptimizer(Optimizer):
     def _step_part(self, call: Call, part: DistributedOptimizer) -> None:
         self._show_slices(call, part)
         self._push_hyperparameters(part)
-        part.step_part([placed.fqn in self._present for placed in part.holdings.placed])
+        present = [placed.fqn in self._present for placed in part.holdings.placed]
+        if self.verified_steps is not None:
+            self.verified_steps.take_gradients(self._parts.index(part), part.local_gradients(present))
+        part.step_part(present)
         for placed in part.holdings.placed:
             placed.parameter.grad = None
 
@@ -269,6 +282,8 @@ class ZeroOptimizer(Optimizer):
             self._gathered.write_model()
         if self.spec.is_undescribed:  # it may write its own hyperparameters
             self._pull_hyperparameters()
+        if self.verified_steps is not None:
+            self.verified_steps.after_step()
 
     def _refuse_real_gradients(self, shown: Sequence[Tensor]) -> None:
         if any(live.grad is not None and bool(live.grad.any()) for live in shown):
@@ -341,6 +356,13 @@ class ZeroOptimizer(Optimizer):
             elif placed.is_trained:
                 parameter.grad = torch.empty_like(parameter) if is_present else None
 
+    def _show_weights(self) -> None:
+        """Point the parameters of all parts at the engine's current storage."""
+        for call, part in zip(self._calls, self._parts, strict=True):
+            for placed in part.holdings.placed:
+                if placed.fqn in call.slices:
+                    placed.parameter.data = call.slices[placed.fqn].weight()
+
     def _push_hyperparameters(self, part: DistributedOptimizer) -> None:
         for outer in self._outer:
             inner = part.param_groups[outer[GROUP_NUMBER]]
@@ -377,6 +399,8 @@ class ZeroOptimizer(Optimizer):
             self._show_slices(call, part)
             getattr(part, mode)()
         if before != [part.mode for part in self._parts]:
+            if self.verified_steps is not None:
+                self.verified_steps.swap(mode)
             push_weights(self._engine)
 
     @property

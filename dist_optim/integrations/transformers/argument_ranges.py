@@ -38,7 +38,8 @@ NOT_NEGATIVE, POSITIVE, COUNT, FRACTION = Range(minimum=0), Range(above=0), Rang
 SEED = Range(minimum=0, below=2**32)
 RANGES = {
     **dict.fromkeys(
-        ("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "warmup_steps"), NOT_NEGATIVE
+        ("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "warmup_steps", "verify_steps"),
+        NOT_NEGATIVE,
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), FRACTION),
     **dict.fromkeys(("seed", "data_seed"), SEED),

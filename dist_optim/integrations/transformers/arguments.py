@@ -36,7 +36,7 @@ class TrainingArguments(transformers.TrainingArguments):
     ``build_optimizer``; JSON and a dict may hold ``params``, groups by pattern. ``optim_target_modules`` may be one
     string too. ``allow_changed`` (also as a list) names hyperparameters that may be others than in the run that is
     resumed, and take the values given here; and parts of its folder that may be of another save
-    (``checkpoint.folder_seal.PARTS``). All else is unchanged.
+    (``checkpoint.folder_seal.PARTS``). ``verify_steps`` is that of ``build_optimizer``. All else is unchanged.
     """
 
     # Redeclared: argparse would offer only transformers' own names, read no dict, and take a single module.
@@ -58,6 +58,13 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={
             "help": "Hyperparameters that may be others than in the run that is resumed, as: lr,weight_decay; and "
             "parts of its checkpoint that may be of another save: model,scheduler."
+        },
+    )
+    verify_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Step the first so many steps a second time by upstream's own class, in one process, and compare "
+            "every weight. Rank 0 has the whole model once more until then."
         },
     )
 

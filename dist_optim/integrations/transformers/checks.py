@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.integrations.accelerate.placing import refuse_unserved_strategy
+from dist_optim.integrations.transformers.deferred import DeferredOptimizer
 from dist_optim.integrations.transformers.placing import is_sharded
 from dist_optim.integrations.transformers.ties import refuse_parted_ties
 from dist_optim.layouts.detect import detect
@@ -18,7 +19,7 @@ from dist_optim.ranks.together import together
 from dist_optim.specs.registry import Trait, spec_of_class
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["check_given_optimizer", "check_made_by_hand", "check_strategy"]
+__all__ = ["check_given_optimizer", "check_made_by_hand", "check_strategy", "check_verified_by_engine"]
 
 INSTEAD = (
     "Name the optimizer instead, so that it is built when the model is in place: TrainingArguments(optim=..., "
@@ -60,6 +61,35 @@ def check_given_optimizer(trainer: Any, given: Any, schedule: Any) -> None:
     _check_together(check)
 
 
+def check_verified_by_engine(arguments: Any, prepared: Sequence[Any]) -> None:
+    """Refuse ``verify_steps`` where DeepSpeed gets an optimizer that is not dist_optim's. Collective.
+
+    Raises:
+        UnsupportedError: On all ranks together.
+    """
+    ours = any(isinstance(one, DeferredOptimizer) for one in prepared)
+    has_model = any(isinstance(one, nn.Module) for one in prepared)
+
+    def check() -> None:
+        if has_model and not ours:
+            _refuse_unverified(arguments)
+
+    _check_together(check)
+
+
+def _refuse_unverified(arguments: Any) -> None:
+    """Refuse ``verify_steps`` for an optimizer that is stepped as transformers, or the user, has made it.
+
+    Raises:
+        UnsupportedError: With what to do.
+    """
+    if asked := getattr(arguments, "verify_steps", 0):
+        raise UnsupportedError(
+            f"verify_steps={asked}: this optimizer is stepped as it was made, and nothing of dist_optim's is there to "
+            f"verify. Leave verify_steps out. {INSTEAD}"
+        )
+
+
 def _faults_of_given(trainer: Any, given: Any, schedule: Any) -> Iterator[str]:
     driven = getattr(schedule, "optimizer", None)
     if isinstance(driven, Optimizer) and driven is not given:
@@ -94,7 +124,7 @@ def _stale(optimizer: Optimizer, model: nn.Module, what: str) -> Iterator[str]:
                 )
 
 
-def check_made_by_hand(optimizer: Optimizer, model: nn.Module) -> None:
+def check_made_by_hand(optimizer: Optimizer, model: nn.Module, arguments: Any) -> None:
     """Check an optimizer that an overridden ``create_optimizer`` (or ``optimizers=``) made, on the placed model.
 
     Collective. dist_optim's own are always right here; any other must hold the placed parameters, and be of a kind that
@@ -102,13 +132,16 @@ def check_made_by_hand(optimizer: Optimizer, model: nn.Module) -> None:
 
     Raises:
         ParameterError: Its parameters are not the model's.
-        UnsupportedError: The model is sharded, and it needs more of a tensor than a shard.
+        UnsupportedError: The model is sharded, and it needs more of a tensor than a shard; or ``verify_steps`` is set.
     """
 
     def check() -> None:
         for fault in _stale(optimizer, model, "create_optimizer"):
             raise ParameterError(fault)
-        if not isinstance(optimizer, DistributedOptimizer) and num_ranks() > 1:
+        if isinstance(optimizer, DistributedOptimizer):
+            return
+        _refuse_unverified(arguments)
+        if num_ranks() > 1:
             _refuse_other_trajectory(optimizer, model)
 
     _check_together(check)

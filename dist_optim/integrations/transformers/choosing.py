@@ -76,5 +76,7 @@ def keywords_of(spec: OptimizerSpec, arguments: Any, given: dict[str, Any] | Non
     given = None if given is None else dict(given)
     own = {} if given is None else {"target_modules": given.pop("target_modules", None)}
     values = values_for(spec, arguments, given)
+    if num_steps := getattr(arguments, "verify_steps", 0):
+        values["verify_steps"] = num_steps
     targets = own.get("target_modules") or arguments.optim_target_modules
     return {**values, "target_modules": targets} if targets is not None else values

@@ -43,6 +43,9 @@ def read_flags(kinds: Sequence[Any], argv: Sequence[str]) -> Namespace:
         UsageError: An argument is unknown (the nearest known one is named), or its value of a wrong type.
     """
     argv, parser = list(argv), _Parser(kinds, allow_abbrev=False)
+    for word in argv:
+        if word.startswith("--") and word.endswith("=--"):  # argparse takes it for an empty list, of any type
+            raise UsageError(f"{word[:-3]} is given '--', which is no value. See --help.")
     known = [item.name for kind in kinds for item in fields(kind) if item.init]
     asked, unknown = parser.parse_known_args(argv)
     for file in [word for word in unknown if word.endswith((".json", ".yaml", ".yml")) and word[0] != "-"][:1]:

@@ -15,7 +15,7 @@ from dist_optim.integrations.transformers.deferred import DeferredOptimizer
 from dist_optim.integrations.transformers.names import name_of, registered_name
 from dist_optim.ranks.together import together
 
-__all__ = ["build_deferred", "settings_from_json"]
+__all__ = ["build_deferred", "refuse_two_optimizers", "settings_from_json"]
 
 
 def settings_from_json(trainer: Any) -> tuple[str, dict[str, Any]] | None:
@@ -41,18 +41,31 @@ def settings_from_json(trainer: Any) -> tuple[str, dict[str, Any]] | None:
     section = config.get("optimizer")
     if section is None:
         return None
-    named, argued = str(section.get("type", "")), registered_name(trainer.args.optim)
-    is_default = trainer.args.optim == type(trainer.args).default_optim
-    if trainer.args.optim_args or (not is_default and named.removeprefix(PREFIX) != argued):
-        raise HyperparameterError(
-            f"optim={name_of(trainer.args.optim)!r} (optim_args="
-            f'{trainer.args.optim_args!r}) is set, and DeepSpeed\'s configuration has an "optimizer" section of type '
-            f"{named!r}. Keep one of the two."
-        )
+    named = str(section.get("type", ""))
+    refuse_two_optimizers(trainer.args.optim, trainer.args.optim_args, named, type(trainer.args).default_optim)
     if not is_ours(named):
         return None
     del config["optimizer"]
     return named.removeprefix(PREFIX), dict(section.get("params") or {})
+
+
+def refuse_two_optimizers(optim: Any, optim_args: Any, named: str, default: Any) -> None:
+    """Refuse arguments that ask for another optimizer than the JSON, or for hyperparameters beside those of the JSON.
+
+    Args:
+        optim: Of the arguments.
+        optim_args: Of the arguments.
+        named: The type of the JSON's section.
+        default: What ``optim`` is where nobody has set it.
+
+    Raises:
+        HyperparameterError: With what to do.
+    """
+    if optim_args or (optim != default and named.removeprefix(PREFIX) != registered_name(optim)):
+        raise HyperparameterError(
+            f"optim={name_of(optim)!r} (optim_args={optim_args!r}) is set, and DeepSpeed's configuration has an "
+            f'"optimizer" section of type {named!r}. Keep one of the two.'
+        )
 
 
 def build_deferred(objects: Sequence[Any], num_training_steps: int) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_optim.errors import UsageError
 
-__all__ = ["settle_deepspeed"]
+__all__ = ["OF_OPTIMIZER", "PLACES", "refuse_schedule_section", "settle_deepspeed", "settle_value"]
 
 LAUNCHER_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 PLACES = {
@@ -55,12 +55,11 @@ def settle_deepspeed(asked: Any, given: Collection[str]) -> None:
 
 
 def _settled(config: dict[str, Any], asked: Any, given: Collection[str], source: str) -> dict[str, Any]:
-    if "scheduler" in config:
-        raise UsageError(f'{source} has a "scheduler" section. Remove it, and use --lr_scheduler_type.')
+    refuse_schedule_section(config, source)
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         asked.bf16, given = True, {*given, "bf16"}
     for flag, place in {**PLACES, **(OF_OPTIMIZER if "optimizer" in config else {})}.items():
-        _settle(config, place, asked, flag, flag in given, source)
+        settle_value(config, place, asked, flag, flag in given, source)
     params = config.get("optimizer", {}).get("params", {})
     if isinstance(params.get("betas"), list):
         asked.adam_beta1, asked.adam_beta2 = params["betas"][:2]
@@ -81,8 +80,22 @@ def _settled(config: dict[str, Any], asked: Any, given: Collection[str], source:
     return config
 
 
-def _settle(config: dict[str, Any], place: str, asked: Any, flag: str, is_given: bool, source: str) -> None:
-    """One value: the flag's in both, or the configuration's in both."""
+def refuse_schedule_section(config: dict[str, Any], source: str) -> None:
+    """A schedule is asked for by the flags.
+
+    Raises:
+        UsageError: The configuration asks for one, too.
+    """
+    if "scheduler" in config:
+        raise UsageError(f'{source} has a "scheduler" section. Remove it, and use --lr_scheduler_type.')
+
+
+def settle_value(config: dict[str, Any], place: str, asked: Any, flag: str, is_given: bool, source: str) -> None:
+    """One value: the flag's in both, or the configuration's in both.
+
+    Raises:
+        UsageError: A flag that was given contradicts the configuration.
+    """
     *parents, key = place.split(".")
     for parent in parents:
         config = config.setdefault(parent, {})

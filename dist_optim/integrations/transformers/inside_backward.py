@@ -20,7 +20,7 @@ from dist_optim.ranks.agreement import own_rank
 from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec, spec_of_class
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["backward_of", "settings_inside_backward"]
+__all__ = ["backward_of", "refuse_accumulation", "refuse_two_bounds", "settings_inside_backward"]
 
 
 def settings_inside_backward(deferred: DeferredOptimizer, model: nn.Module, arguments: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def settings_inside_backward(deferred: DeferredOptimizer, model: nn.Module, argu
     if Trait.FUSED_BACKWARD not in spec.traits:
         return {}
     if spec.instead:
-        _refuse_accumulation(spec, arguments)
+        refuse_accumulation(spec, arguments)
         return _clipping(spec, deferred.hyperparameters.get("clip_grad_norm"), float(arguments.max_grad_norm))
     keeps_gradients = arguments.gradient_accumulation_steps > 1 or arguments.fp16
     if keeps_gradients or deferred.hyperparameters.get("fused_backward") is False:
@@ -49,7 +49,12 @@ def settings_inside_backward(deferred: DeferredOptimizer, model: nn.Module, argu
     return _clipping(spec, deferred.hyperparameters.get("clip_grad_norm"), float(arguments.max_grad_norm))
 
 
-def _refuse_accumulation(spec: OptimizerSpec, arguments: Any) -> None:
+def refuse_accumulation(spec: OptimizerSpec, arguments: Any) -> None:
+    """Refuse a layerwise name that would have to accumulate.
+
+    Raises:
+        UnsupportedError: With what to do.
+    """
     if arguments.gradient_accumulation_steps > 1:
         raise UnsupportedError(
             f"{spec.name} frees each gradient inside backward: there is nothing left to accumulate. Set "
@@ -58,12 +63,21 @@ def _refuse_accumulation(spec: OptimizerSpec, arguments: Any) -> None:
         )
 
 
-def _clipping(spec: OptimizerSpec, own: float | None, max_grad_norm: float) -> dict[str, Any]:
+def refuse_two_bounds(spec: OptimizerSpec, own: float | None, max_grad_norm: float) -> None:
+    """Refuse ``clip_grad_norm`` of the optimizer beside another ``max_grad_norm`` of the arguments.
+
+    Raises:
+        HyperparameterError: With what to do.
+    """
     if own is not None and max_grad_norm not in (0, own):
         raise HyperparameterError(
             f"{spec.name}: clip_grad_norm={own} and max_grad_norm={max_grad_norm} (1.0 where it is not set) are two "
             "bounds of one norm. Set max_grad_norm=0, or the same."
         )
+
+
+def _clipping(spec: OptimizerSpec, own: float | None, max_grad_norm: float) -> dict[str, Any]:
+    refuse_two_bounds(spec, own, max_grad_norm)
     if own is not None or max_grad_norm == 0:
         return {}
     if own_rank() == 0:

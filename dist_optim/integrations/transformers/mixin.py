@@ -28,6 +28,7 @@ from dist_optim.integrations.transformers.checks import (
     check_given_optimizer,
     check_made_by_hand,
     check_strategy,
+    check_verified_by_engine,
     refuse_smaller_batch,
 )
 from dist_optim.integrations.transformers.choosing import choice_of, class_and_keywords, keywords_of
@@ -106,6 +107,8 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
         placed = self.model if model is None else model
         if self._named_in_json is not None:
             name, settings = self._named_in_json[0], dict(self._named_in_json[1])
+            if num_steps := getattr(self.args, "verify_steps", 0):
+                settings["verify_steps"] = num_steps
             trained = [parameter for parameter in placed.parameters() if parameter.requires_grad]
             groups = groups_of_patterns(placed, settings.pop("params", None))
             self.optimizer = deferred_class(name)(trained if groups is None else groups, **settings)
@@ -195,6 +198,7 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
                     part.is_awaited = True
             if self.is_deepspeed_enabled:
                 self._let_backward_serve(None)
+                check_verified_by_engine(self.args, objects)
                 objects = trainer_deepspeed.build_deferred(objects, self._num_training_steps)
             is_placed = self.accelerator.is_fsdp2 and any(is_sharded(part) for part in objects)
             result = objects if is_placed else prepare(*objects, **options)
@@ -231,7 +235,7 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             prepared._is_accelerate_prepared = True  # a second train() finds it as it is
             return prepared
         if isinstance(part, Optimizer) and isinstance(inner, Optimizer) and not self.is_deepspeed_enabled:
-            check_made_by_hand(inner, model)
+            check_made_by_hand(inner, model, self.args)
         if isinstance(inner, DistributedOptimizer) and not self.is_deepspeed_enabled:
             follow(inner, model)  # auto_find_batch_size wraps the model anew
         return part

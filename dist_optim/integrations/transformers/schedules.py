@@ -25,7 +25,13 @@ from dist_optim.schedulers import (
     takes_metric,
 )
 
-__all__ = ["LOG_NAME", "decide_after_evaluation", "scheduler_for_trainer", "shared_schedule"]
+__all__ = [
+    "LOG_NAME",
+    "decide_after_evaluation",
+    "refuse_without_evaluation",
+    "scheduler_for_trainer",
+    "shared_schedule",
+]
 
 LOG_NAME = "lr_decisions.jsonl"
 
@@ -140,7 +146,7 @@ def _refuse_without_decisions(name: str, args: Any, num_training_steps: int) -> 
 
 
 def _decision_options(name: str, args: Any) -> dict[str, Any]:
-    _refuse_without_evaluation(name, args)
+    refuse_without_evaluation(name, args)
     return {
         "greater_is_better": args.greater_is_better,
         "log_path": os.path.join(args.output_dir, LOG_NAME),
@@ -155,7 +161,12 @@ def _is_optimizers_own_warmup(recipe: Recipe, optimizer: Any) -> bool:
     return takes_it and "num_warmup_steps" not in recipe.lengths
 
 
-def _refuse_without_evaluation(name: str, args: Any) -> None:
+def refuse_without_evaluation(name: str, args: Any) -> None:
+    """Refuse a schedule that decides after evaluations, where there are none.
+
+    Raises:
+        ScheduleError: With what to set.
+    """
     strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
     if strategy == "no":
         raise ScheduleError(

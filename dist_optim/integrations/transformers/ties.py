@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_optim.errors import UnsupportedError
 
-__all__ = ["refuse_parted_ties"]
+__all__ = ["parted_ties", "refuse_parted_ties"]
 
 
 def refuse_parted_ties(model: nn.Module, plugin: Any) -> None:
@@ -23,6 +23,17 @@ def refuse_parted_ties(model: nn.Module, plugin: Any) -> None:
     Raises:
         UnsupportedError: With the settings that keep them whole.
     """
+    parted, settings = parted_ties(model, plugin)
+    if parted:
+        changes = ", ".join(f'"{key}": {value!r}' for key, value in settings.items())
+        raise UnsupportedError(
+            f"{', '.join(repr(name) for name in parted[0])} share one weight, and FSDP would put them into different "
+            f"units. Set in fsdp_config: {changes}."
+        )
+
+
+def parted_ties(model: nn.Module, plugin: Any) -> tuple[list[list[str]], dict[str, Any]]:
+    """Names of modules that share a weight which FSDP would part, and the settings of FSDP that keep them whole."""
     wrapped = _wrapped_classes(model, plugin)
     parted: list[list[str]] = []
     settings: dict[str, Any] = {}
@@ -36,12 +47,7 @@ def refuse_parted_ties(model: nn.Module, plugin: Any) -> None:
         if getattr(plugin, "fsdp_version", 1) == 2 and _is_parted_by_fsdp2(model, ends):
             settings["version"] = 1
             parted.append(ends)
-    if parted:
-        changes = ", ".join(f'"{key}": {value!r}' for key, value in settings.items())
-        raise UnsupportedError(
-            f"{', '.join(repr(name) for name in parted[0])} share one weight, and FSDP would put them into different "
-            f"units. Set in fsdp_config: {changes}."
-        )
+    return parted, settings
 
 
 def _ties(model: nn.Module) -> dict[int, list[str]]:

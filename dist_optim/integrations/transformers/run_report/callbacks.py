@@ -15,9 +15,14 @@ from dist_optim.integrations.transformers.run_report.measures import print_summa
 from dist_optim.ranks.agreement import gather_objects
 from dist_optim.ranks.together import together
 from dist_optim.schedulers import metric_scheduler_in
+from dist_optim.specs.unwrapping import find_optimizer
+from dist_optim.stepping.optimizer import DistributedOptimizer
+from dist_optim.telemetry.observer import Observer
 
 __all__ = ["Progress", "RunReport"]
 
+TELEMETRY = "optim_"
+"""Begins the names of the figures of ``telemetry=True``."""
 ROW_KEYS = ("loss", "eval_loss", "learning_rate", "tokens_per_second", "samples_per_second", "grad_norm")
 
 
@@ -29,6 +34,8 @@ class RunReport(TrainerCallback):
 
     Args:
         tokens_per_sample: Speed is counted in tokens of all ranks; in samples where None.
+        telemetry: Whether lines of the metrics also say what the optimizer did in that step (``dist_optim.telemetry``):
+            ``optim_update_ratio_group_0``, ``optim_step_seconds``, ... Other steps are as without it.
 
     Attributes:
         rows: The metrics, in order: what ``metrics.jsonl`` holds.
@@ -36,7 +43,7 @@ class RunReport(TrainerCallback):
         has_begun: Whether training has.
     """
 
-    def __init__(self, tokens_per_sample: int | None = None) -> None:
+    def __init__(self, tokens_per_sample: int | None = None, telemetry: bool = False) -> None:
         self.rows: list[dict[str, Any]] = []
         self.train_s = 0.0
         self.has_begun = False
@@ -45,6 +52,9 @@ class RunReport(TrainerCallback):
         self._units, self._each = ("samples", 1) if tokens_per_sample is None else ("tokens", tokens_per_sample)
         self._per_step = 1
         self._since: float | None = None
+        self._has_telemetry = telemetry
+        self._observer: Observer | None = None
+        self._is_observed = False
 
     def claim(self, output_dir: str, *, overwrite: bool = False, resume: str | None = None) -> bool:
         """Make room for the run, before anything costly; ``train()`` does it where nobody has. Collective.
@@ -102,7 +112,7 @@ class RunReport(TrainerCallback):
         if self._directory is not None:
             print_summary(summary, str(self._directory.path))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Take over what a resumed run has logged, or refuse to go on.
 
         Raises:
@@ -123,7 +133,25 @@ class RunReport(TrainerCallback):
         self.train_s = state.global_step * self._per_step / rates[-1] if rates else 0.0
         if self._directory is not None:
             self._directory.write_rows(self.rows, "w")
+        ours = find_optimizer(optimizer, DistributedOptimizer) if self._has_telemetry else None
+        if ours is not None:
+            self._observer = Observer(ours)
+            self._observer.watch_clipping()
         self.has_begun = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._observer is not None:
+            self._observer.close()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._observer is not None and _is_logged(args, state, state.global_step + 1):
+            self._is_observed = True
+            self._observer.begin()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._observer is not None and self._is_observed:
+            self._is_observed = False
+            self._observer.end()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._since = self._since or time.perf_counter()
@@ -144,12 +172,20 @@ class RunReport(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:
             logs[f"{self._units}_per_second"] = self.speed(state.global_step)
+            logs.update({f"{TELEMETRY}{key}": value for key, value in self._figures().items()})
             state.log_history[-1].update(logs)
         row = _row({**logs, "step": state.global_step})
         if row:
             self.rows.append(row)
             if self._directory is not None:
                 self._directory.write_rows([row])
+
+    def _figures(self) -> dict[str, float]:
+        """Of the step that was just measured, once."""
+        if self._observer is None:
+            return {}
+        figures, self._observer.latest = self._observer.latest, {}
+        return figures
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._since = None
@@ -195,7 +231,15 @@ class Progress(TrainerCallback):
         self.on_step_begin(args, state, control, **kwargs)
 
 
+def _is_logged(args: Any, state: Any, step: int) -> bool:
+    """Whether the Trainer's flow logs after this step, as far as that is known before it."""
+    is_first = step == 1 and args.logging_first_step
+    every = state.logging_steps if str(getattr(args.logging_strategy, "value", args.logging_strategy)) == "steps" else 0
+    return is_first or step >= state.max_steps or bool(every and step % every == 0)
+
+
 def _row(entry: dict[str, Any]) -> dict[str, Any]:
     """A line of the metrics from what the Trainer logs; empty where it is another kind of line."""
     kept = {key: entry[key] for key in ROW_KEYS if key in entry}
+    kept |= {key: value for key, value in entry.items() if key.startswith(TELEMETRY)}
     return {"step": entry["step"], **kept} if "loss" in kept or "eval_loss" in kept else {}

@@ -1,0 +1,1 @@
+"""The unmodified upstream optimizer beside ours: stepped in one process, from the same gradients, and compared."""
