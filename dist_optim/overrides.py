@@ -228,6 +228,8 @@ TABLE: dict[str, tuple[Override, ...]] = {
             "unsharded_param",
             to_sharded_dtensor=("tensor",),
         ),
+        *_rows("torch", "torch.distributed.tensor:DTensor", "_local_tensor"),
+        *_rows("torch", "torch.autograd:Variable", "_execution_engine"),
     ),
     "torch.distributed.checkpoint": (
         *_rows(
