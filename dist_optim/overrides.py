@@ -105,6 +105,7 @@ TABLE: dict[str, tuple[Override, ...]] = {
             "_is_accelerate_prepared",
             "_models",
             "_optimizers",
+            "_prepare_tp",
             "_schedulers",
             "load_state",
             "prepare",

@@ -25,7 +25,7 @@ from cases import all_cases
 from fused import fused_gaps
 from fused_cases import FUSED_CASES
 from parity import Case, run_gaps
-from parity_tables import COLUMNS, TABLE, exceeding, write_tables
+from parity_tables import COLUMNS, TABLE, Column, exceeding, write_tables
 from placements import place
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -39,7 +39,6 @@ from dist_optim.testing import RankPool
 BUCKET_BYTES = 6000
 """Small rounds: a case's matrices then travel in several, two of them in flight."""
 TIMEOUT_S = 300.0
-WORLD_SIZES = (1, 2, 3, 4)
 Cell = float | str
 
 
@@ -132,11 +131,11 @@ def first_sentence(error: Exception) -> str:
     return str(error).partition(". ")[0].rstrip(".") + "."
 
 
-def measure_row(row: Row, pool: RankPool) -> dict[str, Cell]:
-    """Every column of this world size: the worst of what the ranks saw."""
+def measure_row(row: Row, pool: RankPool, wanted: Sequence[Column]) -> dict[str, Cell]:
+    """Every wanted column of this world size: the worst of what the ranks saw."""
     found: dict[str, Cell] = {}
     for is_even in (False, True):
-        columns = [c for c in COLUMNS if c.world_size == pool.world_size and c.even == is_even]
+        columns = [c for c in wanted if c.world_size == pool.world_size and c.even == is_even]
         if not columns:
             continue
         placements = [column.placement for column in columns]
@@ -159,13 +158,14 @@ def worst(cells: Sequence[Cell]) -> Cell:
     return math.nan if any(map(math.isnan, figures)) else max(figures)
 
 
-def measure(rows: Sequence[Row], console: Console) -> dict[str, dict[str, Cell]]:
+def measure(rows: Sequence[Row], columns: Sequence[Column], console: Console) -> dict[str, dict[str, Cell]]:
     """Cells by row and column. Ranks with interpreted kernels come apart: Triton decides once for a process."""
+    world_sizes = sorted({column.world_size for column in columns})
     found: dict[str, dict[str, Cell]] = {row.key: {} for row in rows}
     layout = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*layout, console=console) as progress:
-        task = progress.add_task("", total=len(rows) * len(WORLD_SIZES))
-        for world_size in WORLD_SIZES:
+        task = progress.add_task("", total=len(rows) * len(world_sizes))
+        for world_size in world_sizes:
             for interpreted in (False, True):
                 with RankPool(world_size, timeout_s=TIMEOUT_S) as pool:
                     if interpreted:
@@ -173,7 +173,7 @@ def measure(rows: Sequence[Row], console: Console) -> dict[str, dict[str, Cell]]
                     for row in rows:
                         if row.interpreted == interpreted:
                             progress.update(task, description=f"{world_size} rank(s): {row.key}")
-                            found[row.key] |= measure_row(row, pool)
+                            found[row.key] |= measure_row(row, pool, columns)
                             progress.advance(task)
     return found
 
@@ -189,12 +189,21 @@ def main() -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the ranks, which would break up the progress bar
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables-only", action="store_true", help="measure nothing; write the tables from the results")
-    console = Console()
-    if not parser.parse_args().tables_only:
+    parser.add_argument(
+        "--columns", nargs="+", help="measure these, and keep the figures of all others", metavar="TITLE"
+    )
+    console, options = Console(), parser.parse_args()
+    if not options.tables_only:
         started = time.monotonic()
         rows = all_rows()
-        found = measure(rows, console)
-        ordered = {row.key: {c.title: found[row.key][c.title] for c in COLUMNS} for row in rows}
+        columns = [column for column in COLUMNS if not options.columns or column.title in options.columns]
+        found = measure(rows, columns, console)
+        if options.columns:
+            kept = dict(zip((row.key for row in rows), json.loads(TABLE.read_text())["rows"], strict=True))
+            found = {key: {**kept[key]["cells"], **cells} for key, cells in found.items()}
+        ordered = {
+            row.key: {c.title: found[row.key][c.title] for c in COLUMNS if c.title in found[row.key]} for row in rows
+        }
         results = {
             "python": platform.python_version(),
             "versions": versions(),
@@ -202,7 +211,7 @@ def main() -> int:
         }
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(json.dumps(results, indent=1) + "\n")
-        console.print(f"{len(rows)} rows x {len(COLUMNS)} placements in {time.monotonic() - started:.0f} s")
+        console.print(f"{len(rows)} rows x {len(columns)} placements in {time.monotonic() - started:.0f} s")
     results = json.loads(TABLE.read_text())
     written = write_tables(results)
     summarize(results, console)

@@ -208,7 +208,7 @@ def model_optimizer(model: nn.Module) -> Any:
     [
         ("fsdp1", {"FSDP_USE_ORIG_PARAMS": "false"}, "sgd", "fsdp_use_orig_params: true"),
         ("fsdp1", {"FSDP_OFFLOAD_PARAMS": "true"}, "sgd", "fsdp_offload_params: false"),
-        ("fsdp2", FOUR_RANKS, "sgd", r"asks for 4 ranks \(2 x 2\), and 2 were started"),
+        ("fsdp2", FOUR_RANKS, "sgd", r"asks for 4 ranks \(2 x 2 x 1\), and 2 were started"),
         ("ddp", {"ACCELERATE_USE_DEEPSPEED": "true"}, "sgd", "DeepSpeed was asked for"),
         ("fsdp2", {}, None, "instance of SGD.*'sgd', lr="),
         ("fsdp2", {}, "sdg", "sgd"),

@@ -17,6 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dist_optim.integrations.accelerate.placing import refuse_fsdp_settings
 from dist_optim.testing import RankPool
 
+MESHES = {
+    "hsdp.yaml": (2, 4, 1),
+    "hsdp_cpu_4.yaml": (2, 2, 1),
+    "fsdp2_tp.yaml": (1, 4, 2),
+    "fsdp2_tp_cpu_4.yaml": (1, 2, 2),
+    "hsdp_tp.yaml": (2, 2, 2),
+}
+"""Replicas, shards, and ranks of tensor parallelism."""
+ON_TWO_MACHINES = {"hsdp.yaml": 8, "fsdp2_tp.yaml": 8, "hsdp_tp.yaml": 4}
+"""Shards of 16 GPUs."""
+
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("[!z]*.yaml")))  # zero*: DeepSpeed's
 def test_accelerate_reads_the_file_as_the_strategy_of_its_name(name: str) -> None:
@@ -31,8 +42,8 @@ def test_accelerate_reads_the_file_as_the_strategy_of_its_name(name: str) -> Non
     refuse_fsdp_settings(plugin, parallelism)
     assert plugin.fsdp_version == (1 if strategy == "fsdp1" else 2)
     assert plugin.auto_wrap_policy is not None, "everything in one unit would gather the whole model at once"
-    sizes = (parallelism.dp_replicate_size, parallelism.dp_shard_size) if parallelism else None
-    assert sizes == {"hsdp.yaml": (2, 4), "hsdp_cpu_4.yaml": (2, 2)}.get(name)
+    sizes = (parallelism.dp_replicate_size, parallelism.dp_shard_size, parallelism.tp_size) if parallelism else None
+    assert sizes == MESHES.get(name)
     assert (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy") == ("offload" in name)
 
 
@@ -46,8 +57,8 @@ def test_every_gpu_file_serves_several_machines_by_flags(name: str) -> None:
     flags = ["--config_file", str(CONFIGS / name), *SEVERAL_MACHINES, *FIRST_MACHINE]
     if name.startswith("zero"):
         flags += ["--deepspeed_multinode_launcher", "standard"]
-    if name == "hsdp.yaml":
-        flags += ["--parallelism_config_dp_shard_size", "8"]
+    if name in ON_TWO_MACHINES:
+        flags += ["--parallelism_config_dp_shard_size", str(ON_TWO_MACHINES[name])]
     with mock.patch.dict(os.environ):
         arguments = launch_command_parser().parse_args([*flags, "script.py"])
         arguments, defaults, _ = _validate_launch_command(arguments)
@@ -58,9 +69,9 @@ def test_every_gpu_file_serves_several_machines_by_flags(name: str) -> None:
         else:
             given = prepare_multi_gpu_env(arguments)
     assert (str(arguments.nnodes), str(arguments.nproc_per_node), arguments.node_rank) == ("2", "8", 1)
-    if name == "hsdp.yaml":
-        sizes = [given[f"PARALLELISM_CONFIG_DP_{axis}_SIZE"] for axis in ("REPLICATE", "SHARD")]
-        assert sizes == ["2", "8"]
+    if name in ON_TWO_MACHINES:
+        sizes = [int(given[f"PARALLELISM_CONFIG_{axis}_SIZE"]) for axis in ("DP_REPLICATE", "DP_SHARD", "TP")]
+        assert sizes == [MESHES[name][0], ON_TWO_MACHINES[name], MESHES[name][2]]
 
 
 MODELS = {

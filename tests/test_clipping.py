@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -43,11 +44,11 @@ def clipped_reference(case: Case, max_norm: float, norm_type: float) -> tuple[li
     return norms, {name: parameter.detach().clone() for name, parameter in named.items()}
 
 
-def clips_as_torch_does(case: Case, norm_type: float) -> None:
+def clips_as_torch_does(case: Case, norm_type: float, placements: Sequence[str] = PLACEMENTS) -> None:
     max_norm = 5.0
     norms, expected = clipped_reference(case, max_norm, norm_type)
     problems = [] if max(norms) > max_norm else ["the bound never binds"]
-    for placement in PLACEMENTS:
+    for placement in placements:
         model = place(make_model(case), placement)
         optimizer = build_subject(case, model)
         for step in range(case.steps):

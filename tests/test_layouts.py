@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.errors import ParameterError, UnsupportedLayoutError
+from dist_optim.errors import ParameterError
 from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated, detect
 from dist_optim.layouts.detect import assert_held_by
 from dist_optim.layouts.layout import boxes_on
@@ -120,22 +120,6 @@ def detected_layout_gives_the_stored_shard() -> None:
 def test_detected_layout_gives_the_shard_that_fsdp2_stores(two_ranks: RankPool, three_ranks: RankPool) -> None:
     two_ranks.run(detected_layout_gives_the_stored_shard)
     three_ranks.run(detected_layout_gives_the_stored_shard)
-
-
-def detect_tensors_on_a_2d_mesh() -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "second"))
-    model = nn.Linear(4, 4, bias=False)
-    model.weight = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, (Replicate(), Shard(0))))
-    assert detect(model)["weight"].layout == DimShard(dim=0, world_size=2)
-    model.weight = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, (Shard(1), Shard(0))))
-    with pytest.raises(UnsupportedLayoutError, match="'weight' is sharded over 2 mesh axes.*1-D mesh"):
-        detect(model)
-
-
-def test_one_mesh_axis_may_shard_and_two_are_refused_with_the_remedy(four_ranks: RankPool) -> None:
-    four_ranks.run(detect_tensors_on_a_2d_mesh)
 
 
 def another_model_is_told_from_a_wrapped_one() -> None:

@@ -126,7 +126,7 @@ def refuse(integration: str) -> None:
         ("integrations.accelerate.placing", lambda module: module._refuse(None, "adamw_torch"), "accelerate"),
         ("integrations.deepspeed.engine", lambda module: module.register(), "deepspeed"),
         ("layouts.detect_fsdp1", lambda module: module.places_by_parameter(None), "FSDP1"),
-        ("layouts.detect", lambda module: module._layout_of_dtensor("weight", None), "FSDP2"),
+        ("layouts.detect_mesh", lambda module: module._cuts("weight", None), "FSDP2"),
         ("inside_backward.ddp", lambda module: module.why_not_this_ddp(None, None), "DDP"),
     ],
 )

@@ -45,6 +45,8 @@ ON_FOUR: Placements = (
     ("fsdp1 shard_grad_op", {}),
     ("fsdp1 no_shard", {}),
 )
+ON_MESHES = ((2, (("tp", {"bucket_bytes": SMALL_ROUNDS}),)), (4, (("fsdp2 tp", {"bucket_bytes": SMALL_ROUNDS}),)))
+"""Each of a fourth of the names here; `make parity` runs every case, and eight ranks."""
 
 
 def every_placement(case: Case, placements: Placements) -> None:
@@ -83,6 +85,12 @@ def test_equals_upstream_on_three_ranks(case: Case, three_ranks: RankPool) -> No
 @pytest.mark.parametrize("case", ONE_A_NAME, ids=str)
 def test_equals_upstream_on_four_ranks(case: Case, four_ranks: RankPool) -> None:
     four_ranks.run(every_placement, case, ON_FOUR[ONE_A_NAME.index(case) % 2 :: 2])
+
+
+@pytest.mark.parametrize("case", ONE_A_NAME[::2], ids=str)
+def test_equals_upstream_on_meshes(case: Case, two_ranks: RankPool, four_ranks: RankPool) -> None:
+    num_ranks, placements = ON_MESHES[ONE_A_NAME.index(case) // 2 % 2]
+    {2: two_ranks, 4: four_ranks}[num_ranks].run(every_placement, case, placements)
 
 
 @pytest.mark.parametrize("case", ONE_A_NAME, ids=str)

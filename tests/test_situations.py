@@ -107,7 +107,7 @@ def forget(self: presence.StepAgreement, name: str, num_steps: int) -> None:
 
 
 def no_samples(self: gradients.GradientSamples, num_steps: int) -> list[int | None]:
-    return [None] * (1 + self._num_parts)
+    return [None] * sum(one.num_parts for one in self._sets)
 
 
 def no_trained_weights_of_what_is_frozen_now(view: Any) -> Any:

@@ -76,6 +76,7 @@ def check_settings(
     master_weights: Any = False,
     replicate: Any = None,
     verify_steps: Any = 0,
+    min_coverage: Any = None,
 ) -> None:
     """Refuse settings of ``build_optimizer`` that say nothing.
 
@@ -93,6 +94,8 @@ def check_settings(
         raise HyperparameterError(
             f"verify_steps={verify_steps!r} is not a whole number of steps: 5 verifies the first five, 0 none."
         )
+    if min_coverage is not None and not (isinstance(min_coverage, (int, float)) and 0 <= min_coverage <= 1):
+        raise HyperparameterError(f"min_coverage={min_coverage!r} is no share: pass a number from 0 to 1, or None.")
     for name, value, allowed in (
         ("fused_backward", fused_backward, (True, False, None)),
         ("reduce_to_owner", reduce_to_owner, (True, False)),

@@ -16,13 +16,14 @@ from dist_optim.building.choice import refuse_combination, refuse_inside_backwar
 from dist_optim.building.composing import Rest, compose
 from dist_optim.building.groups import GivenParameters
 from dist_optim.building.new_groups import NewGroups
+from dist_optim.building.stacks import coverage, coverage_line, refuse_low_coverage
 from dist_optim.building.verdicts import with_verdict
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.inside_backward.handle import install
 from dist_optim.inside_backward.to_owners import send_to_owners, stop_sending
-from dist_optim.layouts.detect import PlacedParameter, detect
-from dist_optim.ranks.agreement import host_group, num_ranks, own_rank, reachable_devices
+from dist_optim.layouts.detect import PlacedParameter, detect, ranks_to_meet
+from dist_optim.ranks.agreement import group_of_ranks, host_group, num_ranks, own_rank, reachable_devices
 from dist_optim.ranks.first_meeting import meet_first
 from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import together
@@ -59,6 +60,7 @@ def build_optimizer(
     independent: bool | None = None,
     master_weights: bool = False,
     verify_steps: int = 0,
+    min_coverage: float | None = None,
     print_audit: bool = True,
     **hyperparameters: Any,
 ) -> DistributedOptimizer:
@@ -121,6 +123,9 @@ def build_optimizer(
         verify_steps: So many of the first steps are stepped a second time, by the unmodified upstream optimizer on rank
             0 from the same gradients, and compared to the bit; rank 0 prints one line. It has the whole model once more
             until then, with its state. From stored gradients alone, and in runs that start without state.
+        min_coverage: The least share, from 0 to 1, of the trained elements that a low-rank optimizer must take as
+            matrices, or ``muon`` as hidden ones. A stack of experts ``[E, m, n]``, of a module that is named so, is E
+            matrices to them. None: the audit warns where it is under a half.
         print_audit: Whether rank 0 prints the route audit.
         **hyperparameters: ``lr``, ``weight_decay``, and everything else under upstream's own names.
 
@@ -133,9 +138,17 @@ def build_optimizer(
     check_process_group(process_group)
     meet_first("build_optimizer()", process_group)
     host_group(process_group)  # where one has to be made, all ranks make it now, before any of them can fail
+    doing = "Building the optimizer"
+    remedy = "Check the arguments of build_optimizer; the error that this one comes from says where it happened."
+
+    def look() -> tuple[int, ...]:
+        check_model(model)
+        return ranks_to_meet(model, process_group)
+
+    if ranks := together(look, process_group, doing=doing, remedy=remedy):
+        group_of_ranks(ranks)  # again before any of them can fail
 
     def prepare() -> _Prepared:
-        check_model(model)
         check_settings(
             bucket_bytes=bucket_bytes,
             check_ranks_every=check_ranks_every,
@@ -146,9 +159,10 @@ def build_optimizer(
             master_weights=master_weights,
             replicate=replicate,
             verify_steps=verify_steps,
+            min_coverage=min_coverage,
         )
         check_choice(on_nonfinite)
-        spec = resolve(optimizer, inside_backward=fused_backward is not False)
+        spec = named = resolve(optimizer, inside_backward=fused_backward is not False)
         placed = detect(model, process_group)
         is_fused = _choose_fused(fused_backward, model, spec, placed, process_group)
         if is_fused:
@@ -162,7 +176,10 @@ def build_optimizer(
             no_decay=no_decay,
             target_modules=target_modules,
             rest=Rest(rest, rest_options or {}),
+            splits_stacks=not is_fused,
         )
+        share = coverage(named, spec, groups)
+        refuse_low_coverage(named.name, share, min_coverage)
         refuse_combination(spec, is_fused=is_fused)
         # Inside backward, what travels together is what was ready together: the plan only names owners.
         return _Prepared(
@@ -172,10 +189,9 @@ def build_optimizer(
             is_fused,
             _one_process_group(placed.values(), process_group),
             ONE_BUCKET if is_fused else bucket_bytes,
+            coverage_line(named.name, share),
         )
 
-    doing = "Building the optimizer"
-    remedy = "Check the arguments of build_optimizer; the error that this one comes from says where it happened."
     prepared = together(prepare, process_group, doing=doing, remedy=remedy)
     settings = {
         "fused_backward": prepared.is_fused,
@@ -186,6 +202,7 @@ def build_optimizer(
         "independent": independent,
         "master_weights": master_weights,
         "verify_steps": verify_steps,
+        "min_coverage": min_coverage,
     }
     asked = {"optimizer": prepared.spec.name, **settings, "target_modules": target_modules, **hyperparameters}
     asked |= {"rest": rest, "rest_options": rest_options}
@@ -224,6 +241,7 @@ def build_optimizer(
         doing=doing,
         remedy=remedy,
     )
+    built.coverage = prepared.coverage
     built.share_groups()
     built.new_groups = NewGroups(model, hyperparameters, process_group)
     if prepared.is_fused:
@@ -249,6 +267,8 @@ class _Prepared:
     process_group: dist.ProcessGroup | None
     """The ranks that share the work."""
     bucket_bytes: int
+    coverage: str | None
+    """For the audit."""
 
 
 def _choose_fused(

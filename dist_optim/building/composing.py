@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from dist_optim.building.choice import resolve
 from dist_optim.building.groups import KEYS_OF_TORCH, GivenParameters, arrange, listed_groups
 from dist_optim.building.hidden_matrices import hidden_matrices
 from dist_optim.building.patterns import LR_SCALE, by_pattern, has_patterns, meta_parameter, scaled
+from dist_optim.building.stacks import in_matrices, stacks_of, takes_matrices
 from dist_optim.errors import HyperparameterError, ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.composed import OPTIM, composed_spec
@@ -69,11 +70,13 @@ def compose(
     target_modules: str | Sequence[str] | None = None,
     rest: Rest | None = None,
     takes_idle: bool = True,
+    splits_stacks: bool = False,
 ) -> tuple[OptimizerSpec, list[ParamGroup], dict[str, Any]]:
     """The spec of what steps all groups, param groups of placed parameters, and constructor keywords; values checked.
 
     Where one algorithm steps everything, that is ``spec`` itself. Otherwise it is a ``ComposedSpec``, every group says
-    under ``optim`` whose it is, and the keywords are those of each algorithm, by its name.
+    under ``optim`` whose it is, and the keywords are those of each algorithm, by its name. With ``splits_stacks`` each
+    matrix of a stack of experts is a parameter of its own to algorithms of matrices.
 
     Raises:
         HyperparameterError, TargetModulesError, ParameterError, UnsupportedError: As ``build_optimizer``.
@@ -81,14 +84,21 @@ def compose(
     given = None if params is None else listed_groups(params)
     groups = None if given is None else _resolved(given, placed)
     other = _spec_of_rest(spec, rest or Rest(), is_listed=given is not None and not has_patterns(given))
-    shares = _shares(model, spec, placed, hyperparameters, groups, other, rest or Rest())
-    others: dict[str, Any] = {"no_decay": no_decay, "takes_idle": takes_idle and params is not None}
+    stacks = stacks_of(model, placed) if splits_stacks else set()
+    shares = _shares(model, spec, placed, hyperparameters, groups, other, rest or Rest(), stacks)
+    others: dict[str, Any] = {
+        "no_decay": no_decay,
+        "takes_idle": takes_idle and params is not None,
+        "stacks": stacks,
+    }
     if list(shares) == [spec.name]:
         own = None if groups is None else [group for _, group in shares[spec.name].groups]
         settings = {**others, "target_modules": target_modules}
         arranged, arguments = arrange(model, spec, placed, hyperparameters, params=own, **settings)
-        return spec.with_arguments(arguments), arranged, arguments
-    return _arranged(model, placed, shares, target_modules, others)
+        spec = spec.with_arguments(arguments)
+    else:
+        spec, arranged, arguments = _arranged(model, placed, shares, target_modules, others)
+    return spec, in_matrices(spec, arranged, stacks), arguments
 
 
 def _resolved(groups: Sequence[Any], placed: Mapping[str, PlacedParameter]) -> list[Group]:
@@ -111,10 +121,11 @@ def _shares(
     groups: Sequence[Group] | None,
     other: OptimizerSpec | None,
     rest: Rest,
+    stacks: Collection[str],
 ) -> dict[str, _Share]:
     """What each algorithm steps, by its name, in order of first appearance."""
     values = spec.check(hyperparameters)
-    hidden = hidden_matrices(model, placed) if Trait.HIDDEN_MATRICES in spec.traits else set(placed)
+    hidden = hidden_matrices(model, placed).union(stacks) if Trait.HIDDEN_MATRICES in spec.traits else set(placed)
     by_id = {id(one.parameter): one for one in placed.values()}
     shares: dict[str, _Share] = {}
 
@@ -132,7 +143,8 @@ def _shares(
         one = by_id.get(id(_tensor(entry)))
         if one is None:
             return False
-        refused = spec.driver.why_refused(one.shape, one.dtype, one.device, {**values, **_values(group)})
+        shape = one.shape[1:] if one.fqn in stacks and takes_matrices(spec, {**values, **group}) else one.shape
+        refused = spec.driver.why_refused(shape, one.dtype, one.device, {**values, **_values(group)})
         return one.fqn not in hidden or bool(refused)
 
     everything: list[Group] = [{"params": [one.parameter for one in placed.values()]}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +37,11 @@ def arrange(
     no_decay: Iterable[str] = (),
     target_modules: str | Sequence[str] | None = None,
     takes_idle: bool = True,
+    stacks: Collection[str] = (),
 ) -> tuple[list[ParamGroup], dict[str, Any]]:
     """Param groups of placed parameters, and upstream's constructor keywords; all values checked.
+
+    What is named in ``stacks`` is selected by ``target_modules`` as linear layers are.
 
     Frozen parameters that ``params`` lists are *idle*, where the optimizer could step them and ``takes_idle``: they are
     stepped once they have a gradient. All other frozen ones only keep their positions.
@@ -48,7 +51,7 @@ def arrange(
     """
     values = spec.check(hyperparameters)
     undecayed = _known_names(no_decay, placed)
-    groups = _make_groups(model, spec, values, placed, params, undecayed, target_modules)
+    groups = _make_groups(model, spec, values, placed, params, undecayed, target_modules, stacks)
     names = {id(one.parameter): one.fqn for one in placed.values()}
     groups = _with_special_values(groups, model, names, spec, hyperparameters)
     arguments = {key: values[key] for key in values if key not in spec.in_scope(Scope.MATRIX)}
@@ -83,6 +86,7 @@ def _make_groups(
     params: GivenParameters,
     no_decay: set[str],
     target_modules: str | Sequence[str] | None,
+    stacks: Collection[str],
 ) -> list[ParamGroup]:
     """Param groups with checked values, ``params`` as placed parameters; low-rank groups after the others."""
     groups = _given_groups(spec, placed, params)
@@ -97,7 +101,7 @@ def _make_groups(
     matrix_values = {key: values[key] for key in spec.in_scope(Scope.MATRIX)}
     if target_modules is None and any("rank" in group for group in groups):
         return [{**matrix_values, **group} if "rank" in group else group for group in groups]
-    targets = set(select_matrices(model, target_modules, spec.name))
+    targets = set(select_matrices(model, target_modules, spec.name, stacks))
     halves = [_split(group, targets, matrix_values) for group in groups]
     arranged = [rest for rest, _ in halves] + [low_rank for _, low_rank in halves]
     arranged = [group for group in arranged if group["params"]]

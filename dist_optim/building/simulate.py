@@ -97,7 +97,13 @@ def simulate(
     if sharding == "fsdp2" and num_ranks > 1:
         placed = {name: replace(one, layout=DimShard(0, num_ranks)) for name, one in placed.items() if one.shape}
     spec, groups, arguments = compose(
-        model, resolve(optimizer), placed, hyperparameters, target_modules=target_modules, rest=Rest(rest, {})
+        model,
+        resolve(optimizer),
+        placed,
+        hyperparameters,
+        target_modules=target_modules,
+        rest=Rest(rest, {}),
+        splits_stacks=True,
     )
     members: list[tuple[PlacedParameter, dict[str, Any]]] = [
         (one, spec.values_in(group, arguments)) for group in groups for one in group["params"] if one.is_trained

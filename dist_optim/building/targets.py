@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -15,41 +15,48 @@ __all__ = ["ALL_LINEAR", "select_matrices"]
 ALL_LINEAR = "all-linear"
 
 
-def select_matrices(model: nn.Module, target_modules: str | Sequence[str] | None, optimizer_name: str) -> list[str]:
-    """Names of the weights of the linear layers that ``target_modules`` selects, in model order.
+def select_matrices(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None,
+    optimizer_name: str,
+    stacks: Collection[str] = (),
+) -> list[str]:
+    """Names of the weights of the linear layers that ``target_modules`` selects, in model order; then of the stacks.
 
     Args:
         model: The model; wrappers are seen through.
         target_modules: ``"all-linear"``, or one or more patterns. A module is selected when a pattern occurs in its
-            dotted name, or matches all of it as a regular expression.
+            dotted name, or matches all of it as a regular expression; a stack, when one does so with its name.
+        stacks: Names of parameters that hold a stack of matrices each.
         optimizer_name: For the error messages.
 
     Raises:
         TargetModulesError: It is missing, of another type, not a regular expression, or selects nothing.
     """
     linear = [name for name, module in named_modules(model) if isinstance(module, nn.Linear)]
+    names = [*linear, *sorted(stacks)]
     if target_modules is None:
         raise TargetModulesError(
             f"{optimizer_name} needs target_modules: which linear layers to train in a low-rank space. "
-            f'Pass "all-linear", or parts of module names. {_available(linear)}'
+            f'Pass "all-linear", or parts of module names. {_available(names)}'
         )
     given = [target_modules] if isinstance(target_modules, str) else target_modules
     patterns = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise TargetModulesError(
             f"target_modules={target_modules!r} is not a string or a list of non-empty strings. "
-            f'Pass "all-linear", or parts of module names. {_available(linear)}'
+            f'Pass "all-linear", or parts of module names. {_available(names)}'
         )
     if [pattern.replace("_", "-") for pattern in patterns] == [ALL_LINEAR]:
-        selected = linear
+        selected = names
     else:
-        selected = [name for name in linear if any(_matches(pattern, name) for pattern in patterns)]
+        selected = [name for name in names if any(_matches(pattern, name) for pattern in patterns)]
     if not selected:
         raise TargetModulesError(
             f"target_modules={target_modules!r} selects no linear layer, so {optimizer_name} would train none in a "
-            f"low-rank space. {_available(linear)}"
+            f"low-rank space. {_available(names)}"
         )
-    return [f"{name}.weight" if name else "weight" for name in selected]
+    return [name if name in stacks else f"{name}.weight" if name else "weight" for name in selected]
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -58,7 +58,8 @@ class EngineView(ABC):
     def training_weights(self) -> list[PlacedParameter]:
         """What upstream steps, where this rank holds a part of it: the model's parameters, or masters of them."""
         every = (one for part in self.parts for one in part.holdings.placed)
-        return [one for one in every if one.is_trained and not isinstance(one.layout, Elsewhere)]
+        here = (one.whole() for one in every if one.is_trained and not isinstance(one.layout, Elsewhere))
+        return list({one.fqn: one for one in here}.values())
 
     @abstractmethod
     def model_parameters(self, model: nn.Module) -> Mapping[str, PlacedParameter]:

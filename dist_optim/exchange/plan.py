@@ -67,7 +67,7 @@ class Bucket:
         if self.is_replicated:
             return 0
         return self.dtype.itemsize * sum(
-            item.shape.numel() - item.layout.numel_on(item.shape, owner)
+            item.layout.copies * item.shape.numel() - item.layout.numel_on(item.shape, owner)
             for owner, items in enumerate(self.owned)
             for item in items
         )

@@ -54,6 +54,8 @@ def send_to_owners(optimizer: DistributedOptimizer, model: nn.Module) -> str:
     held = optimizer.holdings
     if num_ranks(held.process_group) == 1 or not held.plan.owners:
         return "no gradient has to travel"
+    if any(held.placed[index].member is not None for index in held.plan.owners):
+        return "gradients travel in step(): the matrices of a stack have an owner each"
     wholes = {
         id(held.placed[index].parameter): Whole(held.placed[index], owner, held.rank)
         for index, owner in held.plan.owners.items()

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "assert_fsdp",
+    "bring_mesh",
     "choose_cpu_for_deepspeed",
     "deepspeed_arguments",
     "fsdp_arguments",
@@ -86,7 +87,7 @@ def turn_fsdp_on(
     Args:
         accelerator: On the CPU, with a process group, before the model is prepared.
         plugin: The settings; read from the launcher's environment when None.
-        parallelism_config: Sizes of a replicate x shard mesh (HSDP); when None, those that ``fsdp_arguments`` has set
+        parallelism_config: Sizes of a replicate x shard x tp mesh; when None, those that ``fsdp_arguments`` has set
             aside, if any.
 
     Raises:
@@ -124,11 +125,20 @@ def turn_fsdp_on(
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.device = PartialState._shared_state["device"] = torch.device("cpu")
     if parallelism_config is not None:
-        refuse_wrong_size(parallelism_config, accelerator.num_processes)
-        state.parallelism_config = parallelism_config
-        state.device_mesh = parallelism_config.get_device_mesh("cpu")
+        bring_mesh(accelerator, parallelism_config)
     if plugin.fsdp_version == 1:
         vars(accelerator)["prepare_model"] = _gathering_in_place(accelerator.prepare_model)
+
+
+def bring_mesh(accelerator: Accelerator, sizes: ParallelismConfig) -> None:
+    """Give accelerate on the CPU the mesh that it takes on an accelerator alone. Collective.
+
+    Raises:
+        UnsupportedError: The sizes do not multiply to the number of ranks.
+    """
+    refuse_wrong_size(sizes, accelerator.num_processes)
+    accelerator.state.parallelism_config = sizes
+    accelerator.state.device_mesh = sizes.get_device_mesh("cpu")
 
 
 def refuse_wrong_size(sizes: ParallelismConfig, num_ranks: int) -> None:
@@ -140,8 +150,8 @@ def refuse_wrong_size(sizes: ParallelismConfig, num_ranks: int) -> None:
     if sizes.total_size != num_ranks:
         raise UnsupportedError(
             f"parallelism_config asks for {sizes.total_size} ranks ({sizes.dp_replicate_size} x "
-            f"{sizes.dp_shard_size}), and {num_ranks} were started. Make dp_replicate_size x dp_shard_size equal to "
-            "num_processes."
+            f"{sizes.dp_shard_size} x {sizes.tp_size}), and {num_ranks} were started. Make dp_replicate_size x "
+            "dp_shard_size x tp_size equal to num_processes."
         )
 
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from dist_optim.errors import ParameterError, UnsupportedLayoutError
-from dist_optim.layouts.detect_fsdp1 import places_by_parameter
-from dist_optim.layouts.detect_fsdp1 import reshard as reshard_fsdp1
+from dist_optim.layouts import detect_fsdp1, detect_mesh
 from dist_optim.layouts.freezing_fsdp2 import keep_freezing
-from dist_optim.layouts.layout import DimShard, Layout, Replicated
-from dist_optim.overrides import check
+from dist_optim.layouts.layout import Layout, Replicated
+from dist_optim.layouts.stack import Member, layer_of
 from dist_optim.ranks.agreement import own_rank
 
-__all__ = ["PlacedParameter", "assert_held_by", "clean_name", "detect", "has_shards", "local_of", "reshard"]
+__all__ = [
+    "PlacedParameter",
+    "assert_held_by",
+    "clean_name",
+    "detect",
+    "has_shards",
+    "local_of",
+    "ranks_to_meet",
+    "reshard",
+]
 
 # Modules that engines and transforms put around the user's own; they add a name part that the logical name lacks.
 _WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -43,6 +51,29 @@ class PlacedParameter:
     """Whether an optimizer steps it when it has a gradient. Fixed when it is built, whatever is frozen later."""
     is_idle: bool = False
     """Frozen when the optimizer was built, and named in a group: it is stepped from its first gradient on."""
+    member: Member | None = None
+    """Which matrix it is of the stack that ``parameter`` holds; None for all of a parameter."""
+
+    def matrices(self) -> list[PlacedParameter]:
+        """Of a stack ``[E, m, n]`` each matrix, named as where each were a parameter in a list."""
+        return [
+            replace(
+                self,
+                fqn=f"{self.fqn}.{at}",
+                shape=self.shape[1:],
+                layout=layer_of(self.layout, self.shape, at),
+                member=Member(self.layout, self.shape, at),
+            )
+            for at in range(self.shape[0])
+        ]
+
+    def whole(self) -> PlacedParameter:
+        """All of the parameter, where it is one matrix of a stack; else itself."""
+        member = self.member
+        if member is None:
+            return self
+        name = self.fqn.removesuffix(f".{member.at}")
+        return replace(self, fqn=name, shape=member.shape, layout=member.stack, member=None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,12 +86,15 @@ class PlacedParameter:
     def local(self) -> Tensor:
         """This rank's part of the parameter, as a plain tensor on the parameter's own storage."""
         parameter = self.parameter
-        return local_of(parameter) if isinstance(parameter, DTensor) else parameter.data  # of a DTensor that dispatches
+        # The data of a DTensor is dispatched.
+        return self._own(local_of(parameter) if isinstance(parameter, DTensor) else parameter.data)
 
     def local_gradient(self) -> Tensor | None:
         """This rank's part of the gradient, as a plain tensor on its storage; None where there is none."""
         gradient = self.parameter.grad
-        return gradient if gradient is None or type(gradient) is Tensor else self.part_of(gradient)
+        if gradient is None:
+            return None
+        return self._own(gradient) if type(gradient) is Tensor else self.part_of(gradient)
 
     def part_of(self, gradient: Tensor) -> Tensor:
         """This rank's part of it: one that every rank has whole, of a sharded parameter, is cut as the parameter is.
@@ -68,8 +102,17 @@ class PlacedParameter:
         Such are those of embeddings under tensor parallelism.
         """
         if isinstance(gradient, DTensor) and self._is_repeated(gradient):
-            return self.layout.view_of(local_of(gradient), own_rank(self.process_group))
-        return local_of(gradient)
+            full = local_of(gradient)
+            return self.layout.view_of(full if self.member is None else full[self.member.at], self._rank)
+        return self._own(local_of(gradient))
+
+    def _own(self, local: Tensor) -> Tensor:
+        """Out of this rank's part of the parameter, its part of the matrix that this is."""
+        return local if self.member is None else self.member.part_of(local, self._rank)
+
+    @property
+    def _rank(self) -> int:
+        return own_rank(self.process_group)
 
     def why_misplaced(self, gradient: Tensor) -> str:
         """Why no part of this gradient can be stepped by as it lies, and what to do; empty where one can."""
@@ -107,7 +150,8 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
     """Read the layout of every parameter of a placed and wrapped model; tied parameters appear once.
 
     What an engine left gathered, after an evaluation say, is resharded first: it would show other tensors, in another
-    dtype, and hide what is written to the shards.
+    dtype, and hide what is written to the shards. Local, but for the first call on a model that is cut over several
+    mesh axes: its ranks make a process group (``ranks_to_meet``).
 
     Args:
         model: As it will be trained: on its device, wrapped by its engine.
@@ -118,18 +162,28 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
     """
     _refuse_unserved_wrappers(model)
     reshard(model)
-    flat_places = places_by_parameter(model)
+    flat_places = detect_fsdp1.places_by_parameter(model)
+    mesh_places = detect_mesh.places_by_parameter(named_parameters(model), process_group)
     placed: dict[str, PlacedParameter] = {}
     for name, parameter in named_parameters(model):
         shape, group = parameter.shape, process_group
         layout: Layout = Replicated()
-        if id(parameter) in flat_places:
-            place = flat_places[id(parameter)]
-            shape, layout, group = place.shape, place.layout, place.process_group
-        elif isinstance(parameter, DTensor):
-            layout, group = _layout_of_dtensor(name, parameter)
+        if flat := flat_places.get(id(parameter)):
+            shape, layout, group = flat.shape, flat.layout, flat.process_group
+        elif cut := mesh_places.get(id(parameter)):
+            layout, group = cut.layout, cut.process_group
         placed[name] = PlacedParameter(name, parameter, shape, layout, group, len(placed), parameter.requires_grad)
     return placed
+
+
+def ranks_to_meet(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> tuple[int, ...]:
+    """The ranks for which ``detect`` makes a process group of their own; empty where it makes none. Local.
+
+    Raises:
+        UnsupportedLayoutError: As ``detect``.
+    """
+    reshard(model)
+    return detect_mesh.reach_of(named_parameters(model), process_group)
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -154,7 +208,7 @@ def reshard(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             keep_freezing(module)
             module.reshard()
-    reshard_fsdp1(model)
+    detect_fsdp1.reshard(model)
 
 
 def has_shards(model: nn.Module) -> bool:
@@ -194,28 +248,6 @@ def _is_wrapper(module: nn.Module) -> bool:
     return package in ("torch", "deepspeed", "accelerate") and any(
         attribute in getattr(module, "_modules", {}) for attribute in _WRAPPER_ATTRIBUTES
     )
-
-
-def _layout_of_dtensor(name: str, parameter: DTensor) -> tuple[Layout, dist.ProcessGroup | None]:
-    """The layout over the one axis that shards; along all others the parameter is repeated (HSDP's replicas)."""
-    check("FSDP2")
-    mesh, placements = parameter.device_mesh, parameter.placements
-    sharded = [axis for axis, placement in enumerate(placements) if type(placement) is not Replicate]
-    if not sharded:
-        return Replicated(), mesh.get_group(0) if mesh.ndim == 1 else None
-    if len(sharded) > 1:
-        raise UnsupportedLayoutError(
-            f"{name!r} is sharded over {len(sharded)} mesh axes: mesh {tuple(mesh.shape)}, placements {placements}. An "
-            "owner gathers over one axis only. Shard over one axis (fully_shard on a 1-D mesh, or on a 2-D mesh whose "
-            "first axis replicates), without tensor parallelism."
-        )
-    (axis,) = sharded
-    placement = placements[axis]
-    if type(placement) is not Shard:
-        raise UnsupportedLayoutError(
-            f"{name!r} has the placement {placement!r}. Shard(dim) and Replicate() are served. Reshard the parameter."
-        )
-    return DimShard(placement.dim, mesh.size(axis)), mesh.get_group(axis)
 
 
 def _refuse_unserved_wrappers(model: nn.Module) -> None:

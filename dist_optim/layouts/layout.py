@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Box", "DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "boxes_on"]
+__all__ = ["Box", "DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "boxes_on", "chunk_of"]
 
 
 class Box(NamedTuple):
@@ -50,9 +50,38 @@ class Layout(Protocol):
         """The rank that stores the middle of the tensor: whoever stores more than half of it, if anybody does."""
         ...
 
+    @property
+    def copies(self) -> int:
+        """How many ranks of the group hold each part of a tensor that is cut."""
+        ...
+
+    def first_holder(self, rank: int) -> int:
+        """The first rank that holds the part that ``rank`` holds of a tensor that is cut."""
+        ...
+
+
+def chunk_of(size: int, parts: int, at: int) -> tuple[int, int]:
+    """Start and length of a chunk, as ``torch.chunk`` cuts so many parts; the last ones may be empty."""
+    length = -(-size // parts)
+    start = min(at * length, size)
+    return start, min(length, size - start)
+
+
+class _Once:
+    """Layouts of which no two ranks hold the same part."""
+
+    __slots__ = ()
+
+    @property
+    def copies(self) -> int:
+        return 1
+
+    def first_holder(self, rank: int) -> int:
+        return rank
+
 
 @dataclass(frozen=True, slots=True)
-class Replicated:
+class Replicated(_Once):
     """Every rank holds the full tensor (DDP, or one process)."""
 
     @property
@@ -74,7 +103,7 @@ class Replicated:
 
 
 @dataclass(frozen=True, slots=True)
-class DimShard:
+class DimShard(_Once):
     """Contiguous chunks of one tensor dim, as FSDP2's ``Shard(dim)`` lays them out; trailing ranks may be empty."""
 
     dim: int
@@ -89,28 +118,19 @@ class DimShard:
         return self.dim == 0
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
-        start, length = self._rows(full.size(self.dim), rank)
-        return full.narrow(self.dim, start, length)
+        return full.narrow(self.dim, *chunk_of(full.size(self.dim), self.world_size, rank))
 
     def numel_on(self, shape: torch.Size, rank: int) -> int:
         size = shape[self.dim]
-        return shape.numel() // size * self._rows(size, rank)[1] if size else 0
+        return shape.numel() // size * chunk_of(size, self.world_size, rank)[1] if size else 0
 
     def home(self, shape: torch.Size) -> int:
         size = shape[self.dim]
-        return size // 2 // self._per_rank(size) if size else 0
-
-    def _per_rank(self, size: int) -> int:
-        return -(-size // self.world_size)  # ceil, as torch.chunk does
-
-    def _rows(self, size: int, rank: int) -> tuple[int, int]:
-        per_rank = self._per_rank(size)
-        start = min(rank * per_rank, size)
-        return start, min(per_rank, size - start)
+        return size // 2 // chunk_of(size, self.world_size, 0)[1] if size else 0
 
 
 @dataclass(frozen=True, slots=True)
-class FlatRange:
+class FlatRange(_Once):
     """Contiguous ranges of the flattened tensor, which may cut a row: rank r holds ``[bounds[r], bounds[r + 1])``."""
 
     bounds: tuple[int, ...]
@@ -147,7 +167,7 @@ class FlatRange:
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class Elsewhere(_Once):
     """Nowhere in reach: another optimizer of the same model steps the tensor, and it only keeps its position here."""
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +21,12 @@ from dist_optim.errors import RanksDisagreeError
 
 __all__ = [
     "agree_on_bits",
+    "assert_equal_where_named",
     "assert_ranks_equal",
     "background_group",
     "described",
     "gather_objects",
+    "group_of_ranks",
     "host_group",
     "num_ranks",
     "own_rank",
@@ -94,6 +96,25 @@ def raise_first_difference(what: str, listings: Sequence[Sequence[tuple[str, str
         )
 
 
+def assert_equal_where_named(
+    what: str, values: Mapping[str, Any], remedy: str, process_group: ProcessGroup | None = None
+) -> None:
+    """Compare each value between the ranks that give one under its name. Collective.
+
+    Raises:
+        RanksDisagreeError: On all ranks, naming the first one that differs, two ranks and both their values.
+    """
+    listings: list[Mapping[str, Any]] = gather_objects(values, process_group)
+    first_with: dict[str, int] = {}
+    for rank, listing in enumerate(listings):
+        for name, value in listing.items():
+            other = first_with.setdefault(name, rank)
+            if listings[other][name] != value:
+                raise RanksDisagreeError(
+                    f"{what} {name} is {listings[other][name]} on rank {other} and {value} on rank {rank}. {remedy}"
+                )
+
+
 def described(value: Any) -> str:
     """A value as text that is the same on every rank: without addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
@@ -154,6 +175,20 @@ def background_group(process_group: ProcessGroup | None = None) -> ProcessGroup 
     Collective where one has to be made, as ``host_group``. Its time-out is the user's: that of the default group.
     """
     return _group_for("background", process_group)
+
+
+def group_of_ranks(ranks: Sequence[int]) -> ProcessGroup:
+    """A process group of these ranks, in rising order, as the default group communicates.
+
+    Collective of these ranks where it has to be made: once in a job.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    made = _made_groups.setdefault(world, {})
+    key = "work", tuple(sorted(ranks))
+    if key not in made:
+        made[key] = dist.new_group(list(key[1]), use_local_synchronization=True)
+    return made[key]
 
 
 def _group_for(use: str, process_group: ProcessGroup | None) -> ProcessGroup | None:

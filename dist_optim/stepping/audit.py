@@ -29,9 +29,7 @@ def route_audit(held: Holdings, *, is_inside_backward: bool = False) -> str:
     world_size = num_ranks(held.all_ranks)
     lines = [f"dist_optim: {held.spec.name} on {world_size} rank{'s' if world_size > 1 else ''}"]
     matrix_keys = set(held.spec.in_scope(Scope.MATRIX))
-    placed = iter(held.placed)
-    for number, group in enumerate(held.groups):
-        members = [next(placed) for _ in group["params"]]
+    for number, (group, members) in enumerate(zip(held.groups, held.members, strict=True)):
         trained = [member for member in members if member.is_trained]
         route = f"low rank {group['rank']}" if matrix_keys and "rank" in group else "full rank"
         route = f"{group['optim']}, {route}" if "optim" in group else route

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from dist_optim.errors import ParameterError
 from dist_optim.layouts.detect import PlacedParameter
 
-__all__ = ["why_edited"]
+__all__ = ["parameters_of", "why_edited"]
 
 REMEDY = (
     "Owners and positions are planned over all parameters, once. Put param_groups back as they were (values such as lr "
@@ -18,6 +20,11 @@ REMEDY = (
 )
 
 
+def parameters_of(placed: Iterable[PlacedParameter]) -> list[nn.Parameter]:
+    """The model's parameters of a group, each once: one that holds a stack of matrices stands for all of them."""
+    return list({id(one.parameter): one.parameter for one in placed}.values())
+
+
 def why_edited(built: Sequence[Sequence[PlacedParameter]], groups: Sequence[Any]) -> ParameterError | None:
     """What of the groups, or of their parameters, is not as it was built; None where all are. Local.
 
@@ -25,7 +32,7 @@ def why_edited(built: Sequence[Sequence[PlacedParameter]], groups: Sequence[Any]
         built: The parameters of each group when the optimizer was built.
         groups: As the user has them now, whatever they are.
     """
-    before = [[id(one.parameter) for one in group] for group in built]
+    before = [[id(one) for one in parameters_of(group)] for group in built]
     now = [_ids_of(group) for group in groups]
     if now == before:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.ranks.agreement import assert_ranks_equal, num_ranks, own_rank
+from dist_optim.ranks.agreement import assert_equal_where_named, assert_ranks_equal, num_ranks, own_rank
 from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.stepping.at_owner import AtOwner
 
@@ -29,6 +30,10 @@ OF_OTHERS = (
     "such gradients, divided by the number of ranks, before step(); under tensor parallelism, give all ranks of the "
     "mesh the same batch."
 )
+OF_COPIES = (
+    "Along a mesh axis that does not cut this parameter (tensor parallelism, say) every rank holds the same part of "
+    "it: give the ranks along that axis the same batch and the same dropout, or sum such gradients before step()."
+)
 UNCHANGED = "No parameter was changed."
 OF_IDLE = (
     "It was frozen when the optimizer was built: DistributedDataParallel reduces no gradient of what was frozen when "
@@ -42,7 +47,8 @@ LAG = 2
 class GradientSamples:
     """Digests of a few elements of a few gradients a step, to be compared between the ranks that hold the same part.
 
-    One digest for replicated parameters, and where shards have replicas one for each shard.
+    One digest for replicated parameters; where shards have replicas, or several ranks of the group hold the same parts,
+    one for each of those.
 
     Args:
         placed: All parameters of the optimizer.
@@ -57,24 +63,44 @@ class GradientSamples:
         all_ranks: dist.ProcessGroup | None,
     ) -> None:
         trained = [one for one in placed if one.is_trained]
-        self._num_parts = num_ranks(process_group) if num_ranks(all_ranks) > num_ranks(process_group) else 0
-        self._part = own_rank(process_group)
-        self._whole = [one for one in trained if one.layout.is_replicated] if num_ranks(all_ranks) > 1 else []
-        self._cut = [one for one in trained if not one.layout.is_replicated] if self._num_parts else []
+        rank, count = own_rank(process_group), num_ranks(process_group)
+        whole = [one for one in trained if one.layout.is_replicated] if num_ranks(all_ranks) > 1 else []
+        cut = [one for one in trained if not one.layout.is_replicated]
+        self._sets: list[_Sampled] = [_Sampled(whole, 1, 0)]
+        if num_ranks(all_ranks) > count:
+            self._sets.append(_Sampled(cut, count, rank))
+        copied: dict[tuple[int, ...], list[PlacedParameter]] = defaultdict(list)
+        for one in cut:
+            if one.layout.copies > 1:
+                copied[tuple(one.layout.first_holder(other) for other in range(count))].append(one)
+        self._sets += [_Sampled(members, count, first[rank]) for first, members in copied.items()]
         self._on_the_way: deque[tuple[list[Tensor | None], torch.cuda.Event]] = deque()
 
     def take(self, num_steps: int) -> list[int | None]:
         """The digests of this step, or on a GPU of an earlier one; None where this rank has nothing to say."""
-        now = [_sample(_some(members, num_steps)) for members in (self._whole, self._cut)]
+        now = [_sample(_some(one.members, num_steps)) for one in self._sets]
         if any(sample is not None and sample.device.type == "cuda" for sample in now):
             on_host = [None if one is None else one.to("cpu", non_blocking=True) for one in now]
             self._on_the_way.append((on_host, _mark()))
             if len(self._on_the_way) <= LAG:
-                return [None] * (1 + self._num_parts)
+                return [None] * sum(one.num_parts for one in self._sets)
             now, arrived = self._on_the_way.popleft()
             arrived.synchronize()  # long since, unless the host is steps ahead of the GPU
-        whole, cut = [None if one is None else zlib.crc32(one.cpu().numpy().tobytes()) for one in now]
-        return [whole, *(cut if part == self._part else None for part in range(self._num_parts))]
+        digests = [None if one is None else zlib.crc32(one.cpu().numpy().tobytes()) for one in now]
+        return [
+            digest if part == one.part else None
+            for one, digest in zip(self._sets, digests, strict=True)
+            for part in range(one.num_parts)
+        ]
+
+
+class _Sampled(NamedTuple):
+    """Parameters of which this rank holds the same parts as some other ranks do."""
+
+    members: list[PlacedParameter]
+    num_parts: int
+    part: int
+    """Which parts those are."""
 
 
 def _some(members: Sequence[PlacedParameter], num_steps: int) -> list[PlacedParameter]:
@@ -174,3 +200,12 @@ def assert_gradients_reduced(
         f"{OF_IDLE if are_idle else OF_OTHERS if is_engines else OF_ALL} {UNCHANGED}",
         ranks,
     )
+    copied = [one for one in placed if one.layout.copies > 1]
+    if copied:
+        parts = [(one, one.layout.first_holder(own_rank(one.process_group))) for one in copied]
+        held = {
+            f"the gradient of part {part} of {one.fqn!r} (fingerprint)": fingerprint(gradient)
+            for one, part in parts
+            if (gradient := one.local_gradient()) is not None
+        }
+        assert_equal_where_named("Gradients differ between ranks:", held, f"{OF_COPIES} {UNCHANGED}", ranks)

@@ -22,7 +22,7 @@ from dist_optim.ranks.together import together
 from dist_optim.specs.driver import ParamGroup, UpstreamDriver
 from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.stepping.division import SOLE_OWNER, Division, divide, starting_values
-from dist_optim.stepping.edited_groups import why_edited
+from dist_optim.stepping.edited_groups import parameters_of, why_edited
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
@@ -102,7 +102,7 @@ def grown(held: Holdings, groups: Sequence[ParamGroup], new_groups: NewGroups, g
         raise
     inner = (local or owners[0]).optimizer.param_groups[-1]
     kept = {key: value for key, value in inner.items() if key not in ("params", "param_names")}
-    held.groups[:] = [*groups, {**kept, "params": [one.parameter for one in division.groups[-1]["params"]]}]
+    held.groups[:] = [*groups, {**kept, "params": parameters_of(division.groups[-1]["params"])}]
     return replace(
         held,
         placed=division.placed,

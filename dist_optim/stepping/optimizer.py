@@ -26,7 +26,7 @@ from dist_optim.specs.registry import Trait
 from dist_optim.stepping import audit
 from dist_optim.stepping.closures import ON_MANY_RANKS, Evaluations, evaluates, loss_of, mean_loss
 from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES, Division
-from dist_optim.stepping.edited_groups import why_edited
+from dist_optim.stepping.edited_groups import parameters_of, why_edited
 from dist_optim.stepping.growing import REMEDY, NewGroups, grown, why_fixed
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.loss_scaling import refuse_local_scaler
@@ -117,12 +117,13 @@ class DistributedOptimizer(TorchContract):
         self.new_groups: NewGroups | None = None  # set by build_optimizer
         self.route_of_gradients = ""  # what inside_backward.to_owners says, where it was asked for
         self.verified_steps: VerifiedSteps | None = None  # the same, where it was asked for
+        self.coverage: str | None = None  # of the audit, set by build_optimizer
         self._model_side = model_side
         self._is_built = False
         local, owners = division.build_instances(values)
         first = local or owners[0]
         outer = [
-            {**_without_params(own), "params": [one.parameter for one in group["params"]]}
+            {**_without_params(own), "params": parameters_of(group["params"])}
             for own, group in zip(first.optimizer.param_groups, division.groups, strict=True)
         ]
         keys = [set(group) for group in outer]
@@ -373,7 +374,8 @@ class DistributedOptimizer(TorchContract):
     def route_audit(self) -> str:
         """Which algorithm got which tensors, and who steps them: the text that is printed before step 1."""
         text = audit.route_audit(self.holdings, is_inside_backward=self.inside_backward is not None)
-        return f"{text}\n  {self.route_of_gradients}" if self.route_of_gradients else text
+        lines = [text, self.coverage, self.route_of_gradients]
+        return "\n  ".join(line for line in lines if line)
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds, counted on the real storages."""

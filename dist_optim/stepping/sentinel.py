@@ -5,13 +5,11 @@ It catches what no single step can: a weight changed on one rank, a rate that dr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from dist_optim.errors import RanksDisagreeError
-from dist_optim.ranks.agreement import described, gather_objects
+from dist_optim.ranks.agreement import assert_equal_where_named, described
 from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.presence import hyperparameters_of
@@ -25,17 +23,13 @@ def compare_ranks(holdings: Holdings, progress: Progress) -> None:
     Raises:
         RanksDisagreeError: On all ranks, naming the first thing that differs, the step, and the ranks.
     """
-    listings: list[Mapping[str, Any]] = gather_objects(_marks(holdings), holdings.all_ranks)
-    first_holder: dict[str, int] = {}
-    for rank, listing in enumerate(listings):
-        for name, value in listing.items():
-            other = first_holder.setdefault(name, rank)
-            if listings[other][name] != value:
-                raise RanksDisagreeError(
-                    f"After step {progress.num_steps}, {name} is {listings[other][name]} on rank {other} and {value} "
-                    f"on rank {rank}. Something changed it on one rank only (code that runs on one rank, a local "
-                    "metric, faulty memory). Resume from a checkpoint, and look for what treats ranks differently."
-                )
+    assert_equal_where_named(
+        f"After step {progress.num_steps},",
+        _marks(holdings),
+        "Something changed it on one rank only (code that runs on one rank, a local metric, faulty memory). Resume "
+        "from a checkpoint, and look for what treats ranks differently.",
+        holdings.all_ranks,
+    )
 
 
 def _marks(held: Holdings) -> dict[str, Any]:
@@ -43,11 +37,12 @@ def _marks(held: Holdings) -> dict[str, Any]:
     keys = {key for group in held.groups for key in group} - {"params"}
     marks: dict[str, Any] = {name: described(value) for name, value in hyperparameters_of(held.groups, keys)}
     for placed in held.placed:
-        where = "" if placed.layout.is_replicated else f", slice {held.rank}"
+        where = "" if placed.layout.is_replicated else f", slice {placed.layout.first_holder(held.rank)}"
         marks[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
     for instance, index in held.stepped_here():
-        is_whole = index in held.plan.owners or held.placed[index].layout.is_replicated
-        where = "" if is_whole else f", slice {held.rank}"
+        layout = held.placed[index].layout
+        is_whole = index in held.plan.owners or layout.is_replicated
+        where = "" if is_whole else f", slice {layout.first_holder(held.rank)}"
         for key, value in instance.encoded_state(index).items():
             shown = fingerprint(value) if isinstance(value, Tensor) else value
             marks[f"state {key!r} of {held.placed[index].fqn!r}{where}"] = shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dist_optim.errors import UnsupportedError
 from dist_optim.stepping.holdings import Holdings
+from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["StateView"]
 
@@ -28,16 +30,27 @@ class _ReadOnly(dict[str, Any]):
 class StateView(Mapping[Tensor, dict[str, Any]]):
     """State by parameter: all of what this rank owns, and its part of what each rank steps a part of.
 
-    A parameter without state here, because another rank owns it or it never had a gradient, has an empty one, as in
-    torch's optimizers; only those with state are counted and iterated over. Not a collective.
+    What a stack of matrices holds has the number of the matrix before its key. A parameter without state here, because
+    another rank owns it or it never had a gradient, has an empty one, as in torch's optimizers; only those with state
+    are counted and iterated over. Not a collective.
     """
 
     def __init__(self, held: Holdings) -> None:
-        self._steppers = {held.placed[index].parameter: (instance, index) for instance, index in held.stepped_here()}
+        self._steppers: dict[Tensor, list[tuple[str, UpstreamInstance, int]]] = defaultdict(list)
+        for instance, index in held.stepped_here():
+            one = held.placed[index]
+            prefix = "" if one.member is None else f"{one.member.at}."
+            self._steppers[one.parameter].append((prefix, instance, index))
 
     def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
-        stepper = self._steppers.get(parameter)  # type: ignore[call-overload]
-        return _ReadOnly({} if stepper is None else stepper[0].encoded_state(stepper[1]))
+        found = self._steppers.get(parameter, ())
+        return _ReadOnly(
+            {
+                prefix + key: value
+                for prefix, instance, index in found
+                for key, value in instance.encoded_state(index).items()
+            }
+        )
 
     def __contains__(self, parameter: object) -> bool:
         return isinstance(parameter, Tensor) and bool(self[parameter])

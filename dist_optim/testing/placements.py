@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.inside_backward.to_owners import MARK
-from dist_optim.layouts import detect
+from dist_optim.layouts import BoxShard, PlacedParameter, detect
 from dist_optim.layouts.freezing_fsdp2 import param_groups_of
-from dist_optim.ranks.agreement import own_rank
+from dist_optim.ranks.agreement import gather_objects, own_rank
 
 FSDP1 = {
     "fsdp1": ShardingStrategy.FULL_SHARD,
@@ -25,6 +26,9 @@ FSDP1 = {
     "fsdp1 no_shard": ShardingStrategy.NO_SHARD,
     "fsdp1 hybrid": ShardingStrategy.HYBRID_SHARD,
 }
+
+OF_TP = {"tp": ("tp",), "fsdp2 tp": ("shard", "tp"), "hsdp tp": ("replicate", "shard", "tp")}
+"""The mesh axes of each; two ranks along each of them, but for the last, which has all that are left."""
 
 
 def place(model: nn.Module, placement: str, **options: Any) -> nn.Module:
@@ -43,6 +47,8 @@ def place(model: nn.Module, placement: str, **options: Any) -> nn.Module:
     if placement in FSDP1:
         return _fsdp1(model, placement, **options)
     device_type = _device_of(model).type
+    if placement in OF_TP:
+        return _tensor_parallel(model, mesh_of(device_type, OF_TP[placement]), options)
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     if placement == "hsdp":
         mesh = two_by_half(device_type)
@@ -69,9 +75,29 @@ def two_by_half(device_type: str) -> DeviceMesh:
 
 
 @cache
+def mesh_of(device_type: str, names: tuple[str, ...]) -> DeviceMesh:
+    """All ranks, two along each axis but the last."""
+    twos = (2,) * (len(names) - 1)
+    return init_device_mesh(device_type, (*twos, dist.get_world_size() // 2 ** len(twos)), mesh_dim_names=names)
+
+
+@cache
 def own_group() -> dist.ProcessGroup:
     """A process group of this rank alone, for what one process would do."""
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
+def _tensor_parallel(model: nn.Module, mesh: DeviceMesh, options: dict[str, Any]) -> nn.Module:
+    """Linear layers by columns and by rows in turn, biases of both; what is no linear layer lies on no axis of tp."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    styles = [ColwiseParallel(), RowwiseParallel(), RowwiseParallel(), ColwiseParallel()]
+    parallelize_module(model, mesh["tp"], {name: styles[at % 4] for at, name in enumerate(linears)})
+    outer = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
+    if outer:
+        for name in linears:
+            fully_shard(model.get_submodule(name), mesh=mesh[outer], **options)
+        fully_shard(model, mesh=mesh[outer], **options)
+    return model
 
 
 def _fsdp1(model: nn.Module, placement: str, **options: Any) -> nn.Module:
@@ -103,9 +129,7 @@ def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
         if gradient is None:
             parameter.grad = None
         elif isinstance(parameter, DTensor):
-            parameter.grad = distribute_tensor(
-                gradient.clone(), parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
+            parameter.grad = _cut(gradient, placed)
         else:
             part = placed.layout.view_of(gradient, own_rank(placed.process_group))
             # FSDP1 leaves no gradient on a parameter of which this rank stores nothing.
@@ -139,10 +163,30 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             return {_logical(name): p.detach().clone() for name, p in model.named_parameters()}
-    return {
-        _logical(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
+    return {name: whole(placed) for name, placed in detect(model).items()}
+
+
+def whole(placed: PlacedParameter) -> Tensor:
+    """A copy of the full parameter, on every rank. Collective.
+
+    ``full_tensor`` has other rows than FSDP2, where tensor parallelism has cut them and they do not divide evenly.
+    """
+    parameter = placed.parameter
+    if not isinstance(placed.layout, BoxShard):
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+    full = torch.empty(placed.shape, dtype=placed.dtype, device=placed.device)
+    for rank, part in enumerate(gather_objects(placed.local().detach(), placed.process_group)):
+        placed.layout.view_of(full, rank).copy_(part)
+    return full
+
+
+def _cut(gradient: Tensor, placed: PlacedParameter) -> DTensor:
+    """This rank's part of a gradient, placed as the parameter is."""
+    parameter = placed.parameter
+    assert isinstance(parameter, DTensor)
+    part = placed.layout.view_of(gradient, own_rank(placed.process_group)).clone(memory_format=torch.contiguous_format)
+    shape, stride = placed.shape, gradient.stride()
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
 
 def _logical(name: str) -> str:

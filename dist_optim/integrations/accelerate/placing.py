@@ -15,6 +15,7 @@ from dist_optim.building.build import build_optimizer
 from dist_optim.building.choice import resolve
 from dist_optim.errors import MissingPackageError, ParameterError, UnsupportedError
 from dist_optim.integrations import cpu_rehearsal
+from dist_optim.integrations.accelerate import tensor_parallel
 from dist_optim.integrations.accelerate.deepspeed import prepare_engine, refuse_missed_ranks
 from dist_optim.integrations.accelerate.following import followed, names_before, remember
 from dist_optim.integrations.accelerate.guards import guard_calls
@@ -51,9 +52,9 @@ def prepare(
 ) -> tuple[nn.Module, AcceleratedOptimizer, Any]:
     """Wrap the model by accelerate's strategy, build the optimizer on it, and a schedule on the optimizer.
 
-    Strategies: one process, DDP, FSDP 1 (with original parameters), FSDP 2, FSDP 2 on a replicate x shard mesh, and
-    DeepSpeed's ZeRO 0 to 3. On the CPU, FSDP or DeepSpeed asked for is what is done, or it is refused: see
-    ``dist_optim.integrations.cpu_rehearsal``.
+    Strategies: one process, DDP, FSDP 1 (with original parameters), FSDP 2, also on a replicate x shard mesh and over
+    tensor parallelism (``tp_size``: the model comes with it applied), and DeepSpeed's ZeRO 0 to 3. On the CPU, FSDP or
+    DeepSpeed asked for is what is done, or it is refused: see ``dist_optim.integrations.cpu_rehearsal``.
 
     Collective: every process calls it with the same arguments. Data loaders go through ``accelerator.prepare`` as
     usual; the optimizer must not: give its name or class, which is built when the model is in place. The returned
@@ -93,7 +94,9 @@ def prepare(
     def check() -> OptimizerSpec:
         _refuse_arguments(accelerator, model)
         refuse_schedule(scheduler, scheduler_options)
-        return _refuse(accelerator, optimizer)
+        spec = _refuse(accelerator, optimizer)
+        tensor_parallel.refuse_unserved(accelerator, model)
+        return spec
 
     spec = together(check, doing="Preparing the model", remedy="Check the arguments of prepare.")
     asked = {"scheduler": scheduler, "scheduler_options": scheduler_options, **options, "params": None}
@@ -139,7 +142,8 @@ def place_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     nobody will step.
     """
     placeholder = torch.optim.SGD([next(model.parameters())], lr=0.0)
-    placed, wrapped_placeholder = accelerator.prepare(model, placeholder)
+    with tensor_parallel.left_as_it_is(accelerator):
+        placed, wrapped_placeholder = accelerator.prepare(model, placeholder)
     accelerator._optimizers.remove(wrapped_placeholder)
     return placed
 
@@ -236,10 +240,10 @@ def refuse_fsdp_settings(plugin: Any, parallelism: Any) -> None:
             "FSDP1 with parameters offloaded to the CPU has not been shown to keep the trajectory. Use FSDP2 "
             "(fsdp_version: 2), or set fsdp_offload_params: false; the optimizer's state is sharded already."
         )
-    for name in ("tp", "cp", "sp"):
+    for name in ("cp", "sp"):
         size = getattr(parallelism, f"{name}_size", 1)
         if size > 1:
             raise UnsupportedError(
-                f"accelerate's parallelism_config asks for {name}_size={size}. Parameters may be sharded over one mesh "
-                "axis, and replicated over another: set dp_shard_size and dp_replicate_size alone."
+                f"accelerate's parallelism_config asks for {name}_size={size}, which cuts the batch along the "
+                "sequence. Set dp_replicate_size, dp_shard_size and tp_size alone."
             )

@@ -83,6 +83,8 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             # accelerate refuses a mesh on the CPU, the arguments' and the launcher's: the rehearsal brings it.
             self._rehearsed_mesh = arguments.pop("parallelism_config", None)
             cpu_rehearsal.fsdp_arguments()
+        elif trainer_rehearsal.is_placed_by_transformers(self.model, self.args.device):
+            self._rehearsed_mesh = arguments.pop("parallelism_config", None)
         return arguments
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -93,6 +95,8 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             plugin = trainer_rehearsal.fsdp_plugin(self.args.fsdp_plugin_args)
             cpu_rehearsal.turn_fsdp_on(self.accelerator, plugin, self._rehearsed_mesh)
             self.is_fsdp_enabled = self._is_fsdp_rehearsed = True
+        elif self._rehearsed_mesh is not None:
+            cpu_rehearsal.bring_mesh(self.accelerator, self._rehearsed_mesh)
 
     # Optimizer ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ __all__ = [
     "asks_for_fsdp",
     "equal_start",
     "fsdp_plugin",
+    "is_placed_by_transformers",
     "prepare_deepspeed",
     "settle_fsdp_settings",
 ]
@@ -37,6 +38,11 @@ def asks_for_fsdp(plugin: Any, device: torch.device) -> bool:
     """Whether FSDP is asked for on the CPU, by the arguments or by the launcher."""
     launched = is_switched_on("ACCELERATE_USE_FSDP")
     return device.type == "cpu" and (plugin is not None or launched)
+
+
+def is_placed_by_transformers(model: Any, device: torch.device) -> bool:
+    """Whether the model came placed on a mesh of CPU ranks: ``from_pretrained(distributed_config=...)``."""
+    return device.type == "cpu" and getattr(model, "is_distributed_loading_by_transformers", False)
 
 
 def settle_fsdp_settings(arguments: Any) -> None:

@@ -1,0 +1,72 @@
+"""FSDP2 over tensor parallelism, end to end: as close to one process as another order of summation comes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.utils import ParallelismConfig
+from accelerated import started_by_accelerate
+from mesh_doors import (
+    DOORS,
+    EXPERTS,
+    OPTIONS,
+    distances,
+    make_llama,
+    make_moe,
+    resumed_through_accelerate,
+    tensor_parallel,
+)
+from test_end_to_end import FACTOR
+
+from dist_optim.errors import UnsupportedError
+from dist_optim.integrations import cpu_rehearsal
+from dist_optim.integrations.accelerate import prepare
+from dist_optim.testing import RankPool
+
+LLAMA = [door for door in DOORS if door != EXPERTS]
+
+
+@pytest.mark.parametrize(("make", "doors"), [(make_llama, LLAMA), (make_moe, [EXPERTS])], ids=["llama", "experts"])
+def test_a_small_model_on_a_mesh_stays_within_the_noise_floor(
+    make: Callable[[], Any], doors: list[str], four_ranks: RankPool, tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path)
+    floor, found = four_ranks.run(distances, "galore_adamw", doors, str(tmp_path))[0]
+    assert 0 < floor < 3e-2, "a floor that is no rounding noise would hide anything"
+    assert not {door: far for door, far in found.items() if not far <= FACTOR * floor}, (floor, found)
+
+
+def test_a_state_of_accelerate_goes_on_on_a_mesh(four_ranks: RankPool, tmp_path: Path) -> None:
+    assert four_ranks.run(resumed_through_accelerate, "galore_adamw", str(tmp_path / "state")) == [[]] * 4
+
+
+def refusal(sizes: dict[str, int], is_parallel: bool, settings: dict[str, Any]) -> str:
+    with started_by_accelerate("fsdp2") as accelerator:
+        cpu_rehearsal.turn_fsdp_on(accelerator, parallelism_config=ParallelismConfig(**sizes))
+        for name, value in settings.items():
+            setattr(accelerator.state.fsdp_plugin, name, value)
+        model = make_llama()
+        if is_parallel:
+            model = tensor_parallel(model, accelerator.torch_device_mesh["tp"])
+        with pytest.raises(UnsupportedError) as caught:
+            prepare(accelerator, model, "adamw_torch", print_audit=False, **OPTIONS["adamw_torch"])
+        return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_parallel", "settings", "message"),
+    [
+        ({"dp_shard_size": 2, "tp_size": 2}, False, {}, "tp_size=2, and the model is not .*parallelize_module"),
+        ({"dp_shard_size": 2, "tp_size": 2}, True, {"cpu_ram_efficient_loading": True}, "efficient_loading: false"),
+        ({"dp_shard_size": 2, "cp_size": 2}, False, {}, "cp_size=2.*dp_shard_size and tp_size alone"),
+    ],
+)
+def test_what_accelerate_cannot_do_with_a_mesh_is_refused(
+    sizes: dict[str, int], is_parallel: bool, settings: dict[str, Any], message: str, four_ranks: RankPool
+) -> None:
+    for text in four_ranks.run(refusal, sizes, is_parallel, settings):
+        assert re.search(message, text), text
