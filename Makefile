@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity reshard faults simulate bench gpu any-optimizer soak compat trainer-suite docs clean
+.PHONY: help demo test lint parity memory reshard faults simulate choosing bench gpu any-optimizer soak compat trainer-suite docs clean
 
 STAMP := .venv/.stamp
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -51,6 +51,10 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 	@echo "+ python tests/measure_situations.py"
 	@python tests/measure_situations.py
 
+memory: $(STAMP) ## what ranks hold beside what is planned, every name and strategy, 20 minutes; writes docs/memory.{json,md}
+	@echo "+ python tests/measure_memory.py"
+	@python tests/measure_memory.py
+
 reshard: $(STAMP) ## save under every strategy, load under every other; writes docs/reshard.json and docs/checkpoints.md
 	@echo "+ python tests/measure_reshard.py"
 	@python tests/measure_reshard.py
@@ -62,6 +66,10 @@ faults: $(STAMP) ## kill saves, and fail their disk, at each file-system call; w
 simulate: $(STAMP) ## plan Llama-8B and 70B on up to 4,096 ranks; writes docs/simulation.{json,md}
 	@echo "+ python benchmarks/simulate.py"
 	@python benchmarks/simulate.py
+
+choosing: $(STAMP) ## plan Llamas under every optimizer and strategy; writes the tables of docs/choosing.md
+	@echo "+ python benchmarks/choosing.py"
+	@python benchmarks/choosing.py
 
 bench: $(STAMP) ## time and count steps beside the alternatives, about 12 minutes; writes docs/performance.{json,md}
 	@echo "+ python benchmarks/steps.py"

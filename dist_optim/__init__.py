@@ -3,7 +3,8 @@
 Reading order, a folder a question: ``specs`` (what an optimizer is), ``optimizers`` (the families), ``ranks`` (what
 ranks do together), ``layouts`` (where a tensor lies), ``exchange`` (how it moves), ``stepping`` (how it is stepped),
 ``proving`` (whether tensors are independent), ``inside_backward`` (the same step, fed by hooks), ``building`` (from a
-model and a name), ``checkpoint``, ``schedulers``, then ``integrations``. A room imports from those before it alone.
+model and a name), ``planning`` (what a job would take), ``checkpoint``, ``schedulers``, then ``integrations``. A room
+imports from those before it alone.
 
 Importing this package needs torch alone; upstream packages and frameworks are imported on use.
 """

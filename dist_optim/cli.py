@@ -5,6 +5,7 @@ It looks packages up and never imports them, so it answers where half of them ar
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from typing import Annotated, Any
@@ -20,7 +21,9 @@ from dist_optim import run
 from dist_optim.checkpoint.in_and_out import commands
 from dist_optim.doctor import commands as doctor_commands
 from dist_optim.errors import DistOptimError
+from dist_optim.integrations.quiet import quieten_libraries
 from dist_optim.integrations.signals import interrupt_as_usual
+from dist_optim.planning import commands as planning_commands
 from dist_optim.specs.catalogue import describe, describe_hyperparameters
 from dist_optim.testing.verify import commands as verify_commands
 
@@ -40,6 +43,7 @@ def _print_version(is_wanted: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -47,9 +51,14 @@ def main(
     """Memory-efficient optimizers, with their one-process trajectory, under DDP, FSDP, HSDP and DeepSpeed's ZeRO.
 
     In Python: dist_optim.build_optimizer(model, NAME, lr=1e-3, ...). This command says which names there are and what
-    each of them takes, and runs Hugging Face scripts unmodified.
+    each of them takes, plans a job before it is started, and runs Hugging Face scripts unmodified.
+
+    To start with: dist-optim plan --help
     """
     interrupt_as_usual()
+    if context.invoked_subcommand == "plan":
+        with contextlib.suppress(ImportError):  # without transformers nobody is loud
+            quieten_libraries()
 
 
 @app.command("list")
@@ -99,6 +108,7 @@ def run_script(context: typer.Context) -> None:
 commands.add_to(app)
 verify_commands.add_to(app)
 doctor_commands.add_to(app)
+planning_commands.add_to(app)
 
 
 def _list_all(as_json: bool) -> None:

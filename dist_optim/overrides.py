@@ -263,6 +263,14 @@ TABLE: dict[str, tuple[Override, ...]] = {
         *_rows("torch", f"{_C10D}:Reducer", "_rebuild_buckets", "prepare_for_backward", "prepare_for_forward"),
         *_rows("torch", f"{_C10D}:Logger", "_set_uneven_input_join", "set_error_and_log", "set_runtime_stats_and_log"),
     ),
+    "tensors without data": (
+        *_rows("torch", "torch._subclasses.fake_tensor", "FakeTensor", "FakeTensorMode"),
+        *_rows("torch", "torch.multiprocessing.reductions", "StorageWeakRef"),
+        *_rows("torch", "torch:UntypedStorage", "_cdata"),
+    ),
+    "models of transformers": (
+        *_rows("transformers", "transformers:PreTrainedModel", "_from_config", "_no_split_modules"),
+    ),
 }
 """By the name that ``check`` takes."""
 

@@ -32,9 +32,10 @@ from dist_optim.integrations.transformers.arguments import read_optim_args
 from dist_optim.integrations.transformers.command_line import make_dataclasses, read_flags
 from dist_optim.integrations.transformers.deepspeed_flags import settle_deepspeed
 from dist_optim.integrations.transformers.schedule_arguments import any_schedule
+from dist_optim.planning import shipped
 from dist_optim.schedulers import schedule_names
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = shipped.root() / "configs"
 OWN_FLAGS = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
 DATA_RANGES = {
     "block_size": Range(minimum=2),

@@ -6,7 +6,7 @@ by the planner's own costs; of communication, by bytes over the links, in the or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from dist_optim.layouts.layout import DimShard
 from dist_optim.specs.driver import FLOPS_PER_ELEMENT
 from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES
 
-__all__ = ["Machine", "Simulation", "simulate"]
+__all__ = ["Machine", "Simulation", "seconds_of", "simulate", "timed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,24 +109,35 @@ def simulate(
         (one, spec.values_in(group, arguments)) for group in groups for one in group["params"] if one.is_trained
     ]
     machine = machine or Machine()
-    seconds = [
-        _seconds(spec.driver.step_cost(one.shape, values), one.shape.numel(), machine) for one, values in members
-    ]
+    seconds = {
+        at: seconds_of(spec.driver.step_cost(one.shape, values), one.shape.numel(), machine)
+        for at, (one, values) in enumerate(members)
+    }
     is_local = [num_ranks > 1 and runs_on_local_slices(spec, *member) for member in members]
     owned = {at: member for at, member in enumerate(members) if not is_local[at]}
     plan = plan_owners(spec, owned, bucket_bytes, None, world_size=num_ranks)
     # The first rank of a sharding by rows has as much as any other.
     here = [one.layout.numel_on(one.shape, 0) / max(1, one.shape.numel()) for one, _ in members]
     local_s = sum(seconds[at] * here[at] for at, local in enumerate(is_local) if local)
-    return _timed(plan, seconds, local_s, num_ranks, machine)
+    return timed(plan, seconds, local_s, num_ranks, machine)
 
 
-def _seconds(cost: float, numel: int, machine: Machine) -> float:
+def seconds_of(cost: float, numel: int, machine: Machine) -> float:
+    """Of one tensor's step: the planner's cost, as elementwise passes and as products of matrices."""
     passes, flops = min(cost, numel), max(0.0, cost - numel) * FLOPS_PER_ELEMENT
     return passes / machine.elements_per_s + flops / machine.flops_per_s
 
 
-def _timed(plan: Plan, seconds: Sequence[float], local_s: float, num_ranks: int, machine: Machine) -> Simulation:
+def timed(plan: Plan, seconds: Mapping[int, float], local_s: float, num_ranks: int, machine: Machine) -> Simulation:
+    """One step by this plan.
+
+    Args:
+        plan: Owners and rounds.
+        seconds: Of each tensor that is stepped, by its index.
+        local_s: That the busiest rank takes for its slices.
+        num_ranks: Of the plan.
+        machine: What it runs on.
+    """
     compute = [[sum(seconds[item.index] for item in items) for items in bucket.owned] for bucket in plan.buckets]
     there, back = [], []
     for bucket in plan.buckets:
@@ -152,7 +163,7 @@ def _timed(plan: Plan, seconds: Sequence[float], local_s: float, num_ranks: int,
     return Simulation(
         step_s=local_s + end,
         exposed_s=end - computed,
-        one_process_s=sum(seconds),
+        one_process_s=sum(seconds.values()),
         sent_bytes=sum(there) + sum(back),
         num_rounds=len(plan.buckets),
         imbalance=max(busy) * num_ranks / (sum(busy) or 1.0),

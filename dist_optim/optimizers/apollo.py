@@ -31,7 +31,7 @@ class ApolloDriver(LowRankDriver):
         return self.projector_class({"seed": 0}), self.projector_class({})
 
     def refresh_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
-        return super().refresh_cost(shape, values) if values["proj"] == "svd" else 0.0
+        return super().refresh_cost(shape, values) if values.get("proj") == "svd" else 0.0
 
     def why_refused(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]

@@ -61,7 +61,7 @@ class LowRankDriver(UpstreamDriver):
 
     def refresh_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
         """Cost of finding the projection, shared out over the steps between two refreshes."""
-        return svd_cost(shape) / values["update_proj_gap"]
+        return svd_cost(shape) / values["update_proj_gap"] if "rank" in values else 0.0
 
     def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         encoded = {key: value for key, value in state.items() if key != "projector"}

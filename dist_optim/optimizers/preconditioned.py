@@ -31,11 +31,15 @@ class SidesDriver(UpstreamDriver):
         self.products, self.decompositions, self.every, self.limit = products, decompositions, every, limit
 
     def step_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
-        sides = [side for side in shape if side <= values.get(self.limit, side)] if len(shape) > 1 else []
-        flops = sum(self.products * 2.0 * shape.numel() * side for side in sides)
-        every = values.get(self.every) or 1
-        flops += sum(self.decompositions * side**3 for side in sides) / every
-        return shape.numel() + flops / FLOPS_PER_ELEMENT
+        flops = sum(self.products * 2.0 * shape.numel() * side for side in self._sides(shape, values))
+        return shape.numel() + flops / FLOPS_PER_ELEMENT + self.refresh_cost(shape, values)
+
+    def refresh_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
+        flops = sum(self.decompositions * side**3 for side in self._sides(shape, values))
+        return flops / (values.get(self.every) or 1) / FLOPS_PER_ELEMENT
+
+    def _sides(self, shape: torch.Size, values: Mapping[str, Any]) -> list[int]:
+        return [side for side in shape if side <= values.get(self.limit, side)] if len(shape) > 1 else []
 
 
 SPECS = (

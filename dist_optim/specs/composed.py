@@ -211,6 +211,10 @@ class ComposedDriver(UpstreamDriver):
         """What the group's algorithm takes for such a tensor."""
         return self._of(values).step_cost(shape, values)
 
+    def refresh_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
+        """As the group's algorithm has it."""
+        return self._of(values).refresh_cost(shape, values)
+
     def read_state(self, optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
         """State as the part keeps it."""
         part = _part(optimizer, parameter)

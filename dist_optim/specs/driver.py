@@ -106,6 +106,10 @@ class UpstreamDriver:
         """Estimated cost of one step of a tensor, in units of an elementwise pass over one element."""
         return float(shape.numel())
 
+    def refresh_cost(self, shape: torch.Size, values: Mapping[str, Any]) -> float:
+        """Of it, what is made anew every so many steps (an SVD), shared out over the steps in between."""
+        return 0.0
+
     def built_with(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Constructor's arguments that upstream's group tells under other names: for who has the groups alone."""
         return {}

@@ -9,18 +9,17 @@ from dist_optim.integrations.quiet import quieten_libraries
 
 quieten_libraries()  # their warnings of kernels and accelerators that are not there; leave it out at will
 
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_optim.integrations.accelerate import prepare
+from dist_optim.planning import shipped
 
 accelerator = Accelerator(cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=2)
 torch.manual_seed(0)  # every rank starts from the same weights
-config = AutoConfig.from_pretrained(Path(__file__).parents[2] / "configs/models/llama_tiny.json")
+config = AutoConfig.from_pretrained(shipped.root() / "configs/models/llama_tiny.json")
 model = AutoModelForCausalLM.from_config(config)
 # Rows that count up in ones, twos or threes.
 data = [(start + (1 + start % 3) * torch.arange(64)) % 256 for start in range(160)]

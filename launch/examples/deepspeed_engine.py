@@ -8,13 +8,12 @@ from dist_optim.integrations.quiet import quieten_libraries
 
 quieten_libraries()  # their warnings of kernels and accelerators that are not there; leave it out at will
 
-from pathlib import Path
-
 import torch
 
 import dist_optim
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.deepspeed import register
+from dist_optim.planning import shipped
 
 if not torch.accelerator.is_available():
     cpu_rehearsal.choose_cpu_for_deepspeed()  # before DeepSpeed is imported
@@ -22,7 +21,7 @@ import deepspeed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 register()  # from here on "type": "galore_adamw" is known to DeepSpeed
-configs = Path(__file__).parents[2] / "configs"
+configs = shipped.root() / "configs"
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configs / "models/llama_tiny.json"))
 engine, optimizer, _, _ = deepspeed.initialize(model=model, config=str(configs / "deepspeed/galore_adamw_zero2.json"))

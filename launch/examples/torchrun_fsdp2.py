@@ -17,12 +17,13 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dist_optim
+from dist_optim.planning import shipped
 
 dist.init_process_group()
 device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # on GPUs it also gives each rank its own
 torch.manual_seed(0)  # every rank starts from the same weights
-config = AutoConfig.from_pretrained(Path(__file__).parents[2] / "configs/models/llama_tiny.json")
+config = AutoConfig.from_pretrained(shipped.root() / "configs/models/llama_tiny.json")
 model = AutoModelForCausalLM.from_config(config).to(device)
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
