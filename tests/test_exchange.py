@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.exchange.plan import Item, assign_owners, make_plan
+from dist_optim.exchange.plan import Item, Plan, assign_owners, make_plan
 from dist_optim.exchange.rooms import Room, Rooms
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
-from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated
+from dist_optim.layouts import BoxShard, DimShard, FlatRange, Layout, Replicated
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 
@@ -255,11 +255,31 @@ def test_a_round_takes_the_same_buffer_at_any_number_of_ranks() -> None:
 def test_the_plan_tells_every_byte_that_travels() -> None:
     """Against what routes say, rank by rank."""
     layouts: list[Layout] = [DimShard(0, 3), FlatRange((0, 5, 30, 60))]
-    plan = make_plan([item(i, (10, 6), layouts[i % 2]) for i in range(7)], 3, bucket_bytes=400)
+    assert_told(make_plan([item(i, (10, 6), layouts[i % 2]) for i in range(7)], 3, bucket_bytes=400), 3)
+
+
+def test_of_parts_that_several_ranks_hold_one_copy_goes_to_the_owner() -> None:
+    """Two replicas of two shards: the owner reads its own replica, and writes both."""
+    replicas = BoxShard(((0, 2),), ((0,), (1,), (0,), (1,)))
+    plan = make_plan([item(i, (10, 6), replicas) for i in range(7)], 4, bucket_bytes=400)
+    assert_told(plan, 4)
+    assert len(set(plan.owners.values())) == 4
     for bucket in plan.buckets:
-        sent = [bucket.route(rank).to_owners for rank in range(3)]
-        travels = sum(n for rank in range(3) for owner, n in enumerate(sent[rank]) if owner != rank)
-        assert 4 * travels == bucket.gathered_bytes
-        received = [bucket.route(rank).from_holders for rank in range(3)]
-        assert all(sent[rank][owner] == received[owner][rank] for rank in range(3) for owner in range(3))
-        assert f"{bucket.gathered_bytes:,}" in str(plan)
+        for owner, items in enumerate(bucket.owned):
+            route = bucket.route(owner)
+            assert route.from_holders[(owner + 2) % 4] == 0
+            assert route.back.from_holders[(owner + 2) % 4] == sum(one.shape.numel() // 2 for one in items)
+
+
+def assert_told(plan: Plan, num_ranks: int) -> None:
+    for bucket in plan.buckets:
+        routes = [bucket.route(rank) for rank in range(num_ranks)]
+        ways = (routes, bucket.gathered_bytes), ([one.back for one in routes], bucket.scattered_bytes)
+        for way, told in ways:
+            sent = [one.to_owners for one in way]
+            travels = sum(n for rank in range(num_ranks) for owner, n in enumerate(sent[rank]) if owner != rank)
+            assert 4 * travels == told
+            received = [one.from_holders for one in way]
+            pairs = [(rank, owner) for rank in range(num_ranks) for owner in range(num_ranks)]
+            assert all(sent[rank][owner] == received[owner][rank] for rank, owner in pairs)
+            assert f"{told:,}" in str(plan)

@@ -49,15 +49,22 @@ def state_bytes(placement: str, name: str, options: dict[str, Any]) -> int:
         ("stable_adamw", {}),
     ],
 )
-@pytest.mark.parametrize("placement", ["ddp", "fsdp2", "fsdp1"])
-@pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
+@pytest.mark.parametrize(
+    ("placement", "pool"),
+    [
+        *((placement, pool) for placement in ("ddp", "fsdp2", "fsdp1") for pool in ("two_ranks", "four_ranks")),
+        ("hsdp", "four_ranks"),
+    ],
+)
 def test_state_of_every_rank_is_its_share(
     name: str, options: dict[str, Any], placement: str, pool: str, one_rank: RankPool, request: pytest.FixtureRequest
 ) -> None:
     (total,) = one_rank.run(state_bytes, "none", name, options)
     held = request.getfixturevalue(pool).run(state_bytes, placement, name, options)
     assert sum(held) >= total > 0
-    assert max(held) <= 1.1 * total / len(held)
+    # Replicas share what is stepped whole; what is stepped on slices, each of the two has.
+    is_halved = placement == "hsdp" and name == "adamw_torch"
+    assert max(held) <= 1.1 * total / (2 if is_halved else len(held))
 
 
 def peak_of_full_tensors() -> tuple[int, int, int]:

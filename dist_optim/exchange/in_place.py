@@ -66,9 +66,9 @@ def scatter(
     own = bucket.owned[rank]
     whole = {item.index: full[item.index].contiguous() for item in own}
     mail = _Mail(bucket, process_group, room)
-    for leg in route.sends:
+    for leg in route.back.sends:
         mail.receive(leg, BACK, local)
-    for leg in route.receives:
+    for leg in route.back.receives:
         mail.send(leg, BACK, {item.index: item.layout.view_of(whole[item.index], leg.peer) for item in _of(leg)})
     if not bucket.is_replicated:
         copy([local[item.index] for item in own], [item.layout.view_of(whole[item.index], rank) for item in own])

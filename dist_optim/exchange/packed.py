@@ -31,11 +31,17 @@ def gather(
     bucket: Bucket, fields: Sequence[Mapping[int, Tensor]], route: Route, process_group: dist.ProcessGroup | None
 ) -> Task[list[dict[int, Tensor]]]:
     """As ``gather_to_owner``, of sharded tensors: one all-to-all for all fields."""
-    own = bucket.owned[own_rank(process_group)]
+    rank = own_rank(process_group)
+    own = bucket.owned[rank]
     to_owners, from_holders = ([len(fields) * n for n in sizes] for sizes in (route.to_owners, route.from_holders))
-    send = pack(
-        [field[item.index] for items in bucket.owned for field in fields for item in items], bucket.dtype, bucket.device
-    )
+    parts = [
+        field[item.index]
+        for owner, items in enumerate(bucket.owned)
+        for field in fields
+        for item in items
+        if item.layout.is_read(rank, owner)
+    ]
+    send = pack(parts, bucket.dtype, bucket.device)
     received = torch.empty(sum(from_holders), dtype=bucket.dtype, device=bucket.device)
     work = dist.all_to_all_single(received, send, from_holders, to_owners, group=process_group, async_op=True)
     yield
@@ -50,6 +56,7 @@ def gather(
             if from_holders[holder]
             for field in full
             for item in own
+            if item.layout.is_read(holder, rank)
         ],
     )
     return full
@@ -99,12 +106,12 @@ def scatter(
     pieces = [
         item.layout.view_of(whole[item.index], holder)
         for holder in range(len(bucket.owned))
-        if route.from_holders[holder]
+        if route.back.from_holders[holder]
         for item in own
     ]
     send = pack(pieces, bucket.dtype, bucket.device)
-    received = torch.empty(sum(route.to_owners), dtype=bucket.dtype, device=bucket.device)
-    sizes = list(route.to_owners), list(route.from_holders)
+    received = torch.empty(sum(route.back.to_owners), dtype=bucket.dtype, device=bucket.device)
+    sizes = list(route.back.to_owners), list(route.back.from_holders)
     work = dist.all_to_all_single(received, send, *sizes, group=process_group, async_op=True)
     yield
     work.wait()

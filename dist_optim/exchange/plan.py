@@ -67,7 +67,7 @@ class Bucket:
         if self.is_replicated:
             return 0
         return self.dtype.itemsize * sum(
-            item.layout.copies * item.shape.numel() - item.layout.numel_on(item.shape, owner)
+            item.shape.numel() - item.layout.numel_on(item.shape, owner)
             for owner, items in enumerate(self.owned)
             for item in items
         )
@@ -75,7 +75,10 @@ class Bucket:
     @property
     def scattered_bytes(self) -> int:
         """Bytes of the updated parameters that go from a rank to another on the way back."""
-        return self.nbytes * (len(self.owned) - 1) if self.is_replicated else self.gathered_bytes
+        if self.is_replicated:
+            return self.nbytes * (len(self.owned) - 1)
+        copies = sum((item.layout.copies - 1) * item.shape.numel() for item in self.items)
+        return self.gathered_bytes + self.dtype.itemsize * copies
 
     def only(self, indices: Collection[int]) -> Bucket:
         """The same bucket with no other tensors than these: what has a gradient, or is ready, in this step."""

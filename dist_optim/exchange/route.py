@@ -11,7 +11,7 @@ message.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,13 +54,20 @@ class Route:
     """What one rank moves in a round, of one field (the gradients, say)."""
 
     to_owners: tuple[int, ...]
-    """Elements that it holds, by the owner that they go to."""
+    """Elements of what it holds that go to each owner."""
     from_holders: tuple[int, ...]
-    """Elements that it owns, by the rank that they come from."""
+    """Elements of what it owns that come from each rank."""
     sends: tuple[Leg, ...]
     """What it holds of the tensors of other owners."""
     receives: tuple[Leg, ...]
     """What others hold of the tensors that it owns."""
+    to_all_holders: Route | None = None
+    """Where several ranks hold the same part: one of them sends it, and on the way back each gets it."""
+
+    @property
+    def back(self) -> Route:
+        """What goes the other way."""
+        return self.to_all_holders or self
 
 
 def route_of(owned: Sequence[Sequence[Item]], rank: int, itemsize: int) -> Route:
@@ -76,11 +83,32 @@ def route_of(owned: Sequence[Sequence[Item]], rank: int, itemsize: int) -> Route
     from_holders = [
         [item.layout.numel_on(item.shape, holder) for item in own] if own else [] for holder in range(len(owned))
     ]
+    everything = _route(owned, rank, itemsize, to_owners, from_holders)
+    if not any(item.layout.copies > 1 for items in owned for item in items):
+        return everything
+    to_owners = [
+        [numel if item.layout.is_read(rank, owner) else 0 for item, numel in zip(items, numels, strict=True)]
+        for owner, (items, numels) in enumerate(zip(owned, to_owners, strict=True))
+    ]
+    from_holders = [
+        [numel if item.layout.is_read(holder, rank) else 0 for item, numel in zip(own, numels, strict=True)]
+        for holder, numels in enumerate(from_holders)
+    ]
+    return replace(_route(owned, rank, itemsize, to_owners, from_holders), to_all_holders=everything)
+
+
+def _route(
+    owned: Sequence[Sequence[Item]],
+    rank: int,
+    itemsize: int,
+    to_owners: Sequence[Sequence[int]],
+    from_holders: Sequence[Sequence[int]],
+) -> Route:
     return Route(
         tuple(map(sum, to_owners)),
         tuple(map(sum, from_holders)),
         tuple(_legs(((owner, owned[owner], numels) for owner, numels in enumerate(to_owners)), rank, itemsize)),
-        tuple(_legs(((holder, own, numels) for holder, numels in enumerate(from_holders)), rank, itemsize)),
+        tuple(_legs(((holder, owned[rank], numels) for holder, numels in enumerate(from_holders)), rank, itemsize)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -27,12 +28,18 @@ class BoxShard:
     chunks: tuple[tuple[int, ...], ...]
     """For each rank of the process group, which chunk of each cut it holds."""
     _first: dict[tuple[int, ...], int] = field(init=False, repr=False, compare=False)
+    _copy: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """For each rank, how many before it hold the same box: ranks of one replica have the same number."""
 
     def __post_init__(self) -> None:
         first: dict[tuple[int, ...], int] = {}
+        seen, copy = Counter[tuple[int, ...]](), []
         for rank, chunks in enumerate(self.chunks):
             first.setdefault(chunks, rank)
+            copy.append(seen[chunks])
+            seen[chunks] += 1
         object.__setattr__(self, "_first", first)
+        object.__setattr__(self, "_copy", tuple(copy))
 
     @property
     def is_replicated(self) -> bool:
@@ -66,6 +73,9 @@ class BoxShard:
 
     def first_holder(self, rank: int) -> int:
         return self._first[self.chunks[rank]]
+
+    def is_read(self, holder: int, owner: int) -> bool:
+        return self._copy[holder] == self._copy[owner]
 
     def __repr__(self) -> str:
         """Short for many ranks: ranks compare layouts by this text."""

@@ -177,8 +177,10 @@ def _reach(parts: Sequence[_Part], process_group: dist.ProcessGroup | None) -> t
                 "Build an optimizer on the ranks that hold the model alone: process_group=."
             )
     kinds = list({(part.mesh, part.axes): part for part in parts}.values())
-    reaches = {part.ranks for part in kinds}
-    if len(reaches) == 1 and all(_is_along_one_axis(part) for part in kinds):
+    everybody = frozenset(dist.get_process_group_ranks(process_group or dist.group.WORLD))
+    # The replicas of HSDP share the work too, as far as the caller lets them.
+    reaches = {one if (one := _ranks(part.mesh.mesh)) <= everybody else part.ranks for part in kinds}
+    if len(reaches) == 1 and all(_is_along_one_axis(part) and part.ranks in reaches for part in kinds):
         return tuple(sorted(next(iter(reaches)))), True
     wanted = frozenset[int]().union(*reaches)
     return tuple(sorted(_smallest_slice(wanted, _frames(kinds), process_group))), False

@@ -59,6 +59,10 @@ class Layout(Protocol):
         """The first rank that holds the part that ``rank`` holds of a tensor that is cut."""
         ...
 
+    def is_read(self, holder: int, owner: int) -> bool:
+        """Whether the owner of a tensor gets this holder's part of it: of each part, one copy."""
+        ...
+
 
 def chunk_of(size: int, parts: int, at: int) -> tuple[int, int]:
     """Start and length of a chunk, as ``torch.chunk`` cuts so many parts; the last ones may be empty."""
@@ -78,6 +82,9 @@ class _Once:
 
     def first_holder(self, rank: int) -> int:
         return rank
+
+    def is_read(self, holder: int, owner: int) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)

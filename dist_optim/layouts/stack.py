@@ -59,6 +59,9 @@ class Layer:
     def first_holder(self, rank: int) -> int:
         return self.stack.first_holder(rank)
 
+    def is_read(self, holder: int, owner: int) -> bool:
+        return self.stack.is_read(holder, owner)
+
 
 @dataclass(frozen=True, slots=True)
 class Member:

@@ -31,8 +31,9 @@ OF_OTHERS = (
     "mesh the same batch."
 )
 OF_COPIES = (
-    "Along a mesh axis that does not cut this parameter (tensor parallelism, say) every rank holds the same part of "
-    "it: give the ranks along that axis the same batch and the same dropout, or sum such gradients before step()."
+    "Along a mesh axis that does not cut this parameter every rank holds the same part of it, and needs the same "
+    "gradient. Along replicas (HSDP): end gradient accumulation with a synchronised backward pass, and change gradients "
+    "on all ranks alike. Along tensor parallelism: give the ranks the same batch and the same dropout."
 )
 UNCHANGED = "No parameter was changed."
 OF_IDLE = (
