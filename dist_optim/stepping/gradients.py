@@ -32,8 +32,8 @@ OF_OTHERS = (
 )
 OF_COPIES = (
     "Along a mesh axis that does not cut this parameter every rank holds the same part of it, and needs the same "
-    "gradient. Along replicas (HSDP): end gradient accumulation with a synchronised backward pass, and change gradients "
-    "on all ranks alike. Along tensor parallelism: give the ranks the same batch and the same dropout."
+    "gradient. Along replicas (HSDP): end gradient accumulation with a synchronised backward pass, and change "
+    "gradients on all ranks alike. Along tensor parallelism: give the ranks the same batch and the same dropout."
 )
 UNCHANGED = "No parameter was changed."
 OF_IDLE = (
