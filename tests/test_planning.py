@@ -109,8 +109,9 @@ def test_a_large_job_is_planned_under_every_strategy() -> None:
     by_name = {one.strategy: one for one in found}
     assert not refused and len(by_name) == 4
     assert not by_name["zero1"].fits and by_name["zero3"].memory["weights"].max < GIB
-    assert by_name["fsdp2"].owned_imbalance > 10, "there are more ranks than matrices"
-    assert by_name["hsdp"].owned_imbalance < 2 and by_name["hsdp"].wire["backward: all-reduce of replicas"]
+    for strategy in ("fsdp2", "hsdp"):
+        assert by_name[strategy].owned_imbalance > 10, "there are more ranks than matrices"
+    assert by_name["hsdp"].wire["backward: all-reduce of replicas"]
     assert by_name["fsdp2"].refresh_s > 0
 
 

@@ -34,12 +34,13 @@ def gather(
     rank = own_rank(process_group)
     own = bucket.owned[rank]
     to_owners, from_holders = ([len(fields) * n for n in sizes] for sizes in (route.to_owners, route.from_holders))
+    has_copies = route.back is not route
     parts = [
         field[item.index]
         for owner, items in enumerate(bucket.owned)
         for field in fields
         for item in items
-        if item.layout.is_read(rank, owner)
+        if not has_copies or item.layout.is_read(rank, owner)
     ]
     send = pack(parts, bucket.dtype, bucket.device)
     received = torch.empty(sum(from_holders), dtype=bucket.dtype, device=bucket.device)
@@ -56,7 +57,7 @@ def gather(
             if from_holders[holder]
             for field in full
             for item in own
-            if item.layout.is_read(holder, rank)
+            if not has_copies or item.layout.is_read(holder, rank)
         ],
     )
     return full

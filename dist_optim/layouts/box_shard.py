@@ -28,7 +28,7 @@ class BoxShard:
     chunks: tuple[tuple[int, ...], ...]
     """For each rank of the process group, which chunk of each cut it holds."""
     _first: dict[tuple[int, ...], int] = field(init=False, repr=False, compare=False)
-    _copy: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    copy: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """For each rank, how many before it hold the same box: ranks of one replica have the same number."""
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class BoxShard:
             copy.append(seen[chunks])
             seen[chunks] += 1
         object.__setattr__(self, "_first", first)
-        object.__setattr__(self, "_copy", tuple(copy))
+        object.__setattr__(self, "copy", tuple(copy))
 
     @property
     def is_replicated(self) -> bool:
@@ -75,7 +75,7 @@ class BoxShard:
         return self._first[self.chunks[rank]]
 
     def is_read(self, holder: int, owner: int) -> bool:
-        return self._copy[holder] == self._copy[owner]
+        return self.copy[holder] == self.copy[owner]
 
     def __repr__(self) -> str:
         """Short for many ranks: ranks compare layouts by this text."""

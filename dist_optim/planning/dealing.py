@@ -14,6 +14,7 @@ from dist_optim.building.simulate import Machine, seconds_of, timed
 from dist_optim.exchange.plan import Bucket, Plan
 from dist_optim.exchange.route import is_large
 from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
+from dist_optim.layouts.box_shard import BoxShard
 from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.layouts.layout import Layout
 from dist_optim.planning.model import PlannedModel
@@ -202,7 +203,7 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
     loads.num_rounds += len(plan.buckets)
     if ranks == 1:
         return
-    there, sent, back = (torch.zeros(ranks, dtype=torch.int64) for _ in range(3))
+    there, sent, back, written = (torch.zeros(ranks, dtype=torch.int64) for _ in range(4))
     before = torch.zeros(ranks, dtype=torch.int64)
     for bucket in plan.buckets:
         size = bucket.dtype.itemsize
@@ -216,7 +217,11 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
                 for item in items:
                     parts = size * numels_by_rank(item.layout, item.shape, ranks)
                     there[owner] += size * item.shape.numel() - parts[owner]
+                    written[owner] += size * item.layout.copies * item.shape.numel() - parts[owner]
                     parts[owner] = 0
+                    if isinstance(item.layout, BoxShard):  # of each part one copy, of the owner's own replica
+                        copy = torch.tensor(item.layout.copy)
+                        parts *= copy == copy[owner]
                     sent += parts
             held *= 2  # gradients and weights
         # What has arrived is unpacked into tensors of its own, while the round before is stepped.
@@ -226,7 +231,7 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
     for phase, nbytes in {
         "step: gradients to owners": busiest,
         "step: weights to owners": busiest,
-        "step: weights back": max(busiest, int(back.max())),
+        "step: weights back": max(busiest, int(written.max()), int(back.max())),
     }.items():
         loads.wire[phase] = loads.wire.get(phase, 0) + nbytes
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dist_optim.errors import UnsupportedError, UsageError
+from dist_optim.layouts.box_shard import BoxShard
 from dist_optim.layouts.layout import DimShard, FlatRange, Layout, Replicated
 from dist_optim.planning.placement import (
     STRATEGIES,
@@ -81,23 +82,26 @@ def _replicated(asked: Request) -> Placement:
 
 def _fsdp2(asked: Request) -> Placement:
     """Rows; each rank's part is padded to the largest."""
-    ranks = asked.num_ranks // replicas_of(asked.strategy, asked.num_ranks, asked.num_nodes)
+    replicas = replicas_of(asked.strategy, asked.num_ranks, asked.num_nodes)
+    ranks = asked.num_ranks // replicas
     shapes, names, itemsize = asked.model.shapes, names_in(asked), asked.dtype.itemsize
 
     def padded(name: str) -> int:
         shape = shapes[name]
         return itemsize * (-(-shape[0] // ranks) * (shape.numel() // shape[0]) if shape and shape[0] else shape.numel())
 
-    layouts: dict[str, Layout] = {
-        name: DimShard(0, ranks) if shapes[name] and ranks > 1 else Replicated() for name in names
-    }
+    # Replicas share what is stepped whole.
+    rows: Layout = DimShard(0, ranks)
+    if replicas > 1:
+        rows = BoxShard(((0, ranks),), tuple((rank % ranks,) for rank in range(asked.num_ranks)))
+    layouts: dict[str, Layout] = {name: rows if shapes[name] and ranks > 1 else Replicated() for name in names}
     return Placement(
-        num_sharing=ranks,
+        num_sharing=asked.num_ranks,
         calls=(layouts,),
         stepped_dtype=asked.dtype,
-        weights=on_all(ranks, sum(map(padded, shapes))),
-        gradients=on_all(ranks, sum(map(padded, names)) if asked.stores_gradients else 0),
-        masters=on_all(ranks, 0),
+        weights=on_all(asked.num_ranks, sum(map(padded, shapes))),
+        gradients=on_all(asked.num_ranks, sum(map(padded, names)) if asked.stores_gradients else 0),
+        masters=on_all(asked.num_ranks, 0),
         **_gathering(asked, ranks),
     )
 

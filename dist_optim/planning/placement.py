@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_optim.layouts.layout import DimShard, FlatRange, Layout
+from dist_optim.layouts.box_shard import BoxShard
+from dist_optim.layouts.layout import DimShard, FlatRange, Layout, chunk_of
 from dist_optim.planning.model import PlannedModel
 
 __all__ = [
@@ -95,6 +96,10 @@ def numels_by_rank(layout: Layout, shape: torch.Size, ranks: int) -> Tensor:
     """Elements of a tensor on each rank."""
     if isinstance(layout, FlatRange):
         return torch.tensor(layout.bounds).diff()
+    if isinstance(layout, BoxShard):
+        ((dim, parts),) = layout.cuts
+        rows = torch.tensor([chunk_of(shape[dim], parts, at)[1] for at in range(parts)])
+        return rows[[at for (at,) in layout.chunks]] * (shape.numel() // max(1, shape[dim]))
     if isinstance(layout, DimShard) and shape[layout.dim]:
         size = shape[layout.dim]
         per_rank = -(-size // ranks)

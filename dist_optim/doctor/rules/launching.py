@@ -79,14 +79,17 @@ def _fsdp(version: int, processes: int = 2, **settings: Any) -> dict[str, Any]:
 
 def _find_wrong_size(subject: Subject) -> Iterator[Finding]:
     mesh, ranks = _mesh_of(subject), subject.num_processes
-    if mesh is None or any(mesh[axis] > 1 for axis in AXES[2:]):
+    if mesh is None or any(mesh[axis] > 1 for axis in AXES[3:]):
         return
-    replicas, shards = mesh["dp_replicate"], mesh["dp_shard"]
-    sizes: Any = SimpleNamespace(total_size=replicas * shards, dp_replicate_size=replicas, dp_shard_size=shards)
+    replicas, shards, tp = (mesh[axis] for axis in AXES[:3])
+    each = {"dp_replicate_size": replicas, "dp_shard_size": shards, "tp_size": tp}
+    sizes: Any = SimpleNamespace(total_size=replicas * shards * tp, **each)
     if reason := refusal_of(lambda: refuse_wrong_size(sizes, ranks)):
-        kept = replicas if ranks % replicas == 0 and ranks > replicas else 1
-        changes = [Change("accelerate", (MESH, f"{MESH}_dp_replicate_size"), kept)] if kept != replicas else []
-        changes.append(Change("accelerate", (MESH, f"{MESH}_dp_shard_size"), ranks // kept))
+        along = tp if ranks % tp == 0 and ranks > tp else 1
+        kept = replicas if ranks // along % replicas == 0 and ranks // along > replicas else 1
+        changes = [Change("accelerate", (MESH, f"{MESH}_tp_size"), along)] if along != tp else []
+        changes += [Change("accelerate", (MESH, f"{MESH}_dp_replicate_size"), kept)] if kept != replicas else []
+        changes.append(Change("accelerate", (MESH, f"{MESH}_dp_shard_size"), ranks // along // kept))
         yield Finding(code="mesh-size", reason=reason, changes=tuple(changes))
 
 
@@ -140,7 +143,7 @@ RULES: tuple[Rule, ...] = (
             changes=lambda subject: [_set(subject, "offload_params", False)],
             example={"accelerate": _fsdp(1, use_orig_params=True, offload_params=True)},
         ),
-        *(_alone(axis) for axis in AXES[2:]),
+        *(_alone(axis) for axis in AXES[3:]),
     ),
     Rule(
         code="mesh-size",
