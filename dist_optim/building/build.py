@@ -166,6 +166,8 @@ def build_optimizer(
         placed = detect(model, process_group)
         is_fused = _choose_fused(fused_backward, model, spec, placed, process_group)
         if is_fused:
+            placed = detect(model, process_group, shares_replicas=False)
+        if is_fused:
             refuse_inside_backward(spec, on_nonfinite, master_weights, verify_steps)
         spec, groups, arguments = compose(
             model,

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.ddp import why_not_this_ddp
 from dist_optim.layouts.box_shard import BoxShard
-from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.optimizer import InsideBackward
@@ -55,7 +55,8 @@ def why_not_fused(
         plain = next((one.fqn for one in trained if not isinstance(one.parameter, DTensor)), None)
         if plain is not None:
             return f"{plain!r} is not sharded, so that nothing reduces its gradient in backward. Shard the whole model."
-        if any(isinstance(one.layout, BoxShard) for one in trained):
+        apart = detect(model, process_group, shares_replicas=False).values()  # inside backward each replica steps all
+        if any(isinstance(one.layout, BoxShard) for one in apart):
             return "the model is sharded over several mesh axes. Leave fused_backward out, or shard over one axis."
         return ""
     return (

@@ -146,7 +146,9 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> dict[str, PlacedParameter]:
+def detect(
+    model: nn.Module, process_group: dist.ProcessGroup | None = None, *, shares_replicas: bool = True
+) -> dict[str, PlacedParameter]:
     """Read the layout of every parameter of a placed and wrapped model; tied parameters appear once.
 
     What an engine left gathered, after an evaluation say, is resharded first: it would show other tensors, in another
@@ -156,6 +158,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
     Args:
         model: As it will be trained: on its device, wrapped by its engine.
         process_group: The ranks that replicate plain parameters; the default group when None.
+        shares_replicas: Whether the replicas of shards (HSDP) share the work, and so are ranks of one plan.
 
     Raises:
         UnsupportedLayoutError: A parameter is sharded in a way that cannot be served.
@@ -163,7 +166,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
     _refuse_unserved_wrappers(model)
     reshard(model)
     flat_places = detect_fsdp1.places_by_parameter(model)
-    mesh_places = detect_mesh.places_by_parameter(named_parameters(model), process_group)
+    mesh_places = detect_mesh.places_by_parameter(named_parameters(model), process_group, shares_replicas)
     placed: dict[str, PlacedParameter] = {}
     for name, parameter in named_parameters(model):
         shape, group = parameter.shape, process_group

@@ -71,11 +71,18 @@ def reach_of(
 
 
 def places_by_parameter(
-    parameters: Iterable[tuple[str, nn.Parameter]], process_group: dist.ProcessGroup | None
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    process_group: dist.ProcessGroup | None,
+    shares_replicas: bool = True,
 ) -> Mapping[int, MeshPlace]:
     """``id(parameter)`` to its place, for every DTensor.
 
     Where parameters are cut over several axes, the first call makes a process group, and is a collective of its ranks.
+
+    Args:
+        parameters: By name.
+        process_group: The ranks that train the model.
+        shares_replicas: Whether the replicas of shards (HSDP) share the work.
 
     Raises:
         UnsupportedLayoutError: A parameter is placed in a way that cannot be served.
@@ -84,7 +91,7 @@ def places_by_parameter(
     if not named:
         return {}
     parts = {part.name: part for part in _parts(named)}
-    reach, is_plain = _reach(list(parts.values()), process_group)
+    reach, is_plain = _reach(list(parts.values()), process_group, shares_replicas)
     group = None if is_plain else _group_of(reach, process_group)
     tables = _Tables(list(parts.values()), reach)
     places = {}
@@ -166,7 +173,9 @@ def _why_not_cut(name: str, placement: object) -> str:
 # Ranks --------------------------------------------------------------------------------------------------------------
 
 
-def _reach(parts: Sequence[_Part], process_group: dist.ProcessGroup | None) -> tuple[tuple[int, ...], bool]:
+def _reach(
+    parts: Sequence[_Part], process_group: dist.ProcessGroup | None, shares_replicas: bool = True
+) -> tuple[tuple[int, ...], bool]:
     """The ranks that share the work, in order, and whether every parameter is cut over all of them along one axis."""
     if not parts:
         return (), True
@@ -179,7 +188,9 @@ def _reach(parts: Sequence[_Part], process_group: dist.ProcessGroup | None) -> t
     kinds = list({(part.mesh, part.axes): part for part in parts}.values())
     everybody = frozenset(dist.get_process_group_ranks(process_group or dist.group.WORLD))
     # The replicas of HSDP share the work too, as far as the caller lets them.
-    reaches = {one if (one := _ranks(part.mesh.mesh)) <= everybody else part.ranks for part in kinds}
+    reaches = {
+        one if shares_replicas and (one := _ranks(part.mesh.mesh)) <= everybody else part.ranks for part in kinds
+    }
     if len(reaches) == 1 and all(_is_along_one_axis(part) and part.ranks in reaches for part in kinds):
         return tuple(sorted(next(iter(reaches)))), True
     wanted = frozenset[int]().union(*reaches)

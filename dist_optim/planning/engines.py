@@ -90,18 +90,19 @@ def _fsdp2(asked: Request) -> Placement:
         shape = shapes[name]
         return itemsize * (-(-shape[0] // ranks) * (shape.numel() // shape[0]) if shape and shape[0] else shape.numel())
 
-    # Replicas share what is stepped whole.
     rows: Layout = DimShard(0, ranks)
-    if replicas > 1:
-        rows = BoxShard(((0, ranks),), tuple((rank % ranks,) for rank in range(asked.num_ranks)))
+    sharing = ranks
+    if replicas > 1 and asked.stores_gradients:  # replicas share what is stepped whole
+        sharing = asked.num_ranks
+        rows = BoxShard(((0, ranks),), tuple((rank % ranks,) for rank in range(sharing)))
     layouts: dict[str, Layout] = {name: rows if shapes[name] and ranks > 1 else Replicated() for name in names}
     return Placement(
-        num_sharing=asked.num_ranks,
+        num_sharing=sharing,
         calls=(layouts,),
         stepped_dtype=asked.dtype,
-        weights=on_all(asked.num_ranks, sum(map(padded, shapes))),
-        gradients=on_all(asked.num_ranks, sum(map(padded, names)) if asked.stores_gradients else 0),
-        masters=on_all(asked.num_ranks, 0),
+        weights=on_all(sharing, sum(map(padded, shapes))),
+        gradients=on_all(sharing, sum(map(padded, names)) if asked.stores_gradients else 0),
+        masters=on_all(sharing, 0),
         **_gathering(asked, ranks),
     )
 
