@@ -49,7 +49,7 @@ def gradients(step: int) -> dict[str, Tensor]:
 class Pair:
     """The same model in one process and under FSDP2, with the same optimizer."""
 
-    def __init__(self, placement: str = "fsdp2", name: str = NAME, **options: Any) -> None:
+    def __init__(self, placement: str = "fsdp2", name: str | type = NAME, **options: Any) -> None:
         self.alone, self.model = Net(), place(Net(), placement, **options)
         self.reference = dist_optim.build_optimizer(self.alone, name, process_group=own_group(), **OPTIONS)
         self.optimizer = dist_optim.build_optimizer(self.model, name, reduce_to_owner=True, **OPTIONS)
@@ -208,6 +208,35 @@ def reads_gradients(pair: Pair) -> None:
 
 def test_who_reads_a_gradient_is_told_where_it_is(two_ranks: RankPool) -> None:
     two_ranks.run(run, reads_gradients)
+
+
+class KeepsGradients(torch.optim.Optimizer):
+    """Steps by the difference to the gradient before, which it keeps as it was given."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for one in group["params"]:
+                if one.grad is not None:
+                    before = self.state[one].get("before", torch.zeros_like(one))
+                    one.sub_(one.grad - 0.5 * before, alpha=group["lr"])
+                    self.state[one]["before"] = one.grad
+
+
+def keeps_what_it_is_given() -> None:
+    pair = Pair(name=KeepsGradients)
+    assert pair.optimizer.plan.owners
+    for step in range(3):
+        pair.backward(step)
+        pair.step()
+        pair.assert_equal()
+
+
+def test_a_class_that_keeps_its_gradients(two_ranks: RankPool) -> None:
+    two_ranks.run(keeps_what_it_is_given)
 
 
 def half_precision_in_layers() -> None:

@@ -57,7 +57,7 @@ def send_to_owners(optimizer: DistributedOptimizer, model: nn.Module) -> str:
     if any(held.placed[index].member is not None for index in held.plan.owners):
         return "gradients travel in step(): the matrices of a stack have an owner each"
     wholes = {
-        id(held.placed[index].parameter): Whole(held.placed[index], owner, held.rank)
+        id(held.placed[index].parameter): Whole(held.placed[index], owner, held.rank, held.spec.is_undescribed)
         for index, owner in held.plan.owners.items()
     }
     if isinstance(model, DistributedDataParallel):
@@ -279,7 +279,7 @@ def _sum(column: _Column, parts: Sequence[Tensor], output: Tensor) -> None:
     if column.owned is None:
         target = output[column.start : column.start + column.numel]
     else:
-        target = column.owned.land(first.size(0), first.size(1), first.device)
+        target = column.owned.land(first.size(0), first.size(1), first.device, column.is_added)
     is_direct = not column.is_added and target.dtype == first.dtype
     total = torch.add(first, second, out=target) if is_direct else first + second
     for part in rest:

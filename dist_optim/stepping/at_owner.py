@@ -53,12 +53,13 @@ class Whole:
         placed: The parameter.
         owner: Who steps it.
         rank: This rank.
+        may_be_kept: Whether upstream may keep the gradient that it is given, so that each needs memory of its own.
     """
 
-    def __init__(self, placed: PlacedParameter, owner: int, rank: int) -> None:
+    def __init__(self, placed: PlacedParameter, owner: int, rank: int, may_be_kept: bool = False) -> None:
         self.name, self.shape, self.dtype = placed.fqn, placed.shape, placed.dtype
         self.owner, self.is_mine = owner, owner == rank
-        self._layout, self._rank = placed.layout, rank
+        self._layout, self._rank, self._may_be_kept = placed.layout, rank, may_be_kept
         self.gradient: Tensor | None = None
         """At the owner."""
         self.landing: Tensor | None = None
@@ -70,9 +71,12 @@ class Whole:
         self.is_arriving = False
         """Whether the engine is about to add what it believes is this rank's part of the gradient."""
 
-    def land(self, num_rows: int, row: int, device: torch.device) -> Tensor:
-        """Memory for the gradient in rows of equal size: taken once, aligned as a tensor's own."""
-        if self.landing is None:
+    def land(self, num_rows: int, row: int, device: torch.device, is_added: bool) -> Tensor:
+        """Memory for the gradient in rows of equal size, aligned as a tensor's own.
+
+        Taken once; where it may be kept, for each gradient that is not added to the last.
+        """
+        if self.landing is None or (self._may_be_kept and not is_added):
             self.landing = torch.empty(num_rows, row, dtype=self.dtype, device=device)
             self.gradient = self.landing.view(-1)[: self.shape.numel()].view(self.shape)
         return self.landing
