@@ -97,15 +97,18 @@ def test_boxes_are_where_fsdp2_over_tensor_parallelism_puts_them(four_ranks: Ran
     four_ranks.run(boxes_are_where_fsdp2_over_tensor_parallelism_puts_them)
 
 
-def layouts_of_one_axis_are_as_before() -> None:
-    full = torch.zeros(4, 4)
-    placed = detect(on_mesh(full, (Replicate(), Shard(0))))["weight"]
-    assert placed.layout == DimShard(dim=0, world_size=2)
-    assert placed.process_group is mesh_of("cpu", MESH).get_group("tp")
+def layouts_of_one_axis() -> None:
+    model = on_mesh(torch.zeros(4, 4), (Replicate(), Shard(0)))
+    apart = detect(model, shares_replicas=False)["weight"]
+    assert apart.layout == DimShard(dim=0, world_size=2)
+    assert apart.process_group is mesh_of("cpu", MESH).get_group("tp")
+    shared = detect(model)["weight"]
+    assert shared.layout == BoxShard(((0, 2),), ((0,), (1,), (0,), (1,)))
+    assert shared.process_group is None and shared.layout.copies == 2
 
 
-def test_one_axis_that_cuts_is_as_without_the_others(four_ranks: RankPool) -> None:
-    four_ranks.run(layouts_of_one_axis_are_as_before)
+def test_replicas_share_the_work_or_each_do_it_all(four_ranks: RankPool) -> None:
+    four_ranks.run(layouts_of_one_axis)
 
 
 def refusal(placements: Sequence[Placement], shape: tuple[int, ...]) -> str:
