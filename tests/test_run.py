@@ -158,13 +158,16 @@ def test_a_mistake_or_an_interruption_is_one_line_of_rank_0(
     try:
         for rank, hears_of_rank_0 in (("0", False), ("1", True), ("1", False)):
             monkeypatch.setenv("RANK", rank)
+            told = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
             if hears_of_rank_0:  # as the launcher tells the others when one has left
-                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                told.start()
                 monkeypatch.setattr(refusals, "OTHERS_SPEAK_S", 60.0)
                 signal.signal(signal.SIGTERM, lambda *_: None)
             with pytest.raises(SystemExit) as caught:
                 run.main([str(script)])
             assert caught.value.code == (130 if "Interrupt" in line else 2)
+            if hears_of_rank_0:
+                told.join()  # else it may come when nobody takes it, and end the worker
             said.append(capsys.readouterr().err)
             monkeypatch.setattr(refusals, "OTHERS_SPEAK_S", 0.2)
     finally:
