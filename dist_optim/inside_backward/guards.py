@@ -55,8 +55,10 @@ def why_not_fused(
         plain = next((one.fqn for one in trained if not isinstance(one.parameter, DTensor)), None)
         if plain is not None:
             return f"{plain!r} is not sharded, so that nothing reduces its gradient in backward. Shard the whole model."
-        apart = detect(model, process_group, shares_replicas=False).values()  # inside backward each replica steps all
-        if any(isinstance(one.layout, BoxShard) for one in apart):
+        # Inside backward each replica steps all, so that its shards alone count.
+        is_boxed = any(isinstance(one.layout, BoxShard) for one in trained)
+        apart = detect(model, process_group, shares_replicas=False) if is_boxed else {}
+        if any(isinstance(one.layout, BoxShard) for one in apart.values()):
             return "the model is sharded over several mesh axes. Leave fused_backward out, or shard over one axis."
         return ""
     return (

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +26,7 @@ from dist_optim.exchange.copies import copy, cut
 from dist_optim.exchange.rooms import Room, Rooms
 from dist_optim.inside_backward.to_owners_ddp import MARK as BUCKETS
 from dist_optim.inside_backward.to_owners_ddp import send_buckets_to_owners
-from dist_optim.layouts.freezing_fsdp2 import param_groups_of
+from dist_optim.layouts.freezing_fsdp2 import units_of
 from dist_optim.overrides import check
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.stepping.at_owner import AtOwner, Whole
@@ -50,7 +49,7 @@ def send_to_owners(optimizer: DistributedOptimizer, model: nn.Module) -> str:
         What the audit says of it: how many go there, or why none does.
     """
     stop_sending(model)
-    units = _units(model)
+    units = units_of(model)
     held = optimizer.holdings
     if num_ranks(held.process_group) == 1 or not held.plan.owners:
         return "no gradient has to travel"
@@ -86,7 +85,7 @@ def _line(served: int, num_wholes: int, reasons: Sequence[str]) -> str:
 
 def stop_sending(model: nn.Module) -> None:
     """Let FSDP2 reduce again as it did, where an earlier optimizer of this model has owners. Local."""
-    for unit in _units(model):
+    for unit in units_of(model):
         if (earlier := vars(unit).get(MARK)) is not None:
             earlier.remove()
     if (hook := getattr(model, BUCKETS, None)) is not None:
@@ -95,10 +94,6 @@ def stop_sending(model: nn.Module) -> None:
 
 def _others(reasons: Sequence[str]) -> str:
     return reasons[0] if reasons else "they are not cut along their first dim by FSDP2"
-
-
-def _units(model: nn.Module) -> list[Any]:
-    return [unit for one in model.modules() if isinstance(one, FSDPModule) for unit in param_groups_of(one)]
 
 
 def _why_not(unit: Any, process_group: dist.ProcessGroup | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["GatheredFreezing", "keep_freezing", "param_groups_of"]
+__all__ = ["GatheredFreezing", "keep_freezing", "param_groups_of", "units_of"]
 
 
 def keep_freezing(module: FSDPModule) -> None:
@@ -50,7 +50,7 @@ class GatheredFreezing:
 
 
 def _params(model: nn.Module) -> Iterator[Any]:
-    return (one for module in model.modules() if isinstance(module, FSDPModule) for one in _params_of(module))
+    return (one for unit in units_of(model) for one in unit.fsdp_params)
 
 
 def param_groups_of(module: FSDPModule) -> list[Any]:
@@ -58,6 +58,11 @@ def param_groups_of(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one group until torch 2.12
     return [group for group in groups if group is not None]
+
+
+def units_of(model: nn.Module) -> list[Any]:
+    """The same of all of its modules."""
+    return [unit for one in model.modules() if isinstance(one, FSDPModule) for unit in param_groups_of(one)]
 
 
 def _params_of(module: FSDPModule) -> Iterator[Any]:

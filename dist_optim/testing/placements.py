@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.inside_backward.to_owners import MARK
 from dist_optim.layouts import BoxShard, PlacedParameter, detect
-from dist_optim.layouts.freezing_fsdp2 import param_groups_of
+from dist_optim.layouts.freezing_fsdp2 import param_groups_of, units_of
 from dist_optim.ranks.agreement import gather_objects, own_rank
 
 FSDP1 = {
@@ -134,11 +134,6 @@ def inject(model: nn.Module, full: dict[str, Tensor | None]) -> None:
             part = placed.layout.view_of(gradient, own_rank(placed.process_group))
             # FSDP1 leaves no gradient on a parameter of which this rank stores nothing.
             parameter.grad = part.clone() if part.numel() or placed.layout.is_replicated else None
-
-
-def units_of(model: nn.Module) -> list[Any]:
-    """FSDP2's own record of what it shards together."""
-    return [unit for one in model.modules() if isinstance(one, FSDPModule) for unit in param_groups_of(one)]
 
 
 def reduce(model: nn.Module, full: dict[str, Tensor | None]) -> None:
