@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, ParallelismConfig
 from end_to_end import batch, make_llama
+from fresh import forget
 from placements import full_parameters, own_group
 from torch import Tensor, nn
 
@@ -76,8 +76,7 @@ def started_by_accelerate(
                 cpu_rehearsal.turn_fsdp_on(accelerator, parallelism_config=sizes)
             yield accelerator
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget()
 
 
 def make_model(training: Training) -> nn.Module:

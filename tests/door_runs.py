@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from dist_optim.errors import CheckpointError
@@ -161,16 +159,6 @@ class ByAccelerateEach(ByAccelerate):
 
 
 DOORS: dict[str, type[Run]] = {"the Trainer": ByTrainer, "accelerate": ByAccelerate}
-
-
-@contextmanager
-def own_accelerate() -> Iterator[None]:
-    """accelerate's process-wide state ends with the context."""
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def equal(one: Bits, other: Bits) -> bool:

@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from door_runs import ByAccelerateEach, ByTrainer, Run, own_accelerate
+from door_runs import ByAccelerateEach, ByTrainer, Run
 from fault_sweep import FAULTS, KINDS, Sweep
+from fresh import own_libraries
 from rich.progress import track
 from two_rank_saves import calls_of, problem_of
 
@@ -94,7 +95,7 @@ SECTIONS = {"one process": one_process, "two ranks": two_ranks}
 def main() -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     found: dict[str, Any] = {"versions": versions()}
-    with tempfile.TemporaryDirectory() as folder, own_accelerate():
+    with tempfile.TemporaryDirectory() as folder, own_libraries():
         for section in sys.argv[1:] or SECTIONS:
             found[section] = SECTIONS[section](Path(folder) / section)
     results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | found

@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from end_to_end import BATCH, LENGTH, VOCABULARY, batch
+from fresh import forget
 from placements import full_parameters, mesh_of, own_group
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -112,8 +112,7 @@ def accelerated(name: str) -> Iterator[tuple[Accelerator, nn.Module, Any]]:
             model, optimizer, _ = prepare(accelerator, model, name, print_audit=False, **OPTIONS[name])
             yield accelerator, model, optimizer
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget()
 
 
 def through_accelerate(name: str, _: str) -> list[Tensor]:

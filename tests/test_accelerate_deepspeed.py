@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 import zero
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from end_to_end import batch
+from fresh import forget
 from torch import Tensor
 from zero import ZeroRun
 
@@ -50,8 +50,7 @@ def accelerator_of(run: ZeroRun, **arguments: Any) -> Iterator[Accelerator]:
                 ),
             )
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget()
 
 
 def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

@@ -10,8 +10,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from door_runs import ByAccelerate, own_accelerate
+from door_runs import ByAccelerate
 from fault_sweep import FAULTS, KINDS, Sweep
+from fresh import own_libraries
 from measure_faults import PAGE, RESULTS, TWO_RANKS, versions, write_page
 from two_rank_saves import problem_of
 
@@ -23,7 +24,7 @@ SAMPLE = {"Trainer": 2, "accelerate": 4}
 
 @pytest.fixture(scope="module", params=KINDS)
 def sweep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Sweep]]:
-    with own_accelerate():
+    with own_libraries():
         yield request.param, Sweep(request.param, tmp_path_factory.mktemp("sweep"))
 
 
@@ -75,7 +76,7 @@ def test_a_rank_that_is_lost_is_named_and_the_run_resumes(door: str, lost: int, 
 
 def test_control_a_state_without_its_record_would_load_as_a_mixture(tmp_path: Path) -> None:
     unsealed = "dist_optim.integrations.accelerate.state"
-    with own_accelerate(), mock.patch(f"{unsealed}.check_folder"), mock.patch(f"{unsealed}._take_apart"):
+    with own_libraries(), mock.patch(f"{unsealed}.check_folder"), mock.patch(f"{unsealed}._take_apart"):
         made = Sweep("accelerate, over an existing one", tmp_path)
         assert made.run is ByAccelerate
         problems = made.at("kill -9", range(6, made.count(), 6)).problems

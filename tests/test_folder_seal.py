@@ -10,7 +10,8 @@ from unittest import mock
 
 import pytest
 import transformers
-from door_runs import DOORS, ByAccelerate, ByTrainer, Run, copy_over, equal, own_accelerate
+from door_runs import DOORS, ByAccelerate, ByTrainer, Run, copy_over, equal
+from fresh import own_libraries
 
 from dist_optim.checkpoint import folder_seal, inspect
 from dist_optim.checkpoint.folder_seal import MARK, check_folder, differences_in, seal_alone
@@ -37,7 +38,7 @@ EVERY = [(door, name) for door, names in FILES.items() for name in names]
 
 @pytest.fixture(scope="module", autouse=True)
 def accelerate_of_this_module() -> Iterator[None]:
-    with own_accelerate():
+    with own_libraries():
         yield
 
 

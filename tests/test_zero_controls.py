@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import zero
+from fresh import forget
 from zero import ZeroRun
 
 import dist_optim
@@ -157,7 +158,6 @@ def test_clipping_by_a_stale_gradient_is_refused(two_ranks: RankPool) -> None:
 
 def distance_through_accelerate(run: ZeroRun) -> float:
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DummyOptim
 
     zero.deepspeed()
@@ -179,7 +179,7 @@ def distance_through_accelerate(run: ZeroRun) -> float:
                 optimizer.zero_grad()
     finally:
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget()
     expected = zero.Reference(run).train().weights()
     return zero.relative_distance(zero.weights_of(model, run), expected, zero.start_of(run))
 

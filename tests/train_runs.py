@@ -24,7 +24,6 @@ import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from trainers import fresh_accelerate
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import train
 import train_arguments
@@ -130,8 +129,7 @@ def main_on_rank(argv: list[str], given: dict[str, str]) -> tuple[int, str]:
             train.main(argv, mock.Mock())
         except SystemExit as end:
             ended = int(end.code or 0)
-        gc.collect()  # an engine and its configuration, which transformers finds by a weak reference
-        unset_hf_deepspeed_config()
+        gc.collect()  # an engine and its configuration
     return ended, said.getvalue()
 
 

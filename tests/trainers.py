@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ParallelismConfig
 from end_to_end import BATCH, batch, make_llama
+from fresh import own_libraries
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -102,18 +101,12 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate's process-wide state, the environment that it writes to, and bitsandbytes' overrides end with it.
+    """What the libraries keep for the process, and the environment that accelerate writes to, end with it.
 
     FSDP saves whole weights, in model.safetensors: older versions save shards unless told.
     """
-    with mock.patch.dict(os.environ, FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
-        try:
-            yield
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-            if "bitsandbytes" in sys.modules:  # it would give them to later parameters that have the same id
-                sys.modules["bitsandbytes"].optim.GlobalOptimManager._instance = None
+    with mock.patch.dict(os.environ, FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"), own_libraries():
+        yield
 
 
 def arguments_of(

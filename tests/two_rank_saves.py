@@ -20,8 +20,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 from door_runs import Run, equal
+from fresh import forget
 
 from dist_optim.ranks.liveness import VARIABLE
 from dist_optim.testing import faults
@@ -75,8 +75,7 @@ def _forked(folder: Path, name: str, rank: int, body: Callable[..., None], args:
         os.environ |= {VARIABLE: str(TIMEOUT_S), "GLOO_SOCKET_IFNAME": "lo"}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
         torch.set_num_threads(1)
-        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that it was forked from
-        GradientState._reset_state()
+        forget()  # what the process held that it was forked from
         store = dist.FileStore(str(folder / f"{name}-store"), 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         body(*args)
