@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.errors import UnsupportedError
-from dist_optim.exchange.copies import copy, cut
 from dist_optim.exchange.rooms import Room, Rooms
+from dist_optim.inside_backward.messages import mean_of, send
 from dist_optim.inside_backward.to_owners_ddp import MARK as BUCKETS
 from dist_optim.inside_backward.to_owners_ddp import send_buckets_to_owners
 from dist_optim.layouts.freezing_fsdp2 import units_of
@@ -223,19 +223,8 @@ class ToOwners(ReduceScatter):
     def _send(self, columns: Sequence[_Column], rows: Tensor, output: Tensor) -> None:
         room = Room(self._rooms)
         pieces = [[one.of(rows, rank) for one in columns if one.is_of(rank)] for rank in range(len(rows))]
-        mine = pieces[self._rank]
-        sizes = [sum(map(Tensor.numel, parts)) for parts in pieces]
-        share, sizes[self._rank] = sizes[self._rank], 0
-        shares = [0 if rank == self._rank else share for rank in range(len(rows))]
-        sent = room.flat(sum(sizes), rows.dtype, rows.device)
-        received = room.flat(sum(shares), rows.dtype, rows.device)
-        others = [part for rank, parts in enumerate(pieces) if rank != self._rank for part in parts]
-        copy(cut(sent, others), others)
-        dist.all_to_all_single(received, sent, shares, sizes, group=self._group)
-        sources = [cut(one, mine) for one in received.split(share)] if share else [[] for _ in range(len(rows) - 1)]
-        sources.insert(self._rank, mine)
-        own_columns = [one for one in columns if one.is_of(self._rank)]
-        for column, parts in zip(own_columns, zip(*sources, strict=True), strict=True):
+        _, arrived = send(pieces, self._rank, self._group, lambda _, numel: room.flat(numel, rows.dtype, rows.device))
+        for column, parts in zip([one for one in columns if one.is_of(self._rank)], arrived(), strict=True):
             _sum(column, parts, output)
         self._note_sent(columns)
         room.close()
@@ -270,16 +259,13 @@ class ToOwners(ReduceScatter):
 
 def _sum(column: _Column, parts: Sequence[Tensor], output: Tensor) -> None:
     """The mean over ranks, in their order, of what each has sent for a column, where it is read."""
-    first, second, *rest = parts
+    first = parts[0]
     if column.owned is None:
         target = output[column.start : column.start + column.numel]
     else:
         target = column.owned.land(first.size(0), first.size(1), first.device, column.is_added)
     is_direct = not column.is_added and target.dtype == first.dtype
-    total = torch.add(first, second, out=target) if is_direct else first + second
-    for part in rest:
-        total += part
-    total /= len(parts)
+    total = mean_of(parts, target if is_direct else None)
     if column.is_added:
         target += total.to(target.dtype)
     elif not is_direct:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.exchange.copies import copy, cut
+from dist_optim.inside_backward.messages import mean_of, send
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.stepping.at_owner import AtOwner, Whole
 from dist_optim.stepping.optimizer import DistributedOptimizer
@@ -90,26 +90,21 @@ class BucketsToOwners:
         by_owner: list[list[Tensor]] = [[] for _ in range(self._num_ranks)]
         for whole, part in zip(wholes, parts, strict=True):
             by_owner[whole.owner].append(part)
-        mine = by_owner[self._rank]
-        sizes = [sum(map(Tensor.numel, one)) for one in by_owner]
-        share, sizes[self._rank] = sizes[self._rank], 0
-        shares = [0 if rank == self._rank else share for rank in range(self._num_ranks)]
-        others = [part for rank, one in enumerate(by_owner) if rank != self._rank for part in one]
-        sent = self._room(bucket.index(), "sent", sum(sizes), flat)
-        received = self._room(bucket.index(), "received", sum(shares), flat)
-        copy(cut(sent, others), others)
-        work = dist.all_to_all_single(received, sent, shares, sizes, group=self._group, async_op=True)
+        kept = partial(self._room, bucket.index(), flat)
+        work, arrived = send(by_owner, self._rank, self._group, kept, async_op=True)
 
         def summed(_: object) -> Tensor:
-            arrived = [cut(one, mine) for one in received.split(share)] if share else []
-            for at, own in enumerate(mine):
-                _sum_into(own, [one[at] for one in arrived], self._rank)
+            for parts in arrived():
+                own = parts[self._rank]
+                total = mean_of(parts, own if self._rank < 2 else None)
+                if total is not own:
+                    own.copy_(total)
             return flat
 
         future: Future[Tensor] = work.get_future().then(summed)
         return future
 
-    def _room(self, bucket: int, name: str, numel: int, like: Tensor) -> Tensor:
+    def _room(self, bucket: int, like: Tensor, name: str, numel: int) -> Tensor:
         """Memory for a bucket's messages: kept on the host, where new memory costs more than what it is for."""
         if like.device.type != "cpu":
             return like.new_empty(numel)
@@ -135,17 +130,6 @@ def _call(hook: Any, bucket: Any) -> Any:
 
 
 _call.__annotations__.clear()  # DDP compares them with types, and these are their names
-
-
-def _sum_into(own: Tensor, others: Sequence[Tensor], rank: int) -> None:
-    """The mean over ranks, in their order."""
-    parts = [*others[:rank], own, *others[rank:]]
-    total = parts[0] + parts[1] if rank > 1 else torch.add(parts[0], parts[1], out=own)
-    for part in parts[2:]:
-        total += part
-    total /= len(parts)
-    if total is not own:
-        own.copy_(total)
 
 
 def _all_reduced(bucket: dist.GradBucket, group: Any, num_ranks: int) -> Future[Tensor]:

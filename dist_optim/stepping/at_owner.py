@@ -27,23 +27,19 @@ SAMPLED = 64
 """Elements of a part by which a change of weights is noticed that torch does not count (through ``.data``)."""
 
 _aten = torch.ops.aten
-_SCALING = {
-    _aten.mul_.Tensor,
-    _aten.mul_.Scalar,
-    _aten.div_.Tensor,
-    _aten.div_.Scalar,
-    _aten.zero_.default,
-    _aten._foreach_mul_.Scalar,
-    _aten._foreach_mul_.Tensor,
-    _aten._foreach_div_.Scalar,
-    _aten._foreach_div_.Tensor,
-    _aten._foreach_zero_.default,
+_SCALING: dict[Any, Callable[..., Tensor]] = {
+    _aten.mul_.Tensor: Tensor.mul_,
+    _aten.mul_.Scalar: Tensor.mul_,
+    _aten.div_.Tensor: Tensor.div_,
+    _aten.div_.Scalar: Tensor.div_,
+    _aten.zero_.default: Tensor.zero_,
+    _aten._foreach_mul_.Scalar: Tensor.mul_,
+    _aten._foreach_mul_.Tensor: Tensor.mul_,
+    _aten._foreach_div_.Scalar: Tensor.div_,
+    _aten._foreach_div_.Tensor: Tensor.div_,
+    _aten._foreach_zero_.default: Tensor.zero_,
 }
-_OF_ONE: dict[Any, Callable[..., Tensor]] = {
-    "mul": Tensor.mul_,
-    "div": Tensor.div_,
-    "zero": lambda tensor: tensor.zero_(),
-}
+"""What scales gradients, and the same of one tensor."""
 
 
 class Whole:
@@ -127,7 +123,7 @@ class AtOwner(Tensor):
         if func is _aten.add_.Tensor and isinstance(given, AtOwner) and given.whole.is_arriving:
             return given  # the engine accumulates, and so has the owner
         if func in _SCALING and not any(isinstance(one, AtOwner) for one in args[1:]):
-            act = _OF_ONE[func._schema.name.split("::")[1].removeprefix("_foreach_").removesuffix("_")]
+            act = _SCALING[func]
             for one in given if isinstance(given, list | tuple) else (given,):
                 real = one.whole.gradient if isinstance(one, AtOwner) else one
                 if real is not None:
