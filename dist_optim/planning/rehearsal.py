@@ -74,8 +74,8 @@ class Rehearsal:
         check("tensors without data")
         self._spec, self._groups, self._arguments, self._dtype = spec, groups, arguments, dtype
         self._known = {} if known is None else known
-        values = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self._asked = (spec.name, repr(sorted(arguments.items())), repr(values), dtype)
+        self._values = [repr(_alike(group)) for group in groups]
+        self._asked = (spec.name, repr(sorted(arguments.items())), frozenset(self._values), dtype)
 
     def whole(self, group: int, one: PlacedParameter) -> Stepped:
         """Of a tensor that is stepped whole."""
@@ -93,7 +93,7 @@ class Rehearsal:
 
     def _of(self, group: int, one: PlacedParameter, shape: torch.Size) -> Stepped:
         named = is_like(one.fqn) if self._spec.driver.wants_names else ""
-        key = (*self._asked, group, tuple(shape), named)
+        key = (*self._asked, self._values[group], tuple(shape), named)
         if key not in self._known:
             self._known[key] = self._rehearsed(group, one, shape)
         found: Stepped = self._known[key]
@@ -159,6 +159,12 @@ class Rehearsal:
             twins = range(count if number == group else 1)
             made.append({**each, "params": [PlacedParameter(model.fqn, nn.Parameter(bare), *place) for _ in twins]})
         return made
+
+
+def _alike(group: ParamGroup) -> dict[str, Any]:
+    """Its values; of a parameter's name, which some classes give to its group, what is alike in all layers."""
+    values = {key: value for key, value in group.items() if key != "params"}
+    return {**values, "name": is_like(str(values["name"]))} if "name" in values else values
 
 
 class _Watch(TorchDispatchMode):
