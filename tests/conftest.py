@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -24,8 +27,24 @@ _proofs = tempfile.TemporaryDirectory(prefix="proofs")
 os.environ[VARIABLE] = _proofs.name
 
 
+IMPORTED_BY_MOST_BODIES = (
+    *("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "pytest"),
+    *("accelerate", "deepspeed", "bitsandbytes", "pytorch_optimizer", "torchao.optim"),
+    *("transformers.models.llama.modeling_llama", "dist_optim.integrations.transformers"),
+)
+
+
 def _shared_pool(world_size: int) -> RankPool:
+    if not _pools:  # ranks are forks of one process, which then has imported this once, and not each of them
+        multiprocessing.set_forkserver_preload([*IMPORTED_BY_MOST_BODIES])
+        forkserver.ensure_running()
     return _pools.setdefault(world_size, RankPool(world_size, timeout_s=BODY_TIMEOUT_S))
+
+
+def pytest_collection_finish() -> None:
+    """As in the ranks: what was imported is no garbage, and engines that collect need not walk it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -77,14 +77,14 @@ def test_equals_upstream_on_two_ranks(case: Case, two_ranks: RankPool) -> None:
     two_ranks.run(every_placement, case, ON_TWO)
 
 
-@pytest.mark.parametrize("case", ONE_A_NAME, ids=str)
+@pytest.mark.parametrize("case", ONE_A_NAME[::2], ids=str)
 def test_equals_upstream_on_three_ranks(case: Case, three_ranks: RankPool) -> None:
-    three_ranks.run(every_placement, case, ON_THREE[ONE_A_NAME.index(case) % 2 :: 2])
+    three_ranks.run(every_placement, case, ON_THREE[ONE_A_NAME.index(case) // 2 % 2 :: 2])
 
 
-@pytest.mark.parametrize("case", ONE_A_NAME, ids=str)
+@pytest.mark.parametrize("case", ONE_A_NAME[1::2], ids=str)
 def test_equals_upstream_on_four_ranks(case: Case, four_ranks: RankPool) -> None:
-    four_ranks.run(every_placement, case, ON_FOUR[ONE_A_NAME.index(case) % 2 :: 2])
+    four_ranks.run(every_placement, case, ON_FOUR[ONE_A_NAME.index(case) // 2 % 2 :: 2])
 
 
 @pytest.mark.parametrize("case", ONE_A_NAME[::2], ids=str)

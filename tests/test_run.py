@@ -228,6 +228,8 @@ def test_one_process_in_place_of_several_is_refused(
 INTERRUPTED_IN_AN_IMPORT = """
 import os, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell has started in the background ignores it
+
 class Interrupting:
     def find_spec(self, name, *others):
         if name == "torch":  # the first import that takes seconds

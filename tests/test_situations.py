@@ -48,7 +48,8 @@ def test_every_situation_ends_as_recorded(
     if engine.is_zero and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
     pool = pool_of[engine.num_ranks]
-    found = {one.title: as_row({engine.title: measure(one, engine, pool)}) for one in EVERY_ROW}
+    rows = EVERY_ROW[ENGINES.index(engine) % 2 :: 2]  # of neighbours each has what the other has not; see MEASURE
+    found = {one.title: as_row({engine.title: measure(one, engine, pool)}) for one in rows}
     assert not defects(found)
     assert found == {title: {engine.title: results[title][engine.title]} for title in found}, MEASURE
 

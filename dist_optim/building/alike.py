@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
@@ -43,8 +44,9 @@ def assert_alike(
     )
 
 
+@functools.cache
 def version_of(package: str) -> str:
-    """Of an installed package; the same word where it is not installed."""
+    """Of an installed package; the same word where it is not installed. Read once: its metadata are a long text."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -79,8 +80,13 @@ def worker_main(config: WorkerConfig, connection: Connection) -> None:
         connection.send_bytes(pack(Reply(traceback=_format(error))))
         return
     connection.send_bytes(pack(Reply()))
+    num_frozen = 0
     while (job := _next_job(connection)) is not None:
         connection.send_bytes(_run_job(job))
+        if len(sys.modules) > num_frozen:
+            gc.collect()
+            gc.freeze()  # what was imported: engines collect garbage at every start, and would walk it each time
+            num_frozen = len(sys.modules)
     dist.destroy_process_group()
 
 
