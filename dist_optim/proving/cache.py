@@ -7,6 +7,7 @@ of arguments, and one structure of groups. Where one of these cannot be written 
 from __future__ import annotations
 
 import hashlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -155,9 +156,15 @@ def _structure(groups: Sequence[ParamGroup]) -> Any:
     return [shapes, counts, values]
 
 
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Of each package; read once, as every installed one is looked through."""
+    return importlib.metadata.packages_distributions()
+
+
 def _version(optimizer_class: type) -> str:
     package = optimizer_class.__module__.partition(".")[0]
-    names = importlib.metadata.packages_distributions().get(package, [])
+    names = _distributions().get(package, [])
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names)))
 
 
