@@ -7,7 +7,6 @@ of arguments, and one structure of groups. Where one of these cannot be written 
 from __future__ import annotations
 
 import hashlib
-import functools
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ def _structure(groups: Sequence[ParamGroup]) -> Any:
     return [shapes, counts, values]
 
 
-@functools.cache
+@cache
 def _distributions() -> Mapping[str, list[str]]:
     """Of each package; read once, as every installed one is looked through."""
     return importlib.metadata.packages_distributions()
