@@ -24,6 +24,7 @@ from dist_optim.errors import DistOptimError
 from dist_optim.integrations.quiet import quieten_libraries
 from dist_optim.integrations.signals import interrupt_as_usual
 from dist_optim.planning import commands as planning_commands
+from dist_optim.reporting import commands as report_commands
 from dist_optim.specs.catalogue import describe, describe_hyperparameters
 from dist_optim.testing.verify import commands as verify_commands
 
@@ -51,7 +52,7 @@ def main(
     """Memory-efficient optimizers, with their one-process trajectory, under DDP, FSDP, HSDP and DeepSpeed's ZeRO.
 
     In Python: dist_optim.build_optimizer(model, NAME, lr=1e-3, ...). This command says which names there are and what
-    each of them takes, plans a job before it is started, and runs Hugging Face scripts unmodified.
+    each of them takes, plans a job before it is started, runs Hugging Face scripts unmodified, and shows what they did.
 
     To start with: dist-optim plan --help
     """
@@ -109,6 +110,7 @@ commands.add_to(app)
 verify_commands.add_to(app)
 doctor_commands.add_to(app)
 planning_commands.add_to(app)
+report_commands.add_to(app)
 
 
 def _list_all(as_json: bool) -> None:

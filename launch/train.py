@@ -64,7 +64,7 @@ def main(argv: list[str], watch: SignalWatch) -> None:
     try:
         asked = _meet(argv)
         model, data, arguments = together(lambda: make_arguments(asked), otherwise=UsageError)
-        report = RunReport(data.block_size, telemetry=arguments.telemetry)
+        report = RunReport(data.block_size, telemetry=arguments.telemetry, settings={**vars(model), **vars(data)})
         watch.follow(report.discard)
         resume = arguments.resume_from_checkpoint
         if report.claim(arguments.output_dir, overwrite=asked.overwrite_output_dir, resume=resume):

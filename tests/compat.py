@@ -82,8 +82,8 @@ def project() -> dict[str, Any]:
     return found
 
 
-TOOLS = ("hypothesis", "pytest-xdist")
-"""What draws inputs and divides the tests is not measured at its lower end: nothing of ours runs on it."""
+TOOLS = ("hypothesis", "pytest-xdist", "tensorboard")
+"""What draws inputs, divides the tests and reads what was logged is not measured at its lower end."""
 
 
 AS_PINNED = ("opt-einsum", "prodigyopt", "pytorch-optimizer")

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import state_dict as torch_doors
 import dist_optim
 from dist_optim.errors import RanksDisagreeError
 from dist_optim.ranks import first_meeting, meeting, whereabouts
+from dist_optim.ranks.store_polling import is_set_within
 from dist_optim.ranks.whereabouts import Call, Lookout, Whereabouts
 from dist_optim.testing import RankFailure, RankPool
 
@@ -239,6 +240,18 @@ def never_built() -> str:
             dist_optim.build_optimizer(Net(), "sgd", lr=0.1, print_audit=False)
         store.set("given up", "1")
         return str(caught.value)
+
+
+def test_who_waits_long_leaves_standard_error_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """Negative control: torch's own wait writes to it."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    assert not is_set_within(store, "key", 0.05)
+    assert capfd.readouterr().err == ""
+    store.set("key", "1")
+    assert is_set_within(store, "key", 0.0)
+    with pytest.raises(RuntimeError):
+        store.wait(["another"], timedelta(seconds=0.05))
+    assert "timed out" in capfd.readouterr().err
 
 
 def test_a_first_build_on_one_rank_says_whom_it_waits_for() -> None:

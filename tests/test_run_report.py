@@ -14,6 +14,8 @@ from trainers import Blocks, Job, arguments_of, fresh_accelerate
 from dist_optim.errors import CheckpointError, UsageError
 from dist_optim.integrations.transformers import Trainer
 from dist_optim.integrations.transformers.run_report import FINISHED_NAMES, Progress, RunReport
+from dist_optim.reporting.page import page
+from dist_optim.reporting.reading import read_runs
 
 JOB = Job("sgd", settings={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
 
@@ -41,6 +43,12 @@ def test_a_run_leaves_its_folder_and_a_second_one_is_refused(
     size = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     assert summary["adamw_state_bytes_per_rank"] == [2 * size] and summary["optimizer_state_bytes_per_rank"] == [0]
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 4
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["settings"]["optim"] == "sgd" and {"optim", "max_steps"} <= set(about["set"])
+    assert "seed" not in about["set"] and about["coverage"] == 1.0 and about["versions"]["torch"] == torch.__version__
+    shown = page(read_runs([tmp_path]))
+    assert about["audit"].startswith("dist_optim: sgd on 1 rank") and "dist_optim: sgd on 1 rank" in shown
+    assert "What is not here" in shown and "No telemetry" in shown and "run.json" not in shown
     capsys.readouterr()
     report.print_summary(summary)
     shown = capsys.readouterr().out
@@ -52,7 +60,9 @@ def test_a_run_leaves_its_folder_and_a_second_one_is_refused(
 def test_a_resumed_run_has_the_rows_of_one_without_a_break(tmp_path: Path) -> None:
     whole, resumed = RunReport(tokens_per_sample=8), RunReport(tokens_per_sample=8)
     trained(tmp_path / "whole", whole)
-    trained(tmp_path / "resumed", resumed, str(tmp_path / "whole" / "checkpoint-2"))
+    trained(tmp_path / "resumed", resumed, str(tmp_path / "whole" / "checkpoint-2"), hub_token="a secret")
+    about = (tmp_path / "resumed" / "run.json").read_text()
+    assert json.loads(about)["resumed_from_step"] == 2 and "a secret" not in about
     columns = ([[row["step"], row["loss"]] for row in report.rows] for report in (whole, resumed))
     assert next(columns) == next(columns)
     assert resumed.rows[0]["tokens_per_second"] == whole.rows[0]["tokens_per_second"], "the time before counts"

@@ -16,7 +16,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from train_runs import CONFIGS, GALORE, REPOSITORY, SUMMARY_KEYS, finished_in, finished_run, run_in
+from train_runs import CONFIGS, GALORE, REPOSITORY, SUMMARY_KEYS, finished_in, finished_run, foreign_lines, run_in
 
 from dist_optim.errors import UsageError
 from dist_optim.integrations.transformers.deepspeed_flags import settle_deepspeed
@@ -69,6 +69,7 @@ class TestTrained:
         found = (run.summary["optim"], run.summary["strategy"], run.summary["world_size"])
         assert found == ("galore_adamw", "zero2", 2)
         assert run.summary["eval_loss_last"] < run.summary["eval_loss_first"]
+        assert foreign_lines(run.output) == []
         assert "low rank 16" in run.output and "clips gradients to a norm of 0.5" in run.output
 
     def test_as_by_torchrun_the_exported_model_holds_the_averaged_weights(
@@ -80,7 +81,7 @@ class TestTrained:
         flags = ("--optim", "schedule_free_adamw", "--lr_scheduler_type", "constant", "--learning_rate", "1e-3")
         more = ("--deepspeed", tmp_path / "zero3.json", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5")
         run = finished_in(two_ranks, tmp_path / "run", *SHORT, "--max_steps", "2", "--eval_steps", "2", *flags, *more)
-        assert run.summary["strategy"] == "zero3"
+        assert run.summary["strategy"] == "zero3" and foreign_lines(run.output) == []
         assert "clips gradients to a norm of 0.5" in run.output
         assert run.exported_loss() == pytest.approx(run.summary["eval_loss_last"], rel=1e-4)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from train_runs import (
     environment,
     finished_in,
     finished_run,
+    foreign_lines,
     run_in,
 )
 from trainers import fresh_accelerate
@@ -40,6 +43,7 @@ import train_arguments
 import train_data
 from dist_optim.errors import DistOptimError, UsageError
 from dist_optim.integrations import signals
+from dist_optim.integrations.quiet import quieten_libraries
 from dist_optim.integrations.transformers import Trainer
 from dist_optim.integrations.transformers.run_report import FINISHED_NAMES, RunDirectory, strategy_name
 from dist_optim.testing import RankPool
@@ -96,6 +100,11 @@ class TestFinishedRun:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
         assert two_rank_run.exported_loss() == pytest.approx(two_rank_run.summary["eval_loss_last"], rel=1e-4)
 
+    def test_no_line_is_printed_that_is_not_ours(self, two_rank_run: FinishedRun) -> None:
+        assert foreign_lines(two_rank_run.output) == []
+        noise = "FutureWarning: `torch.jit.script` is deprecated"
+        assert foreign_lines(f"{two_rank_run.output}\n{noise}\n") == [noise], "or nothing is seen"
+
     def test_output_shows_progress_audit_and_summary_once(self, two_rank_run: FinishedRun) -> None:
         assert "5/5" in two_rank_run.output
         assert two_rank_run.output.count("optimizer state, by rank") == 1
@@ -106,6 +115,41 @@ class TestFinishedRun:
         )
         assert (two_rank_run.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert sorted(path.name for path in two_rank_run.output_dir.iterdir()) == sorted(FINISHED_NAMES)
+
+
+class Kept(logging.Handler):
+    """Keeps what reaches it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def heard() -> list[str]:
+    """What reaches the user of some warnings."""
+    quieten_libraries()
+    handler = Kept()
+    logger = logging.getLogger("accelerate.accelerator")
+    logger.addHandler(handler)
+    try:
+        logger.warning(
+            "Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1, DeepSpeed config has 2."
+        )
+        logger.warning("the batch size is odd")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.warn("FSDP.state_dict_type() is deprecated", FutureWarning, stacklevel=1)
+            warnings.warn("the loss is odd", stacklevel=1)
+    finally:
+        logger.removeHandler(handler)
+    is_silent = not logging.getLogger("DeepSpeed").isEnabledFor(logging.ERROR)
+    return handler.said + [str(one.message) for one in warned] + ["DeepSpeed"] * is_silent
+
+
+def test_what_is_about_the_users_run_is_heard(one_rank: RankPool) -> None:
+    assert one_rank.run(heard) == [["the batch size is odd", "the loss is odd"]]
 
 
 class TestRefusals:
@@ -367,7 +411,7 @@ class TestParts:
 
 def whole_results(directory: RunDirectory, mark: str) -> None:
     """As `finish` leaves them before it moves anything."""
-    for name in ("metrics.jsonl", "loss.png", "lr.png"):
+    for name in ("run.json", "metrics.jsonl", "loss.png", "lr.png"):
         (directory.unfinished / name).write_text(mark)
     (directory.unfinished / "model").mkdir()
     (directory.unfinished / "model" / "weights").write_text(mark)
@@ -392,7 +436,7 @@ def dies_after(number: int, name: str, calls: list[int]) -> Any:
 
 
 class TestRestart:
-    @pytest.mark.parametrize("number", range(10))
+    @pytest.mark.parametrize("number", range(11))
     def test_a_kill_while_results_move_into_place_is_made_up_for(self, tmp_path: Path, number: int) -> None:
         run = RunDirectory(str(tmp_path))
         for mark in ("old", "new"):
@@ -412,11 +456,11 @@ class TestRestart:
                 run._move_into_place()
             except Killed:
                 run.discard()  # as a signal would
-        assert len(calls) == min(number, 8), "the kill points are counted"
+        assert len(calls) == min(number, 9), "the kill points are counted"
         assert not RunDirectory(str(tmp_path)).claim(overwrite=False, resume="last")
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FINISHED_NAMES)
         assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": "new"}
-        for name in ("metrics.jsonl", "loss.png", "lr.png", "model/weights"):
+        for name in ("run.json", "metrics.jsonl", "loss.png", "lr.png", "model/weights"):
             assert (tmp_path / name).read_text() == "new"
 
     def test_results_without_a_summary_are_gone_on_from_or_kept(self, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -63,6 +64,24 @@ def run_script(launcher: list[str], *flags: str | Path, folder: Path | None = No
         text=True,
         timeout=START_AND_RUN_S,
     )
+
+
+OURS = (
+    r"train: .*",  # the bar
+    r"step \d+/\d+: (validation loss|learning rate) .*",
+    r"dist_optim: .*",
+    r"  (group \d|stepped |DeepSpeed clips |galore_adamw as matrices).*",  # the audit
+    r"[┌│└].*",  # the table of the summary, and its title
+    r" *\w+ on \d ranks?, \w+ *",
+    r"\s*",
+)
+"""Every line that a run prints."""
+
+
+def foreign_lines(output: str) -> list[str]:
+    """What the libraries say between our lines."""
+    lines = re.split(r"[\r\n]+", output)
+    return [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in OURS)]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.exchange import in_place, packed
+from dist_optim.exchange.clock import timed
 from dist_optim.exchange.copies import shaped, write_back
 from dist_optim.exchange.plan import Bucket, Route
 from dist_optim.exchange.rooms import Room
@@ -47,13 +48,7 @@ def gather_to_owner(
     Returns:
         For each field: item index to full tensor, for the items that this rank owns.
     """
-    if bucket.is_replicated or num_ranks(process_group) == 1:
-        yield
-        own = bucket.owned[own_rank(process_group)]
-        return [{item.index: shaped(field[item.index], item.shape) for item in own} for field in fields]
-    if _goes_in_place(bucket):
-        return (yield from in_place.gather(bucket, fields, route, process_group, room or Room()))
-    return (yield from packed.gather(bucket, fields, route, process_group))
+    return timed("gather", _gather(bucket, fields, route, process_group, room))
 
 
 def scatter_from_owner(
@@ -76,6 +71,33 @@ def scatter_from_owner(
         process_group: The ranks of the bucket's plan.
         room: Memory for what is packed.
     """
+    return timed("scatter", _scatter(bucket, full, local, route, process_group, room))
+
+
+def _gather(
+    bucket: Bucket,
+    fields: Sequence[Mapping[int, Tensor]],
+    route: Route,
+    process_group: dist.ProcessGroup | None,
+    room: Room | None,
+) -> Task[list[dict[int, Tensor]]]:
+    if bucket.is_replicated or num_ranks(process_group) == 1:
+        yield
+        own = bucket.owned[own_rank(process_group)]
+        return [{item.index: shaped(field[item.index], item.shape) for item in own} for field in fields]
+    if _goes_in_place(bucket):
+        return (yield from in_place.gather(bucket, fields, route, process_group, room or Room()))
+    return (yield from packed.gather(bucket, fields, route, process_group))
+
+
+def _scatter(
+    bucket: Bucket,
+    full: Mapping[int, Tensor],
+    local: Mapping[int, Tensor],
+    route: Route,
+    process_group: dist.ProcessGroup | None,
+    room: Room | None,
+) -> Task[None]:
     if num_ranks(process_group) == 1:
         yield
         write_back({item.index: full[item.index] for item in bucket.items}, local)

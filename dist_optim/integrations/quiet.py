@@ -19,6 +19,13 @@ CALLED_BY_ENGINES = (
     "Slicing a flattened dim from root mesh",
 )
 """Deprecations of what accelerate and DeepSpeed call."""
+ACCELERATES = "accelerate.accelerator"
+FALSE_ALARM = "Gradient accumulation steps mismatch"
+"""Of accelerate, where a Trainer accumulates by itself: both numbers are the user's."""
+
+
+def _is_true(record: logging.LogRecord) -> bool:
+    return FALSE_ALARM not in record.getMessage()
 
 
 def quieten_libraries() -> None:
@@ -32,6 +39,7 @@ def quieten_libraries() -> None:
     transformers.logging.disable_progress_bar()
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(ACCELERATES).addFilter(_is_true)  # one function counts once
     for text in CALLED_BY_ENGINES:
         warnings.filterwarnings("ignore", message=text)
 

@@ -13,6 +13,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dist_optim.ranks.store_polling import is_set_within
+
 __all__ = ["LEFT", "Board", "Kind", "News", "own_client"]
 
 LEFT = "left"
@@ -105,12 +107,7 @@ class Board:
 
     def all_arrived(self, call: str, timeout_s: float) -> bool:
         """Wait for the last rank to make the call, for so long at most."""
-        key = f"{self.prefix}/all/{call}"
-        try:
-            self._client().wait([key], timedelta(seconds=timeout_s))
-        except RuntimeError:
-            return self._client().check([key])
-        return True
+        return is_set_within(self._client(), f"{self.prefix}/all/{call}", timeout_s)
 
     def forget(self, call: str) -> None:
         """Remove the notes of a call that is over."""

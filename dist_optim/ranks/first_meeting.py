@@ -7,23 +7,20 @@ longest says after some seconds who has not called, and all wait on, for as long
 from __future__ import annotations
 
 import sys
-import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from dist_optim.errors import RanksDisagreeError
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.ranks.meeting import are_watched, meet
+from dist_optim.ranks.store_polling import is_set_within
 
 __all__ = ["meet_first"]
 
 SAID_AFTER_S = 5.0
-SLICE_S = 1.0
-"""torch's client of the store is locked while it waits, and others use it too."""
 REMEDY = "It needs all ranks: call it on every rank, not inside `if rank == 0:`"
 
 _numbers: Counter[tuple[int, ...]] = Counter()
@@ -79,14 +76,7 @@ class _Place:
             )
 
     def _is_complete(self, within_s: float) -> bool:
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
-            try:
-                self._store.wait([f"{self._key}/all"], timedelta(seconds=min(SLICE_S, within_s)))
-            except RuntimeError:
-                continue
-            return True
-        return False
+        return is_set_within(self._store, f"{self._key}/all", within_s)
 
     def _missing(self) -> str:
         names = [f"rank {rank}" for rank in self._ranks if not self._store.check([f"{self._key}/{rank}"])]

@@ -79,6 +79,8 @@ class MeetingPlace:
                     return
                 self.look_for_others(call)
         except RanksDisagreeError:
+            if self._board.all_arrived(key, 0.0):  # the last one came during the look, and is at its next call already
+                return
             self._board.depart(key)
             raise
 
@@ -102,7 +104,7 @@ class MeetingPlace:
             found = Whereabouts.from_text(text)
             if rank == own or (found.answers >= question and found.call == call):
                 continue
-            why = _why_not(found, own) if found.answers >= question else ""
+            why = _why_not(found, own, call) if found.answers >= question else ""
             if not why:
                 return
             missing.append(f"rank {rank} {why}")
@@ -113,9 +115,11 @@ class MeetingPlace:
             )
 
 
-def _why_not(found: Whereabouts, own: int) -> str:
-    """Why a rank will not come; empty while it may."""
+def _why_not(found: Whereabouts, own: int, call: Call) -> str:
+    """Why a rank will not come to this call; empty while it may."""
     if found.call is not None:
+        if found.call.ranks == call.ranks and found.call.number < call.number:
+            return ""  # where it was before: all have come through that number
         return f"is at {found.call.name}" if own in found.call.ranks else ""
     return f"waits in {found.waits_in}" if found.waits_in else ""
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.composed import OPTIM, ComposedSpec
 from dist_optim.specs.registry import Trait
 from dist_optim.stepping.holdings import Holdings
+from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["coverage", "exchanged_bytes", "projections_due"]
+__all__ = ["coverage", "coverage_of", "exchanged_bytes", "parts_of", "projections_due"]
 
 RANK, GAP = "rank", "update_proj_gap"
 """Keys of groups that are stepped in a low-rank space, and of how often their projections are made anew."""
+
+
+def parts_of(optimizer: Any) -> list[DistributedOptimizer]:
+    """What steps: the optimizer itself, or under DeepSpeed one for each call of a training step."""
+    return [optimizer] if isinstance(optimizer, DistributedOptimizer) else optimizer.parts()
+
+
+def coverage_of(optimizer: Any) -> float:
+    """``coverage`` of an optimizer, under DeepSpeed too: each of its parts knows the whole model."""
+    return coverage(parts_of(optimizer)[0].holdings)
 
 
 def coverage(held: Holdings) -> float:

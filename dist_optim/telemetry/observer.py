@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.layouts.layout import Elsewhere
-from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.optimizer import DistributedOptimizer
-from dist_optim.telemetry.figures import coverage, exchanged_bytes, projections_due
+from dist_optim.telemetry.clock import StepClock
+from dist_optim.telemetry.figures import coverage, exchanged_bytes, parts_of, projections_due
+from dist_optim.telemetry.ratios import WeightsBefore
 
 __all__ = ["Observer"]
 
@@ -26,20 +24,31 @@ class Observer:
 
         observer = Observer(optimizer)
         with observer.step():         # on all ranks
-            optimizer.step()          # steps outside it are as without an observer
+            optimizer.step()          # under DeepSpeed: engine.step(); steps outside it are as without an observer
         accelerator.log(observer.latest)
 
     Args:
-        optimizer: Stepped from stored gradients; one that steps inside backward has no step to measure, and only what
-            is known without one is told.
+        optimizer: Of ours: what ``build_optimizer`` or ``prepare`` returned; under DeepSpeed the inner one,
+            ``engine.basic_optimizer``. One that steps inside backward has no step to measure, and only what is known
+            without one is told.
 
     Attributes:
         latest: Figures by name; times are this rank's, in seconds, and bytes of state, too.
+        steps_in_engine: Whether DeepSpeed steps it, under accelerate inside ``backward``: ``begin`` comes before that.
     """
 
-    def __init__(self, optimizer: DistributedOptimizer) -> None:
+    def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        self.steps_in_engine = not isinstance(optimizer, DistributedOptimizer)
+        self._parts = parts_of(optimizer)
+        self._clock = StepClock(self._parts)
+        self._is_inside_backward = any(part.inside_backward is not None for part in self._parts)
         self._clipped: list[Tensor] = []
+        self._refresh_s: list[float] = []
+        self._counted = optimizer.num_steps
+        self._before: WeightsBefore | None = None
+        self._has_copies = False
+        self._put_back: Callable[[], None] | None = None
         self.latest: dict[str, float] = {}
 
     @contextmanager
@@ -48,45 +57,88 @@ class Observer:
         self.begin()
         try:
             yield
-        finally:
+        except BaseException:
             self._leave()
+            raise
         self.end()
 
-    def begin(self) -> None:
-        """Before the step: keep copies of this rank's weights, and take the time of upstream's steps."""
-        self._upstream_s, self._before = 0.0, {}
-        if self._optimizer.inside_backward is None:
-            self._optimizer.free_gathered_copies()
-            self._before = {index: one.clone() for index, one in self._weights()}
-            for instance in self._optimizer.holdings.instances:
-                vars(instance)["step"] = self._timed(instance.step)
-        self._num_steps = self._optimizer.num_steps
-        self._since = self._now()
+    def begin(self, copies: bool = True) -> None:
+        """Before the step: keep copies of this rank's weights, and take the time of what it does.
+
+        Args:
+            copies: False for times alone, of a step of which nothing is told but that it renewed projections.
+        """
+        self._leave()
+        self._num_steps, self._step_s, self._has_copies = self._optimizer.num_steps, 0.0, copies
+        self._is_running = False
+        if self.steps_in_engine:
+            self._put_around_engine_steps()
+        else:
+            self._start()
+            self._since = self._clock.now()
 
     def end(self) -> None:
         """After it: leave the optimizer as it was, and fill ``latest``. Collective on several ranks."""
-        step_s = self._now() - self._since
+        if not self.steps_in_engine:
+            self._step_s = self._clock.now() - self._since
+        is_told, ratios = self._has_copies, self._update_ratios()
         self._leave()
-        optimizer, held = self._optimizer, self._optimizer.holdings
-        figures: dict[str, float] = {
-            "coverage": coverage(held),
-            "state_bytes": float(optimizer.optimizer_state_bytes()),
-            "exchanged_bytes": float(exchanged_bytes(held)),
-        }
-        if optimizer.inside_backward is None:
-            figures |= {"step_seconds": step_s, "upstream_seconds": self._upstream_s}
-            figures["exchange_seconds"] = max(0.0, step_s - self._upstream_s)
-            figures |= self._update_ratios()
-        if any("rank" in group for group in held.groups):
-            figures["projections_renewed"] = float(projections_due(held, self._num_steps))
-        self.latest = figures | self._clip_rate()
-        self._before = {}
+        is_refresh = bool(self._due(self._num_steps))
+        if self._is_running and is_refresh:
+            self._refresh_s.append(self._clock.seconds["upstream"])
+        if is_told:
+            times = self._times() if self._is_running else {}
+            self.latest = self._known() | times | ratios | self._since_last()
+
+    # Around a step ------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._is_inside_backward:
+            return
+        for part in self._parts:
+            part.free_gathered_copies()
+        if self._has_copies:
+            self._before = WeightsBefore(self._parts)
+        self._is_running = True
+        self._clock.start()
+
+    def _put_around_engine_steps(self) -> None:
+        """DeepSpeed calls ``step`` for each part of the model; the first call begins, and all are timed."""
+        own, step = vars(self._optimizer), self._optimizer.step
+        had = own.get("step")  # of a schedule of torch's
+
+        def timed(*args: Any, **keywords: Any) -> Any:
+            if not self._is_running:
+                self._optimizer.show_to_parts()
+                self._start()
+            since = self._clock.now()
+            try:
+                return step(*args, **keywords)
+            finally:
+                self._step_s += self._clock.now() - since
+
+        def put_back() -> None:
+            own.pop("step", None)
+            if had is not None:
+                own["step"] = had
+
+        own["step"], self._put_back = timed, put_back
+
+    def _leave(self) -> None:
+        self._before = None
+        self._clock.stop()
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
 
     # Clipping -----------------------------------------------------------------------------------------------------
 
     def watch_clipping(self) -> None:
-        """From now on note whether ``clip_grad_norm_`` of the optimizer binds, without waiting for the device."""
-        if "clip_grad_norm_" in vars(self._optimizer):
+        """From now on note whether ``clip_grad_norm_`` of the optimizer binds, without waiting for the device.
+
+        Under DeepSpeed, which clips by itself, ``note_engine_clipping`` after each step does.
+        """
+        if self.steps_in_engine or "clip_grad_norm_" in vars(self._optimizer):
             return
         clip = self._optimizer.clip_grad_norm_
 
@@ -97,63 +149,60 @@ class Observer:
 
         vars(self._optimizer)["clip_grad_norm_"] = clip_grad_norm_
 
+    def note_engine_clipping(self) -> None:
+        """After a step of DeepSpeed's: note whether its clipping bound; otherwise nothing."""
+        found = self._optimizer.clipping() if self.steps_in_engine else None
+        if found is not None:
+            norm, bound = found
+            self._clipped.append((torch.as_tensor(norm) > bound).float())
+
     def close(self) -> None:
         """Leave the optimizer as it was before ``watch_clipping``."""
         self._leave()
-        vars(self._optimizer).pop("clip_grad_norm_", None)
+        if not self.steps_in_engine:
+            vars(self._optimizer).pop("clip_grad_norm_", None)
 
-    def _clip_rate(self) -> dict[str, float]:
-        if not self._clipped:
-            return {}
-        rate = torch.stack(self._clipped).mean().item()
-        self._clipped.clear()
-        return {"clip_rate": rate}
+    # Figures ------------------------------------------------------------------------------------------------------
 
-    # Measuring ----------------------------------------------------------------------------------------------------
+    @property
+    def is_refresh_due(self) -> bool:
+        """Whether the next step renews projections, so that its time is worth taking."""
+        return bool(self._due(self._optimizer.num_steps))
 
-    def _leave(self) -> None:
-        for instance in self._optimizer.holdings.instances:
-            vars(instance).pop("step", None)
+    def _due(self, num_steps: int) -> int:
+        return projections_due(self._parts[0].holdings, num_steps)
 
-    def _timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **keywords: Any) -> Any:
-            since = self._now()
-            try:
-                return step(*args, **keywords)
-            finally:
-                self._upstream_s += self._now() - since
+    def _known(self) -> dict[str, float]:
+        """What is known without a step."""
+        return {
+            "coverage": coverage(self._parts[0].holdings),
+            "state_bytes": float(self._optimizer.optimizer_state_bytes()),
+            "exchanged_bytes": float(sum(exchanged_bytes(part.holdings) for part in self._parts)),
+        }
 
-        return timed
-
-    def _now(self) -> float:
-        """Seconds, once the device has come so far."""
-        device = self._optimizer.holdings.placed[0].device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def _weights(self) -> Iterator[tuple[int, Tensor]]:
-        """This rank's part of what is trained; of replicated tensors the first rank's alone."""
-        held = self._optimizer.holdings
-        for index in held.trained:
-            one = held.placed[index]
-            if not isinstance(one.layout, Elsewhere) and (not one.layout.is_replicated or held.rank == 0):
-                yield index, one.local()
+    def _times(self) -> dict[str, float]:
+        return {"step_seconds": self._step_s, **{f"{what}_seconds": s for what, s in self._clock.seconds.items()}}
 
     def _update_ratios(self) -> dict[str, float]:
-        """Of each group, the norm of the update over the norm of the weights, of whole tensors."""
-        held = self._optimizer.holdings
-        group_of = [number for number, members in enumerate(held.members) for _ in members]
-        sums = torch.zeros(2, len(held.groups), dtype=torch.float64, device=held.placed[0].device)
-        self._optimizer.free_gathered_copies()
-        for index, weight in self._weights():
-            before = self._before[index].double()
-            sums[0, group_of[index]] += (weight.double() - before).square().sum()
-            sums[1, group_of[index]] += before.square().sum()
-        if num_ranks(held.process_group) > 1:
-            dist.all_reduce(sums, group=held.process_group)
-        moved, size = sums.sqrt().tolist()
-        return {
-            f"update_ratio_group_{number}": up / down if down else 0.0
-            for number, (up, down) in enumerate(zip(moved, size, strict=True))
-        }
+        if self._before is None:
+            return {}
+        if self.steps_in_engine:
+            self._optimizer.show_to_parts()
+        for part in self._parts:
+            part.free_gathered_copies()
+        return {f"update_ratio_group_{number}": one for number, one in enumerate(self._before.update_ratios())}
+
+    def _since_last(self) -> dict[str, float]:
+        """What has gathered since the figures before these."""
+        found: dict[str, float] = {}
+        if any("rank" in group for group in self._parts[0].holdings.groups):
+            done = range(self._counted, self._optimizer.num_steps)
+            found["projections_renewed"] = float(sum(self._due(number) for number in done))
+        if self._refresh_s:
+            found["refresh_seconds"] = sum(self._refresh_s) / len(self._refresh_s)
+        if self._clipped:
+            found["clip_rate"] = torch.stack(self._clipped).mean().item()
+        self._counted = self._optimizer.num_steps
+        self._refresh_s.clear()
+        self._clipped.clear()
+        return found

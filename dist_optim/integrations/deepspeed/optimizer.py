@@ -449,6 +449,11 @@ class ZeroOptimizer(Optimizer):
         """Bytes of optimizer state that this rank holds."""
         return sum(part.optimizer_state_bytes() for part in self._parts)
 
+    def clipping(self) -> tuple[Any, float] | None:
+        """The norm of all gradients in the engine's last step, and what it clips to; None where it does not clip."""
+        norm, bound = self._engine.get_global_grad_norm(), self._engine.gradient_clipping()
+        return None if norm is None or not bound else (norm, float(bound))
+
     def why_not_saved(self) -> str:
         """Why what is held now must not be saved, and what to do; empty where it may be."""
         failed = self._parts[0].progress.failed_step if self._parts else None

@@ -14,6 +14,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_optim.errors import ScheduleError
+from dist_optim.reporting.files import DECISIONS
 from dist_optim.schedulers import (
     MetricScheduler,
     Recipe,
@@ -33,7 +34,7 @@ __all__ = [
     "shared_schedule",
 ]
 
-LOG_NAME = "lr_decisions.jsonl"
+LOG_NAME = DECISIONS
 
 
 def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) -> LRScheduler | MetricScheduler:

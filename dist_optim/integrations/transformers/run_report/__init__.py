@@ -9,8 +9,9 @@
     trainer.train()
     report.finish(trainer)  # on every rank
 
-``args.output_dir`` then holds ``model/``, ``metrics.jsonl``, ``loss.png``, ``lr.png`` and ``summary.json``; until then
-the metrics are in ``.unfinished``. Reading order: ``directory``, ``measures``, ``plots``, ``callbacks``.
+``args.output_dir`` then holds ``model/``, ``metrics.jsonl``, ``loss.png``, ``lr.png``, ``run.json``, ``summary.json``;
+until then the metrics are in ``.unfinished``. ``dist-optim report`` shows them as a page. Reading order: ``directory``,
+``about``, ``measures``, ``plots``, ``callbacks``.
 """
 
 from dist_optim.integrations.transformers.run_report.callbacks import Progress, RunReport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -10,19 +11,17 @@ from transformers import TrainerCallback
 
 from dist_optim.errors import CheckpointError, UsageError
 from dist_optim.integrations.signals import is_rank_0
+from dist_optim.integrations.transformers.run_report.about import about, optimizer_of_ours
 from dist_optim.integrations.transformers.run_report.directory import LAST, RunDirectory
 from dist_optim.integrations.transformers.run_report.measures import print_summary, summarize
 from dist_optim.ranks.agreement import gather_objects
 from dist_optim.ranks.together import together
+from dist_optim.reporting.files import TELEMETRY
 from dist_optim.schedulers import metric_scheduler_in
-from dist_optim.specs.unwrapping import find_optimizer
-from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.telemetry.observer import Observer
 
 __all__ = ["Progress", "RunReport"]
 
-TELEMETRY = "optim_"
-"""Begins the names of the figures of ``telemetry=True``."""
 ROW_KEYS = ("loss", "eval_loss", "learning_rate", "tokens_per_second", "samples_per_second", "grad_norm")
 
 
@@ -36,6 +35,7 @@ class RunReport(TrainerCallback):
         tokens_per_sample: Speed is counted in tokens of all ranks; in samples where None.
         telemetry: Whether lines of the metrics also say what the optimizer did in that step (``dist_optim.telemetry``):
             ``optim_update_ratio_group_0``, ``optim_step_seconds``, ... Other steps are as without it.
+        settings: What else the run was asked for, beside the Trainer's arguments in ``run.json``; None where nothing.
 
     Attributes:
         rows: The metrics, in order: what ``metrics.jsonl`` holds.
@@ -43,7 +43,12 @@ class RunReport(TrainerCallback):
         has_begun: Whether training has.
     """
 
-    def __init__(self, tokens_per_sample: int | None = None, telemetry: bool = False) -> None:
+    def __init__(
+        self,
+        tokens_per_sample: int | None = None,
+        telemetry: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.train_s = 0.0
         self.has_begun = False
@@ -53,6 +58,7 @@ class RunReport(TrainerCallback):
         self._per_step = 1
         self._since: float | None = None
         self._has_telemetry = telemetry
+        self._settings = dict(settings or {})
         self._observer: Observer | None = None
         self._is_observed = False
 
@@ -112,7 +118,9 @@ class RunReport(TrainerCallback):
         if self._directory is not None:
             print_summary(summary, str(self._directory.path))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         """Take over what a resumed run has logged, or refuse to go on.
 
         Raises:
@@ -133,7 +141,8 @@ class RunReport(TrainerCallback):
         self.train_s = state.global_step * self._per_step / rates[-1] if rates else 0.0
         if self._directory is not None:
             self._directory.write_rows(self.rows, "w")
-        ours = find_optimizer(optimizer, DistributedOptimizer) if self._has_telemetry else None
+            self._directory.write_about(about(args, state, self._settings, model, optimizer))
+        ours = optimizer_of_ours(optimizer) if self._has_telemetry else None
         if ours is not None:
             self._observer = Observer(ours)
             self._observer.watch_clipping()
@@ -144,17 +153,27 @@ class RunReport(TrainerCallback):
             self._observer.close()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._observer is not None and _is_logged(args, state, state.global_step + 1):
-            self._is_observed = True
-            self._observer.begin()
+        if self._observer is not None and not self._observer.steps_in_engine:
+            self._observe(self._observer, args, state)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._observer is not None and self._is_observed:
-            self._is_observed = False
-            self._observer.end()
+        if self._observer is not None:
+            self._observer.note_engine_clipping()
+            if self._is_observed:
+                self._is_observed = False
+                self._observer.end()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._since = self._since or time.perf_counter()
+        if self._observer is not None and self._observer.steps_in_engine:
+            self._observe(self._observer, args, state)
+
+    def _observe(self, observer: Observer, args: Any, state: Any) -> None:
+        """Measure the step to come where its line will be logged; where it renews projections, take its time."""
+        is_logged = _is_logged(args, state, state.global_step + 1)
+        self._is_observed = is_logged or observer.is_refresh_due
+        if self._is_observed:
+            observer.begin(copies=is_logged)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.perf_counter()

@@ -17,13 +17,12 @@ from dist_optim.errors import UsageError
 from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.integrations.transformers.run_report.measures import headline
 from dist_optim.integrations.transformers.run_report.plots import plot_losses, plot_rates
-from dist_optim.integrations.transformers.schedules import LOG_NAME
+from dist_optim.reporting.files import ABOUT, DECISIONS, METRICS, SUMMARY, UNFINISHED
 
 __all__ = ["FINISHED_NAMES", "LAST", "RunDirectory", "find_checkpoint"]
 
 LAST = "last"
-SUMMARY = "summary.json"
-FINISHED_NAMES = ("model", "metrics.jsonl", "loss.png", "lr.png", SUMMARY)
+FINISHED_NAMES = ("model", ABOUT, METRICS, "loss.png", "lr.png", SUMMARY)
 OVERWRITING = "add --overwrite_output_dir (in Python: report.claim(output_dir, overwrite=True))"
 
 
@@ -49,7 +48,7 @@ class RunDirectory:
 
     def __init__(self, output_dir: str) -> None:
         self.path = Path(output_dir)
-        self.unfinished = self.path / ".unfinished"
+        self.unfinished = self.path / UNFINISHED
         self._was_there = self.path.exists()
         self._stale: list[Path] = []
 
@@ -95,8 +94,14 @@ class RunDirectory:
 
     def write_rows(self, rows: list[dict[str, Any]], mode: str = "a") -> None:
         """Add lines to the metrics, or with mode "w" begin them anew; they are on disk when this returns."""
-        with open(self.unfinished / "metrics.jsonl", mode, encoding="utf-8") as file:
+        with open(self.unfinished / METRICS, mode, encoding="utf-8") as file:
             file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+
+    def write_about(self, about: dict[str, Any]) -> None:
+        """How the run was started; it is on disk, whole, when this returns."""
+        draft = self.unfinished / f".{ABOUT}"
+        draft.write_text(json.dumps(about, indent=2, default=str, skipkeys=True) + "\n", encoding="utf-8")
+        draft.replace(self.unfinished / ABOUT)
 
     def drop_stale_checkpoints(self, kept: str = "") -> None:
         """Remove the checkpoints of the run that this one replaces."""
@@ -113,7 +118,7 @@ class RunDirectory:
             if part is not None:
                 part.save_pretrained(self.unfinished / "model", **options)
         plot_losses(rows, self.unfinished / "loss.png", headline(summary))
-        plot_rates(rows, self.unfinished / LOG_NAME, self.unfinished / "lr.png", headline(summary))
+        plot_rates(rows, self.unfinished / DECISIONS, self.unfinished / "lr.png", headline(summary))
         self.drop_stale_checkpoints()
         draft = self.unfinished / f".{SUMMARY}"
         draft.write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
@@ -127,8 +132,8 @@ class RunDirectory:
             return
         (self.path / SUMMARY).unlink(missing_ok=True)
         if "lr_decisions" not in json.loads(mark.read_text(encoding="utf-8")):
-            (self.path / LOG_NAME).unlink(missing_ok=True)
-        for name in ("model", "metrics.jsonl", "loss.png", "lr.png", LOG_NAME):
+            (self.path / DECISIONS).unlink(missing_ok=True)
+        for name in (*(name for name in FINISHED_NAMES if name != SUMMARY), DECISIONS):
             new, old = self.unfinished / name, self.path / name
             if new.exists() and old.is_dir():
                 old.rename(self.unfinished / f"old_{name}")

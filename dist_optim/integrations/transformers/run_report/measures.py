@@ -36,7 +36,7 @@ def summarize(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     held = optimizer_state_bytes(trainer.optimizer), adamw_state_bytes(trainer)
     by_rank = gather_objects((*held, peak_memory_bytes(trainer.accelerator.device)))
     return {
-        "optim": _text(args.optim),
+        "optim": text_of(args.optim),
         "strategy": strategy_name(trainer.accelerator),
         "world_size": args.world_size,
         "steps": state.global_step,
@@ -44,7 +44,7 @@ def summarize(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "train_loss_last": losses[-1],
         "eval_loss_first": eval_losses[0],
         "eval_loss_last": eval_losses[-1],
-        "lr_scheduler_type": _text(args.lr_scheduler_type),
+        "lr_scheduler_type": text_of(args.lr_scheduler_type),
         "learning_rate_last": float(trainer.optimizer.param_groups[0]["lr"]),
         **decisions,
         "optimizer_state_bytes_per_rank": [held for held, _, _ in by_rank],
@@ -133,6 +133,6 @@ def _in_mib(sizes: list[int]) -> str:
     return ", ".join(f"{size / 2**20:.1f} MiB" for size in sizes)
 
 
-def _text(choice: Any) -> str:
+def text_of(choice: Any) -> str:
     """A name, or that of transformers' enumeration."""
     return str(getattr(choice, "value", choice))
