@@ -46,6 +46,8 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 	@python tests/measure_zero.py
 	@echo "+ python tests/measure_end_to_end.py"
 	@python tests/measure_end_to_end.py
+	@echo "+ python tests/measure_meshes.py"
+	@python tests/measure_meshes.py
 	@echo "+ python tests/measure_resume.py"
 	@python tests/measure_resume.py
 	@echo "+ python tests/measure_situations.py"

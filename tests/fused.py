@@ -46,6 +46,8 @@ class InjectedNet(nn.Module):
             Injected(cols, rows, bias=at % 2 == 0, dtype=case.dtype) for at, (rows, cols) in enumerate(case.linear)
         )
         self.extra = nn.ParameterList(nn.Parameter(torch.empty(shape, dtype=case.dtype)) for shape in case.extra)
+        if case.experts:
+            self.experts = nn.ParameterList(nn.Parameter(torch.empty(one, dtype=case.dtype)) for one in case.experts)
 
     def forward(self, given: dict[str, Tensor]) -> Tensor:
         loss = torch.zeros(())
@@ -95,10 +97,10 @@ def run_fused(case: Case, placement: str, absent_there: tuple[str, ...] = (), **
 
 
 def fused_gaps(case: Case, placement: str, absent_there: tuple[str, ...] = (), **options: Any) -> list[Gap]:
+    model = place_injected(case, placement)
+    optimizer = build_subject(case, model, fused_backward=True, **options)  # which refuses what upstream fails on
     expected = fused_reference(case)
     assert moved(expected, case) > 0, "the reference does not move: the case compares nothing"
-    model = place_injected(case, placement)
-    optimizer = build_subject(case, model, fused_backward=True, **options)
     optimizer.train()
     found = []
     for step in range(case.steps):

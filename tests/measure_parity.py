@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from cases import all_cases
 from fused import fused_gaps
 from fused_cases import FUSED_CASES
-from parity import Case, run_gaps
+from parity import Case, run_gaps, with_experts
 from parity_tables import COLUMNS, TABLE, Column, exceeding, write_tables
 from placements import place
 from rich.console import Console
@@ -101,6 +101,9 @@ def even(case: Case) -> Case:
     return replace(case, linear=linear, extra=tuple(nearest(shape) for shape in case.extra))
 
 
+VARIANTS: dict[str, Callable[[Case], Case]] = {"": lambda case: case, "even": even, "experts": with_experts}
+
+
 def measure_case(case: Case, placements: Sequence[str], inside_backward: bool = False) -> list[Cell]:
     """The body: one cell a placement, as this rank sees it."""
     run = fused_gaps if inside_backward else run_gaps
@@ -134,16 +137,15 @@ def first_sentence(error: Exception) -> str:
 def measure_row(row: Row, pool: RankPool, wanted: Sequence[Column]) -> dict[str, Cell]:
     """Every wanted column of this world size: the worst of what the ranks saw."""
     found: dict[str, Cell] = {}
-    for is_even in (False, True):
-        columns = [c for c in wanted if c.world_size == pool.world_size and c.even == is_even]
+    for variant, vary in VARIANTS.items():
+        columns = [c for c in wanted if c.world_size == pool.world_size and c.variant == variant]
         if not columns:
             continue
         placements = [column.placement for column in columns]
         if row.case is None:
             by_rank = pool.run(measure_refusal, row.name, placements)
         else:
-            case = even(row.case) if is_even else row.case
-            by_rank = pool.run(measure_case, case, placements, row.inside_backward)
+            by_rank = pool.run(measure_case, vary(row.case), placements, row.inside_backward)
         for column, cells in zip(columns, zip(*by_rank, strict=True), strict=True):
             found[column.title] = worst(cells)
     return found

@@ -1,4 +1,7 @@
-"""A small Llama that tensor parallelism divides evenly, trained on a 2 x 2 mesh through several doors."""
+"""A small Llama that tensor parallelism divides evenly, trained through several doors on meshes of two axes and more.
+
+On two ranks it is tensor parallel and nothing else, on four FSDP2 lies over that, on eight replicas (HSDP) besides.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from end_to_end import BATCH, LENGTH, VOCABULARY, batch
+from end_to_end import BATCH, LENGTH, PARTS, VOCABULARY, batch
 from fresh import forget
 from placements import full_parameters, mesh_of, own_group
 from torch import Tensor, nn
@@ -32,11 +35,20 @@ from dist_optim.testing import relative_distance
 STEPS = 6
 MAX_NORM = 0.5
 OPTIONS: dict[str, dict[str, Any]] = {
-    "adamw_torch": {"lr": 1e-2, "weight_decay": 0.01},
+    "adamw_torch": {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-6},
     "galore_adamw": {"lr": 1e-2, "target_modules": ["attn", "mlp"], "rank": 8, "update_proj_gap": 3},
-    "muon": {"lr": 1e-2, "rest_options": {"lr": 1e-3}},
+    "muon": {"lr": 1e-2, "weight_decay": 0.0, "rest_options": {"lr": 1e-3}},
 }
-Step = Callable[[Tensor], None]
+IN_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "adamw_torch": {"adam_epsilon": 1e-6},
+    "muon": {"optim_args": {"rest_options": {"lr": 1e-3}}},
+}
+"""The same for the Trainer, beyond what ``trainers.SETTINGS`` has."""
+AXES = {2: ("tp",), 4: ("shard", "tp"), 8: ("replicate", "shard", "tp")}
+"""By the number of ranks."""
+LAUNCHED = {4: "fsdp2_tp_cpu_4.yaml", 8: "hsdp_tp_cpu_8.yaml"}
+ALONE = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+"""What ``accelerate launch --parallelism_config_tp_size 2`` sets."""
 
 
 def make_llama() -> nn.Module:
@@ -92,11 +104,11 @@ def tensor_parallel(model: Any, mesh: DeviceMesh) -> Any:
 
 def plain_loop(name: str, _: str) -> list[Tensor]:
     """``fully_shard`` over ``parallelize_module``."""
-    mesh = mesh_of("cpu", ("shard", "tp"))
+    axes = AXES[dist.get_world_size()]
+    mesh = mesh_of("cpu", axes)
     model = tensor_parallel(make_llama(), mesh["tp"])
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh["shard"])
-    fully_shard(model, mesh=mesh["shard"])
+    for unit in [*model.model.layers, model] if axes[:-1] else ():
+        fully_shard(unit, mesh=mesh[axes[:-1]])
     optimizer = dist_optim.build_optimizer(model, name, print_audit=False, check_ranks_every=2, **OPTIONS[name])
     return trained(model, optimizer, optimizer.clip_grad_norm_)
 
@@ -104,10 +116,11 @@ def plain_loop(name: str, _: str) -> list[Tensor]:
 @contextmanager
 def accelerated(name: str) -> Iterator[tuple[Accelerator, nn.Module, Any]]:
     """``prepare``, with what the launcher makes of the configuration."""
-    with mock.patch.dict(os.environ, launch_environment(CONFIGS / "fsdp2_tp_cpu_4.yaml")):
+    config = LAUNCHED.get(dist.get_world_size())
+    with mock.patch.dict(os.environ, launch_environment(CONFIGS / config) if config else ALONE):
         try:
             accelerator = Accelerator(**cpu_rehearsal.fsdp_arguments())
-            cpu_rehearsal.turn_fsdp_on(accelerator)
+            (cpu_rehearsal.turn_fsdp_on if config else cpu_rehearsal.bring_mesh)(accelerator)
             model = tensor_parallel(make_llama(), accelerator.torch_device_mesh["tp"])
             model, optimizer, _ = prepare(accelerator, model, name, print_audit=False, **OPTIONS[name])
             yield accelerator, model, optimizer
@@ -137,7 +150,8 @@ def resumed_through_accelerate(name: str, folder: str) -> list[str]:
 
 def through_the_trainer(name: str, folder: str) -> list[Tensor]:
     """transformers places the model by its own plan, embeddings and head included, and the Trainer takes it so."""
-    return trained_by_the_trainer(name, folder, {"tp_size": 2, "fsdp_size": 2})
+    sizes = {"tp_size": 2, "fsdp_size": 2, "dp_replicate_size": 2}
+    return trained_by_the_trainer(name, folder, dict(list(sizes.items())[: len(AXES[dist.get_world_size()])]))
 
 
 def experts_through_the_trainer(name: str, folder: str) -> list[Tensor]:
@@ -151,7 +165,9 @@ def trained_by_the_trainer(name: str, folder: str, sizes: dict[str, int], **more
 
     with fresh_accelerate():
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
-        more |= {"per_device_train_batch_size": BATCH // sizes["fsdp_size"], "max_grad_norm": MAX_NORM}
+        num_parts = sizes.get("fsdp_size", 1) * sizes.get("dp_replicate_size", 1)
+        more |= {"per_device_train_batch_size": BATCH // num_parts, "max_grad_norm": MAX_NORM}
+        more |= IN_ARGUMENTS.get(name, {})
         settings = arguments_of(Job(name), "ddp", folder, **more)
         trainer = Trainer(model, settings, train_dataset=Blocks())
         trainer.train()
@@ -163,7 +179,7 @@ def trained(
 ) -> list[Tensor]:
     """The ranks along tp get the same batch."""
     for step in steps:
-        own = batch(step).chunk(2)[dist.get_rank() // 2]
+        own = batch(step).chunk(dist.get_world_size() // 2)[dist.get_rank() // 2]
         model(input_ids=own, labels=own).loss.backward()
         if clip is not None:
             assert float(clip(MAX_NORM)) > MAX_NORM, "clipping must bind, or it is not tested"
@@ -205,10 +221,9 @@ def distances(name: str, doors: list[str], folder: str) -> tuple[float, dict[str
         folder: What ``save_pretrained`` wrote of the model.
     """
     make, more = (make_llama, {}) if doors != [EXPERTS] else (make_moe, {"target_modules": "all-linear"})
-    start, found = (
-        list(full_parameters(make()).values()),
-        gather_objects(alone(name, 1 + dist.get_rank(), make, **more)),
-    )
-    reference, *others = found
+    start = list(full_parameters(make()).values())
+    own_group()  # on every rank: torch finds a later group of all by how many each of them has
+    own = [alone(name, num_parts, make, **more) for num_parts in PARTS[dist.get_rank() :: dist.get_world_size()]]
+    reference, *others = [one for found in gather_objects(own) for one in found]
     floor = max(relative_distance(other, reference, start) for other in others)
     return floor, {door: relative_distance(DOORS[door](name, folder), reference, start) for door in doors}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -24,15 +24,24 @@ import dist_optim
 class Net(nn.Module):
     """Shapes chosen to hurt: wide, tall and square matrices, odd sizes, one row, more ranks than rows, 0-D and 1-D."""
 
-    def __init__(self, linear: Sequence[tuple[int, int]], extra: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        linear: Sequence[tuple[int, int]],
+        extra: Sequence[tuple[int, ...]],
+        experts: Sequence[tuple[int, int, int]] = (),
+    ) -> None:
         super().__init__()
         self.linears = nn.ModuleList(nn.Linear(cols, rows, bias=at % 2 == 0) for at, (rows, cols) in enumerate(linear))
         self.extra = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in extra)
+        if experts:
+            self.experts = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in experts)
 
 
 LINEAR = ((67, 40), (40, 67), (48, 48), (17, 80), (96, 32), (2, 24))
 """Rows x columns of the linear weights: tall, wide, square, wide, tall, two rows (fewer than three ranks)."""
 EXTRA = ((33,), (5,), (1,), (31, 9))
+EXPERTS = ((5, 14, 12), (3, 24, 64))
+"""Stacks of matrices, of which four ranks hold one or two each, or parts of one; the second is worth quantizing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Case:
     steps: int = 9
     linear: tuple[tuple[int, int], ...] = LINEAR
     extra: tuple[tuple[int, ...], ...] = EXTRA
+    experts: tuple[tuple[int, int, int], ...] = ()
     growth: float = 1.4
     """Factor on the gradients from step to step, so that clips and limiters bind."""
     frozen: tuple[str, ...] = ("linears.4.weight",)
@@ -66,6 +76,11 @@ class Case:
     """What sets this case apart from the family's others."""
     device: str = "cpu"
     """Where both sides have the model."""
+
+    @property
+    def takes_matrices(self) -> bool:
+        """Whether upstream is given the matrices of a stack one by one."""
+        return bool(self.matrix) or self.name == "muon"
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.name, self.label, str(self.dtype).removeprefix("torch."))))
@@ -86,11 +101,16 @@ class Together(torch.optim.Optimizer):
 
 def make_model(case: Case) -> Net:
     torch.manual_seed(0)
-    model = Net(case.linear, case.extra).to(case.device, case.dtype)
+    model = Net(case.linear, case.extra, case.experts).to(case.device, case.dtype)
     for place_in_model, (name, parameter) in enumerate(model.named_parameters()):
         parameter.requires_grad_(name not in case.frozen)
         parameter.place_in_model = place_in_model  # type: ignore[attr-defined]  # for references that sum in its order
     return model
+
+
+def with_experts(case: Case) -> Case:
+    """The case with stacks of experts besides."""
+    return replace(case, experts=EXPERTS, targets=(*case.targets, "experts"))
 
 
 def gradients(case: Case, model: nn.Module, step: int) -> dict[str, Tensor | None]:
@@ -130,18 +150,36 @@ def _decays(case: Case) -> bool:
 def reference_run(case: Case, divisor: int = 1) -> list[dict[str, Tensor]]:
     """Every parameter after every step, from the upstream class in one process; gradients are divided before."""
     model = make_model(case)
-    named = dict(model.named_parameters())
+    leaves = {name: leaves_of(case, parameter) for name, parameter in model.named_parameters()}
+    named = {f"{name}.{at}" if at else name: leaf for name, own in leaves.items() for at, leaf in enumerate(own)}
     optimizer = case.make_reference(param_groups(case, named))
     if hasattr(optimizer, "train"):
         optimizer.train()
     history = []
     for step in range(case.steps):
         for name, gradient in gradients(case, model, step).items():
-            named[name].grad = None if gradient is None else gradient / divisor
+            own = leaves[name]
+            for at, leaf in enumerate(own):
+                leaf.grad = None if gradient is None else (gradient if len(own) == 1 else gradient[at]) / divisor
         set_learning_rates(optimizer, case, step)
         optimizer.step()
-        history.append({name: parameter.detach().clone() for name, parameter in named.items()})
+        history.append(
+            {
+                name: (own[0] if len(own) == 1 else torch.stack(tuple(own))).detach().clone()
+                for name, own in leaves.items()
+            }
+        )
     return history
+
+
+def leaves_of(case: Case, parameter: nn.Parameter) -> list[nn.Parameter]:
+    """What upstream is given for a parameter: itself, or each matrix of a stack as a parameter of its own."""
+    if not (case.takes_matrices and tuple(parameter.shape) in case.experts):
+        return [parameter]
+    leaves = [nn.Parameter(matrix.clone()) for matrix in parameter.detach()]
+    for leaf in leaves:
+        leaf.place_in_model = parameter.place_in_model  # type: ignore[attr-defined]
+    return leaves
 
 
 _histories: dict[bytes, list[dict[str, Tensor]]] = {}
@@ -194,10 +232,10 @@ def run_case(case: Case, placement: str, **options: Any) -> list[str]:
 
 def run_gaps(case: Case, placement: str, **options: Any) -> list[Gap]:
     """The distance of every parameter from the reference after every step; zero where the bits are equal."""
+    model = place(make_model(case), placement)
+    optimizer = build_subject(case, model, **options)  # which refuses what upstream fails on
     expected = reference_history(case)
     assert moved(expected, case) > 0, "the reference does not move: the case compares nothing"
-    model = place(make_model(case), placement)
-    optimizer = build_subject(case, model, **options)
     optimizer.train()
     found = []
     for step in range(case.steps):

@@ -23,6 +23,7 @@ MESHES = {
     "fsdp2_tp.yaml": (1, 4, 2),
     "fsdp2_tp_cpu_4.yaml": (1, 2, 2),
     "hsdp_tp.yaml": (2, 2, 2),
+    "hsdp_tp_cpu_8.yaml": (2, 2, 2),
 }
 """Replicas, shards, and ranks of tensor parallelism."""
 ON_TWO_MACHINES = {"hsdp.yaml": 8, "fsdp2_tp.yaml": 8, "hsdp_tp.yaml": 4}

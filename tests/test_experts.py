@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from apollo_torch import APOLLOAdamW
 from galore_torch import GaLoreAdamW
-from placements import full_parameters, inject, mesh_of, place
+from placements import full_parameters, inject, place
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 
 import dist_optim
 from dist_optim.errors import HyperparameterError, ParameterError
+from dist_optim.integrations.deepspeed.engine import build_optimizer_for_engine
 from dist_optim.layouts import BoxShard, DimShard, FlatRange, Layout, Replicated
 from dist_optim.layouts.stack import Member, layer_of
 from dist_optim.testing import RankPool, assert_equal, assert_no_problems_on_any_rank
@@ -83,19 +82,6 @@ def reference(name: str) -> dict[str, Tensor]:
     return {key: torch.stack(list(own)) if key in STACKS else own[0].detach() for key, own in leaves.items()}
 
 
-def placed(placement: str) -> nn.Module:
-    model = Sparse()
-    if placement != "experts on two axes":
-        return place(model, placement)
-    mesh = mesh_of("cpu", ("efsdp", "ep"))
-    for name in ("up", "down"):
-        full = getattr(model.experts, name).detach()
-        setattr(model.experts, name, nn.Parameter(distribute_tensor(full, mesh["ep"], [Shard(0)], src_data_rank=None)))
-    fully_shard(model.experts, mesh=mesh["efsdp"])
-    fully_shard(model, mesh=mesh_of("cpu", ("all",)))
-    return model
-
-
 def build(name: str, model: nn.Module, **more: Any) -> dist_optim.DistributedOptimizer:
     options: dict[str, Any] = {"weight_decay": 0.1, "rest_options": {"weight_decay": 0.0}}
     if name != "muon":
@@ -106,14 +92,14 @@ def build(name: str, model: nn.Module, **more: Any) -> dist_optim.DistributedOpt
 def equals_separate_parameters(name: str, placements: list[str], folder: Path) -> None:
     expected, problems = reference(name), []
     for placement in placements:
-        model = placed(placement)
+        model = place(Sparse(), placement)
         optimizer = build(name, model, check_ranks_every=2)
         owners = {optimizer.holdings.plan.owners[at] for at, one in enumerate(optimizer.holdings.placed) if one.member}
         assert len(owners) == min(5, dist.get_world_size()), "each expert has an owner of its own"
         for step in range(STEPS):
             if step == 3:
                 dist_optim.save_checkpoint(folder / placement, model, optimizer)
-                model = placed(placement)
+                model = place(Sparse(), placement)
                 optimizer = build(name, model)
                 dist_optim.load_checkpoint(folder / placement, model, optimizer)
             inject(model, dict(gradients(step)))
@@ -126,8 +112,8 @@ def equals_separate_parameters(name: str, placements: list[str], folder: Path) -
 
 
 PLACES: dict[str, dict[int, list[str]]] = {
-    "galore_adamw": {1: ["none"], 2: ["fsdp2"], 4: ["experts on two axes"]},
-    "apollo_adamw": {2: ["fsdp1"], 4: ["experts on two axes"]},
+    "galore_adamw": {1: ["none"], 2: ["fsdp2"], 4: ["ep"]},
+    "apollo_adamw": {2: ["fsdp1"], 4: ["ep"]},
     "muon": {2: ["ddp", "fsdp2"]},
 }
 """By the number of ranks."""
@@ -188,6 +174,17 @@ def test_the_audit_tells_how_much_the_algorithm_takes() -> None:
 def test_too_little_for_the_algorithm_is_refused(name: str, least: float, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build(name, Sparse(), min_coverage=least)
+
+
+def test_where_stacks_stay_whole_the_audit_says_so() -> None:
+    left = r"careful: galore_adamw\w* as matrices: \d+\.\d% .*; under DeepSpeed and inside .* are none \(2 tensors\)"
+    options: dict[str, Any] = {"lr": 1e-2, "target_modules": "all-linear", "rank": 3, "print_audit": False}
+    engines = build_optimizer_for_engine(Sparse(), "galore_adamw", **options)
+    assert re.match(left, engines.coverage or "")
+    inside = dist_optim.build_optimizer(Sparse(), "galore_adamw_layerwise", **options)
+    assert re.search(left, inside.route_audit())
+    with pytest.raises(ParameterError, match=r"galore_adamw takes \d+\.\d% .* asks for 80\.0%"):
+        build_optimizer_for_engine(Sparse(), "galore_adamw", min_coverage=0.8, **options)
 
 
 def test_control_a_stack_without_its_mark_is_no_stack_of_matrices() -> None:

@@ -24,6 +24,7 @@ from parity import (
     run_case,
     run_second_life,
     take_step,
+    with_experts,
 )
 from placements import full_parameters, inject, mesh_of, own_group, place
 from test_checkpoint import go_on, run_to_the_break
@@ -138,20 +139,25 @@ def test_what_is_no_box_is_refused_on_all_ranks(
         assert re.search(message, text), text
 
 
-def what_stays_apart() -> tuple[str, str]:
+def what_stays_apart() -> tuple[str, str, str]:
     """Of what moves into backward: refused, or said by the audit not to."""
     case = CASE["adamw_torch"]
     model = place(make_model(case), "fsdp2 tp")
     with pytest.raises(DistOptimError) as caught:
         dist_optim.build_optimizer(model, "adamw_torch", lr=0.1, fused_backward=True, print_audit=False)
     optimizer = dist_optim.build_optimizer(model, "adafactor", lr=0.1, reduce_to_owner=True, print_audit=False)
-    return str(caught.value), optimizer.route_audit()
+    with pytest.raises(DistOptimError) as layerwise:
+        dist_optim.build_optimizer(
+            model, "galore_adamw_layerwise", lr=0.1, rank=4, target_modules="all-linear", print_audit=False
+        )
+    return str(caught.value), str(layerwise.value), optimizer.route_audit()
 
 
 def test_nothing_moves_into_backward_on_a_mesh(four_ranks: RankPool) -> None:
-    for refused, audit in four_ranks.run(what_stays_apart):
-        assert "several mesh axes. Leave fused_backward out" in refused
-        assert "gradients of 0 of" in audit and "others in step(): another process group shards them" in audit
+    for refused, layerwise, audit in four_ranks.run(what_stays_apart):
+        assert "several mesh axes. Shard it over one, or leave fused_backward out" in refused
+        assert "Shard it over one. Or use galore_adamw, the same" in layerwise
+        assert "gradients of 0 of" in audit and "others in step(): the plan has other ranks" in audit
 
 
 def test_a_part_of_another_shape_than_its_box_is_refused() -> None:
@@ -184,17 +190,22 @@ def test_control_a_norm_that_is_counted_on_each_rank_is_noticed(four_ranks: Rank
         four_ranks.run(clip_counting_copies_twice, CASE["adamw_torch"])
 
 
-def run_with_boxes_off_by_a_row(case: Case) -> list[str]:
+def run_with_boxes_off_by_a_row(case: Case, placement: str) -> list[str]:
     def next_row(size: int, parts: int, at: int) -> tuple[int, int]:
         start, length = chunk_of(size, parts, at)
         return min(start + 1, size - length), length
 
     with mock.patch.object(box_shard, "chunk_of", next_row):
-        return run_case(case, "fsdp2 tp")
+        return run_case(case, placement)
 
 
-def test_control_a_box_that_is_off_by_a_row_is_noticed(four_ranks: RankPool) -> None:
-    assert all(four_ranks.run(run_with_boxes_off_by_a_row, CASE["adamw_torch"]))
+@pytest.mark.parametrize(
+    ("case", "placement"),
+    [(CASE["adamw_torch"], "fsdp2 tp"), (with_experts(CASE["adamw_torch"]), "ep")],
+    ids=["fsdp2 tp", "ep"],
+)
+def test_control_a_box_that_is_off_by_a_row_is_noticed(case: Case, placement: str, four_ranks: RankPool) -> None:
+    assert all(four_ranks.run(run_with_boxes_off_by_a_row, case, placement))
 
 
 PATHS = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 from cases import all_cases
-from parity import Case, run_case, run_second_life
+from parity import Case, run_case, run_second_life, with_experts
 
 from dist_optim.exchange import route, transfer
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
@@ -91,6 +92,15 @@ def test_equals_upstream_on_four_ranks(case: Case, four_ranks: RankPool) -> None
 def test_equals_upstream_on_meshes(case: Case, two_ranks: RankPool, four_ranks: RankPool) -> None:
     num_ranks, placements = ON_MESHES[ONE_A_NAME.index(case) // 2 % 2]
     {2: two_ranks, 4: four_ranks}[num_ranks].run(every_placement, case, placements)
+
+
+WITH_EXPERTS = [case for case in ONE_A_NAME if case.name in ("adafactor", "adamw_torch", "galore_adamw", "muon")]
+"""Which `make parity` does with every case."""
+
+
+@pytest.mark.parametrize("case", WITH_EXPERTS, ids=str)
+def test_equals_upstream_with_experts_on_a_mesh_of_their_own(case: Case, four_ranks: RankPool) -> None:
+    four_ranks.run(every_placement, with_experts(replace(case, steps=5)), (("ep", {"bucket_bytes": SMALL_ROUNDS}),))
 
 
 @pytest.mark.parametrize("case", ONE_A_NAME, ids=str)

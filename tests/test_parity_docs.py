@@ -7,6 +7,7 @@ import json
 from unittest import mock
 
 import measure_end_to_end
+import measure_meshes
 import measure_resume
 import pytest
 from cases.torch_native import CASES as NATIVE
@@ -118,6 +119,16 @@ def test_end_to_end_page_is_what_its_results_give_and_stays_within_the_noise() -
     assert {run.name for run in RUNS} == {spec.name for spec in specs if not spec.refusal and not spec.instead}
     for row in rows:
         assert all(row[placement] <= FACTOR * row["floor"] for placement in PLACEMENTS), row
+
+
+def test_the_page_of_meshes_has_what_was_measured_and_stays_within_the_noise() -> None:
+    rows = json.loads(measure_meshes.RESULTS.read_text())
+    text = measure_meshes.PAGE.read_text()
+    assert text == measure_meshes.page(text, rows), MEASURE
+    assert {row["mesh"] for row in rows} == set(measure_meshes.MESHES), MEASURE
+    for row in rows:
+        doors = measure_meshes.MESHES[row["mesh"]][1]
+        assert 0 < row["floor"] < 3e-2 and all(row[door] <= FACTOR * row["floor"] for door in doors), row
 
 
 def test_resume_page_is_what_its_results_give_and_every_bit_is_equal() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from mesh_doors import make_moe
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -119,6 +120,13 @@ def test_a_class_without_a_name_is_planned_too(one_matrix: PlannedModel) -> None
     found = plan(one_matrix, torch.optim.NAdam, "fsdp2", 2, precision="fp32", lr=0.1)
     assert state_of(found) == pytest.approx(8 * WIDTH**2, rel=1e-3), "one rank owns the only matrix"
     assert found.optimizer == "NAdam" and "independent" in found.notes[0]
+
+
+def test_stacks_of_experts_are_said_to_be_counted_whole(tmp_path: Path) -> None:
+    model: Any = make_moe()
+    model.config.save_pretrained(tmp_path)
+    found = {name: plan(read_model(tmp_path), name, strategy="fsdp2", num_ranks=2) for name in ("muon", "sgd")}
+    assert "stacks of experts are counted whole" in " ".join(found["muon"].notes) and not found["sgd"].notes
 
 
 def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:

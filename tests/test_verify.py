@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from mesh_doors import make_moe
 from test_negative_controls import one_owner_lacks_the_others_gradients, updates_do_not_travel_back
 from typer.testing import CliRunner
 
@@ -66,6 +67,19 @@ def test_equal_is_said_of_what_is_equal(strategy: str, name: str, options: dict[
     report = verify(name, strategy=strategy, pool=two_ranks, **options)
     assert (report.verdict, report.figure) == (Verdict.EQUAL, 0.0), report.reason
     assert report.as_json()["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "options"), [("fsdp2", "galore_adamw", GALORE), ("zero2", "muon", {"lr": 1e-2})]
+)
+def test_experts_are_verified_as_the_engine_has_them(
+    strategy: str, name: str, options: dict[str, Any], two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Each a matrix, or their stack whole; the reference as well."""
+    model: Any = make_moe()
+    model.config.save_pretrained(tmp_path)
+    report = verify(name, strategy=strategy, model=str(tmp_path), steps=3, pool=two_ranks, **options)
+    assert (report.verdict, report.figure) == (Verdict.EQUAL, 0.0), report.reason
 
 
 def test_a_class_without_a_name_is_described_and_can_be_made_one(two_ranks: RankPool) -> None:

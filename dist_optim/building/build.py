@@ -16,7 +16,7 @@ from dist_optim.building.choice import refuse_combination, refuse_inside_backwar
 from dist_optim.building.composing import Rest, compose
 from dist_optim.building.groups import GivenParameters
 from dist_optim.building.new_groups import NewGroups
-from dist_optim.building.stacks import coverage, coverage_line, refuse_low_coverage
+from dist_optim.building.stacks import coverage, coverage_line, refuse_low_coverage, stacks_of
 from dist_optim.building.verdicts import with_verdict
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.guards import why_not_fused
@@ -191,7 +191,7 @@ def build_optimizer(
             is_fused,
             _one_process_group(placed.values(), process_group),
             ONE_BUCKET if is_fused else bucket_bytes,
-            coverage_line(named.name, share),
+            coverage_line(named.name, share, stacks_of(model, placed) if is_fused else ()),
         )
 
     prepared = together(prepare, process_group, doing=doing, remedy=remedy)

@@ -13,7 +13,7 @@ from dist_optim.building.choice import resolve
 from dist_optim.building.groups import KEYS_OF_TORCH, GivenParameters, arrange, listed_groups
 from dist_optim.building.hidden_matrices import hidden_matrices
 from dist_optim.building.patterns import LR_SCALE, by_pattern, has_patterns, meta_parameter, scaled
-from dist_optim.building.stacks import in_matrices, stacks_of, takes_matrices
+from dist_optim.building.stacks import convolutions_of, in_matrices, stacks_of, takes_matrices
 from dist_optim.errors import HyperparameterError, ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.composed import OPTIM, composed_spec
@@ -76,7 +76,7 @@ def compose(
 
     Where one algorithm steps everything, that is ``spec`` itself. Otherwise it is a ``ComposedSpec``, every group says
     under ``optim`` whose it is, and the keywords are those of each algorithm, by its name. With ``splits_stacks`` each
-    matrix of a stack of experts is a parameter of its own to algorithms of matrices.
+    matrix of a stack of experts is a parameter of its own to algorithms of matrices, and filters are one to Muon.
 
     Raises:
         HyperparameterError, TargetModulesError, ParameterError, UnsupportedError: As ``build_optimizer``.
@@ -84,7 +84,7 @@ def compose(
     given = None if params is None else listed_groups(params)
     groups = None if given is None else _resolved(given, placed)
     other = _spec_of_rest(spec, rest or Rest(), is_listed=given is not None and not has_patterns(given))
-    stacks = stacks_of(model, placed) if splits_stacks else set()
+    stacks, convolutions = (stacks_of(model, placed), convolutions_of(model)) if splits_stacks else (set(), set())
     shares = _shares(model, spec, placed, hyperparameters, groups, other, rest or Rest(), stacks)
     others: dict[str, Any] = {
         "no_decay": no_decay,
@@ -98,7 +98,7 @@ def compose(
         spec = spec.with_arguments(arguments)
     else:
         spec, arranged, arguments = _arranged(model, placed, shares, target_modules, others)
-    return spec, in_matrices(spec, arranged, stacks), arguments
+    return spec, in_matrices(spec, arranged, stacks, convolutions), arguments
 
 
 def _resolved(groups: Sequence[Any], placed: Mapping[str, PlacedParameter]) -> list[Group]:

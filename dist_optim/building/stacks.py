@@ -1,4 +1,4 @@
-"""Stacks of experts: one 3-D parameter ``[E, m, n]`` is E matrices for every algorithm that takes matrices."""
+"""What is matrices to an algorithm of matrices: each of a stack of experts; the filters of a convolution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from dist_optim.specs.composed import OPTIM, ComposedSpec
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, Trait
 
-__all__ = ["coverage", "coverage_line", "in_matrices", "refuse_low_coverage", "stacks_of", "takes_matrices"]
+__all__ = [
+    "convolutions_of",
+    "coverage",
+    "coverage_line",
+    "in_matrices",
+    "refuse_low_coverage",
+    "stacks_of",
+    "takes_matrices",
+]
 
 FEW = 0.5
 """Under this share the audit warns."""
@@ -31,20 +39,34 @@ def stacks_of(model: nn.Module, placed: Mapping[str, PlacedParameter]) -> set[st
     return {name for name, owner in owners.items() if MARK in f"{owner} {kinds.get(owner, '')}".lower()}
 
 
+def convolutions_of(model: nn.Module) -> set[str]:
+    """Names of the weights of ``nn.Conv1d``, ``2d`` and ``3d``."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {f"{name}.weight" if name else "weight" for name, one in named_modules(model) if isinstance(one, kinds)}
+
+
 def takes_matrices(spec: OptimizerSpec, group: ParamGroup) -> bool:
     """Whether a group is stepped by an algorithm of matrices."""
     own = spec.parts[group[OPTIM]] if isinstance(spec, ComposedSpec) else spec
     return Trait.HIDDEN_MATRICES in own.traits or (Trait.LOW_RANK in own.traits and "rank" in group)
 
 
-def in_matrices(spec: OptimizerSpec, groups: list[ParamGroup], stacks: Collection[str]) -> list[ParamGroup]:
-    """The groups with each of these stacks as its matrices, where an algorithm of matrices steps it."""
+def in_matrices(
+    spec: OptimizerSpec, groups: list[ParamGroup], stacks: Collection[str], convolutions: Collection[str]
+) -> list[ParamGroup]:
+    """The groups with each of these stacks as its matrices, where an algorithm of matrices steps it.
 
-    def members(one: PlacedParameter) -> list[PlacedParameter]:
+    To Muon the filters of a convolution are one matrix, as its authors have it; the papers of low-rank projections have
+    no such thing.
+    """
+
+    def members(group: ParamGroup, one: PlacedParameter) -> list[PlacedParameter]:
+        if one.fqn in convolutions and "rank" not in group:
+            return [one.filters()]
         return one.matrices() if one.fqn in stacks else [one]
 
     return [
-        {**group, "params": [part for one in group["params"] for part in members(one)]}
+        {**group, "params": [part for one in group["params"] for part in members(group, one)]}
         if takes_matrices(spec, group)
         else group
         for group in groups
@@ -60,11 +82,13 @@ def coverage(named: OptimizerSpec, spec: OptimizerSpec, groups: list[ParamGroup]
     return sum(own) / (sum(numels) or 1)
 
 
-def coverage_line(name: str, share: float | None) -> str | None:
-    """What the audit says of it."""
+def coverage_line(name: str, share: float | None, left: Collection[str] = ()) -> str | None:
+    """What the audit says of it, and of the stacks that are left whole."""
     if share is None:
         return None
     line = f"{name} as matrices: {share:.1%} of the trained elements"
+    if left:
+        line += f"; under DeepSpeed and inside backward the stacks of experts are none ({len(left)} tensors)"
     return line if share >= FEW else f"careful: {line}; embeddings and what target_modules leaves out are the rest"
 
 

@@ -47,6 +47,7 @@ def why_not_fused(
         )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return NOT_UNDER_FSDP1
+    leave = "" if spec.instead else ", or leave fused_backward out"
     if num_ranks(process_group) == 1:
         return ""
     if isinstance(model, DistributedDataParallel):
@@ -59,8 +60,10 @@ def why_not_fused(
         is_boxed = any(isinstance(one.layout, BoxShard) for one in trained)
         apart = detect(model, process_group, shares_replicas=False) if is_boxed else {}
         if any(isinstance(one.layout, BoxShard) for one in apart.values()):
-            return "the model is sharded over several mesh axes. Leave fused_backward out, or shard over one axis."
+            return f"the model is sharded over several mesh axes. Shard it over one{leave}."
         return ""
+    if any(isinstance(one.parameter, DTensor) for one in trained):
+        return f"the model is sharded, and not by fully_shard, which reduces gradients. Shard it by that{leave}."
     return (
         "nothing reduces this model's gradients inside backward. Wrap it in DistributedDataParallel, or shard it with "
         "fully_shard."

@@ -54,7 +54,7 @@ def send_to_owners(optimizer: DistributedOptimizer, model: nn.Module) -> str:
     if num_ranks(held.process_group) == 1 or not held.plan.owners:
         return "no gradient has to travel"
     if any(held.placed[index].member is not None for index in held.plan.owners):
-        return "gradients travel in step(): the matrices of a stack have an owner each"
+        return "gradients travel in step(): experts and filters are stepped as matrices of their own"
     wholes = {
         id(held.placed[index].parameter): Whole(held.placed[index], owner, held.rank, held.spec.is_undescribed)
         for index, owner in held.plan.owners.items()
@@ -103,7 +103,7 @@ def _why_not(unit: Any, process_group: dist.ProcessGroup | None) -> str:
     if mesh.ndim != 1:
         return "HSDP sums over replicas what each rank has"
     if dist.get_process_group_ranks(mesh.get_group()) != dist.get_process_group_ranks(process_group):
-        return "another process group shards them"
+        return "the plan has other ranks than their process group, as where several mesh axes shard the model"
     if any(one.offload_to_cpu for one in unit.fsdp_params):
         return "they are offloaded to the CPU"
     if not type(unit._reduce_scatter_comm).__name__.startswith("Default"):

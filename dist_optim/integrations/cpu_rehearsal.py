@@ -14,8 +14,9 @@ What differs from a GPU:
   "copy" on a GPU; on the CPU it keeps views of memory that FSDP1 then frees, and the process ends with a segmentation
   fault.
 * Under FSDP2, offloaded parameters are not pinned: torch pins memory for accelerators only.
-* ``Accelerator`` refuses the launcher's ``parallelism_config`` (HSDP) on the CPU, before anyone can help. Start it with
-  ``Accelerator(**fsdp_arguments())``, which sets the mesh aside for ``turn_fsdp_on``.
+* ``Accelerator`` refuses the launcher's ``parallelism_config`` (HSDP, tensor parallelism) on the CPU, before anyone can
+  help. Start it with ``Accelerator(**fsdp_arguments())``, which sets the mesh aside for ``turn_fsdp_on``; without FSDP,
+  for ``bring_mesh``.
 * The settings are those of the launcher's environment (``FSDP_VERSION`` and its kin). A plugin that a script gives to
   ``Accelerator(fsdp_plugin=...)`` is lost there on the CPU: give it to ``turn_fsdp_on`` as well, before ``prepare``.
 
@@ -53,6 +54,7 @@ __all__ = [
     "deepspeed_arguments",
     "fsdp_arguments",
     "is_ignored",
+    "is_mesh_set_aside",
     "refuse_wrong_size",
     "turn_fsdp_on",
 ]
@@ -63,7 +65,7 @@ SET_ASIDE = "rehearsed"
 
 
 def fsdp_arguments() -> dict[str, Any]:
-    """Keywords for ``Accelerator`` in a rehearsal of FSDP on CPU ranks, with or without a mesh (HSDP)."""
+    """Keywords for ``Accelerator`` in a rehearsal of FSDP on CPU ranks, with or without a mesh; or of a mesh alone."""
     if is_switched_on(MESH_ASKED):
         os.environ[MESH_ASKED] = SET_ASIDE
     return {"cpu": True}
@@ -73,6 +75,11 @@ def is_ignored(accelerator: Accelerator) -> bool:
     """Whether FSDP was asked for and accelerate would train something else, because the device is a CPU."""
     asked = is_switched_on("ACCELERATE_USE_FSDP")
     return asked and accelerator.device.type == "cpu" and accelerator.distributed_type.value != "FSDP"
+
+
+def is_mesh_set_aside(accelerator: Accelerator) -> bool:
+    """Whether ``fsdp_arguments`` has set a mesh aside that nobody has brought yet."""
+    return os.environ.get(MESH_ASKED) == SET_ASIDE and accelerator.parallelism_config is None
 
 
 def turn_fsdp_on(
@@ -94,7 +101,7 @@ def turn_fsdp_on(
         UnsupportedError: There is no process group, a GPU would take the model, or the settings are not known.
     """
     from accelerate.state import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if accelerator.distributed_type is not DistributedType.MULTI_CPU:
         raise UnsupportedError(
@@ -116,26 +123,33 @@ def turn_fsdp_on(
     plugin = plugin or FullyShardedDataParallelPlugin()
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
-    if parallelism_config is None and os.environ.get(MESH_ASKED) == SET_ASIDE:
-        parallelism_config = ParallelismConfig()
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     state = accelerator.state
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.device = PartialState._shared_state["device"] = torch.device("cpu")
-    if parallelism_config is not None:
+    if parallelism_config is not None or is_mesh_set_aside(accelerator):
         bring_mesh(accelerator, parallelism_config)
     if plugin.fsdp_version == 1:
         vars(accelerator)["prepare_model"] = _gathering_in_place(accelerator.prepare_model)
 
 
-def bring_mesh(accelerator: Accelerator, sizes: ParallelismConfig) -> None:
+def bring_mesh(accelerator: Accelerator, sizes: ParallelismConfig | None = None) -> None:
     """Give accelerate on the CPU the mesh that it takes on an accelerator alone. Collective.
+
+    ``turn_fsdp_on`` does so with FSDP; this is for tensor parallelism without.
+
+    Args:
+        accelerator: On the CPU, with a process group.
+        sizes: When None, those that ``fsdp_arguments`` has set aside.
 
     Raises:
         UnsupportedError: The sizes do not multiply to the number of ranks.
     """
+    from accelerate.utils import ParallelismConfig
+
+    sizes = sizes or ParallelismConfig()
     refuse_wrong_size(sizes, accelerator.num_processes)
     accelerator.state.parallelism_config = sizes
     accelerator.state.device_mesh = sizes.get_device_mesh("cpu")

@@ -15,7 +15,7 @@ from dist_optim.errors import ParameterError, UnsupportedLayoutError
 from dist_optim.layouts import detect_fsdp1, detect_mesh
 from dist_optim.layouts.freezing_fsdp2 import keep_freezing
 from dist_optim.layouts.layout import Layout, Replicated
-from dist_optim.layouts.stack import Member, layer_of
+from dist_optim.layouts.stack import Filters, Member, filters_of, layer_of
 from dist_optim.ranks.agreement import own_rank
 
 __all__ = [
@@ -51,8 +51,8 @@ class PlacedParameter:
     """Whether an optimizer steps it when it has a gradient. Fixed when it is built, whatever is frozen later."""
     is_idle: bool = False
     """Frozen when the optimizer was built, and named in a group: it is stepped from its first gradient on."""
-    member: Member | None = None
-    """Which matrix it is of the stack that ``parameter`` holds; None for all of a parameter."""
+    member: Member | Filters | None = None
+    """Which matrix it is of those that ``parameter`` holds; None for a parameter as it is."""
 
     def matrices(self) -> list[PlacedParameter]:
         """Of a stack ``[E, m, n]`` each matrix, named as where each were a parameter in a list."""
@@ -67,12 +67,18 @@ class PlacedParameter:
             for at in range(self.shape[0])
         ]
 
+    def filters(self) -> PlacedParameter:
+        """Of a convolution's weight the matrix with a row for each filter; itself, where its parts are not rows."""
+        member = filters_of(self.layout, self.shape, self.local())
+        flat = torch.Size([self.shape[0], self.shape[1:].numel()])
+        return self if member is None else replace(self, shape=flat, member=member)
+
     def whole(self) -> PlacedParameter:
-        """All of the parameter, where it is one matrix of a stack; else itself."""
+        """All of the parameter, as it is in the model."""
         member = self.member
         if member is None:
             return self
-        name = self.fqn.removesuffix(f".{member.at}")
+        name = self.fqn.removesuffix(f".{member.number}") if member.number else self.fqn
         return replace(self, fqn=name, shape=member.shape, layout=member.stack, member=None)
 
     @property
@@ -103,7 +109,7 @@ class PlacedParameter:
         """
         if isinstance(gradient, DTensor) and self._is_repeated(gradient):
             full = local_of(gradient)
-            return self.layout.view_of(full if self.member is None else full[self.member.at], self._rank)
+            return self.layout.view_of(full if self.member is None else self.member.out_of(full), self._rank)
         return self._own(local_of(gradient))
 
     def _own(self, local: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -218,9 +217,8 @@ def _frames(parts: Iterable[_Part]) -> list[Tensor]:
     """The meshes that parameters lie on, and those that they were taken from, as arrays of ranks; each once."""
     frames: list[Tensor] = []
     for mesh in {id(part.mesh): part.mesh for part in parts}.values():
-        root: Any = getattr(mesh, "_get_root_mesh", lambda: None)()  # since torch 2.9; it widens what can be served
-        for one in (mesh, root):
-            if one is not None and not any(torch.equal(one.mesh, known) for known in frames):
+        for one in (mesh, mesh._get_root_mesh()):
+            if not any(torch.equal(one.mesh, known) for known in frames):
                 frames.append(one.mesh)
     return frames
 

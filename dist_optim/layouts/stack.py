@@ -1,4 +1,4 @@
-"""A stack of matrices in one parameter, ``[E, m, n]``: which part of each matrix a rank holds."""
+"""Matrices in parameters that are none: each of a stack ``[E, m, n]``, and the filters of a convolution as one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_optim.layouts.box_shard import BoxShard
 from dist_optim.layouts.layout import DimShard, FlatRange, Layout, chunk_of
 
-__all__ = ["Layer", "Member", "layer_of"]
+__all__ = ["Filters", "Layer", "Member", "filters_of", "layer_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,15 @@ class Member:
     """Of the stack."""
     at: int
 
+    @property
+    def number(self) -> str:
+        """What its name has besides that of the stack."""
+        return str(self.at)
+
+    def out_of(self, full: Tensor) -> Tensor:
+        """The matrix, out of the full stack."""
+        return full[self.at]
+
     def part_of(self, local: Tensor, rank: int) -> Tensor:
         """This rank's part of the matrix, out of its part of the stack: on the same storage."""
         if isinstance(self.stack, FlatRange):
@@ -80,6 +89,30 @@ class Member:
             return local.reshape(-1)[max(start, 0) : max(end, 0)]
         first, count = _layers_on(self.stack, self.shape[0], rank)
         return local[self.at - first] if first <= self.at < first + count else local.reshape(-1)[:0]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """The filters of a convolution, ``[out, in, ...]``, as a matrix with a row each."""
+
+    stack: Layout
+    shape: torch.Size
+    number: str = ""
+
+    def out_of(self, full: Tensor) -> Tensor:
+        return full.view(full.shape[0], self.shape[1:].numel())
+
+    def part_of(self, local: Tensor, rank: int) -> Tensor:
+        """This rank's part of the matrix, on the same storage: rows, or a range of a flattened parameter."""
+        return local if local.ndim == 1 else self.out_of(local)
+
+
+def filters_of(layout: Layout, shape: torch.Size, local: Tensor) -> Filters | None:
+    """A convolution's weight as a matrix; None where its rows are cut, or do not lie one after the other."""
+    dims = {layout.dim} if isinstance(layout, DimShard) else set()
+    if isinstance(layout, BoxShard):
+        dims = {dim for dim, _ in layout.cuts}
+    return Filters(layout, shape) if dims <= {0} and local.is_contiguous() else None
 
 
 def layer_of(layout: Layout, shape: torch.Size, at: int) -> Layout:

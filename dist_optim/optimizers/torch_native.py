@@ -42,7 +42,8 @@ class MuonDriver(UpstreamDriver):
         if len(shape) == 2:
             return ""
         return (
-            "torch.optim.Muon orthogonalizes matrices, and steps no tensor that is not 2-D. Where you list parameters "
+            "torch.optim.Muon orthogonalizes matrices, and steps no tensor that is not 2-D (of weights of nn.Conv1d to "
+            "3d the filters are one, where they lie whole on a rank; not under DeepSpeed). Where you list parameters "
             'yourself, pass rest="adamw_torch" for what is no hidden matrix; where groups name an "optim", give them '
             'to another group: {"params": "*", "optim": "adamw_torch"}.'
         )

@@ -39,7 +39,7 @@ class StateView(Mapping[Tensor, dict[str, Any]]):
         self._steppers: dict[Tensor, list[tuple[str, UpstreamInstance, int]]] = defaultdict(list)
         for instance, index in held.stepped_here():
             one = held.placed[index]
-            prefix = "" if one.member is None else f"{one.member.at}."
+            prefix = f"{one.member.number}." if one.member and one.member.number else ""
             self._steppers[one.parameter].append((prefix, instance, index))
 
     def __getitem__(self, parameter: Tensor) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_optim.building.stacks import stacks_of
 from dist_optim.inside_backward.to_owners import MARK
 from dist_optim.layouts import BoxShard, PlacedParameter, detect
 from dist_optim.layouts.freezing_fsdp2 import param_groups_of, units_of
@@ -49,6 +50,8 @@ def place(model: nn.Module, placement: str, **options: Any) -> nn.Module:
     device_type = _device_of(model).type
     if placement in OF_TP:
         return _tensor_parallel(model, mesh_of(device_type, OF_TP[placement]), options)
+    if placement == "ep":
+        return _expert_parallel(model, device_type, options)
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     if placement == "hsdp":
         mesh = two_by_half(device_type)
@@ -97,6 +100,26 @@ def _tensor_parallel(model: nn.Module, mesh: DeviceMesh, options: dict[str, Any]
         for name in linears:
             fully_shard(model.get_submodule(name), mesh=mesh[outer], **options)
         fully_shard(model, mesh=mesh[outer], **options)
+    return model
+
+
+def _expert_parallel(model: nn.Module, device_type: str, options: dict[str, Any]) -> nn.Module:
+    """Stacks of experts over one axis, and FSDP2 over the other; all else by FSDP2 over all ranks.
+
+    As torchtitan does: FSDP2 cuts inside the matrices of a stack that has fewer of them than there are ranks.
+    """
+    mesh = mesh_of(device_type, ("efsdp", "ep"))
+
+    def cut(stack: nn.Parameter) -> Shard:
+        return Shard(int(stack.shape[0] < mesh.size() and stack.shape[1] % mesh["efsdp"].size() == 0))
+
+    for owner in sorted({name.rpartition(".")[0] for name in stacks_of(model, detect(model))}):
+        experts = model.get_submodule(owner)
+        for name, stack in list(experts.named_parameters(recurse=False)):
+            part = distribute_tensor(stack.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
+            experts.register_parameter(name, nn.Parameter(part, requires_grad=stack.requires_grad))
+        fully_shard(experts, mesh=mesh["efsdp"], shard_placement_fn=cut, **options)
+    fully_shard(model, mesh=mesh_of(device_type, ("all",)), **options)
     return model
 
 

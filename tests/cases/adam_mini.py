@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from parity import EXTRA, LINEAR, Case, Net
+from parity import EXPERTS, EXTRA, LINEAR, Case, Net
 
 
 class Named:
     """What upstream reads of a model."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        names = [name for name, _ in Net(LINEAR, EXTRA).named_parameters()]
+        names = [name for name, _ in Net(LINEAR, EXTRA, EXPERTS).named_parameters()]
         self.listed = [(names[one.place_in_model], one) for group in groups for one in group["params"]]
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

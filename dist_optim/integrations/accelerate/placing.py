@@ -52,9 +52,9 @@ def prepare(
 ) -> tuple[nn.Module, AcceleratedOptimizer, Any]:
     """Wrap the model by accelerate's strategy, build the optimizer on it, and a schedule on the optimizer.
 
-    Strategies: one process, DDP, FSDP 1 (with original parameters), FSDP 2, also on a replicate x shard mesh and over
-    tensor parallelism (``tp_size``: the model comes with it applied), and DeepSpeed's ZeRO 0 to 3. On the CPU, FSDP or
-    DeepSpeed asked for is what is done, or it is refused: see ``dist_optim.integrations.cpu_rehearsal``.
+    Strategies: one process, DDP, FSDP 1 (with original parameters), FSDP 2, also on a replicate x shard mesh, tensor
+    parallelism (``tp_size``: the model comes with it applied) alone or with FSDP 2 over it, and DeepSpeed's ZeRO 0 to
+    3. On the CPU, what is asked for is what is done, or it is refused: see ``dist_optim.integrations.cpu_rehearsal``.
 
     Collective: every process calls it with the same arguments. Data loaders go through ``accelerator.prepare`` as
     usual; the optimizer must not: give its name or class, which is built when the model is in place. The returned
@@ -126,10 +126,11 @@ def prepare(
 
 def _place(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The model, wrapped and on its device."""
-    if not accelerator.is_fsdp2 or getattr(model, "_is_accelerate_prepared", False):
-        placed = accelerator.prepare_model(model)
-    else:
-        placed = place_by_fsdp2(accelerator, model)
+    with tensor_parallel.left_as_it_is(accelerator):
+        if not accelerator.is_fsdp2 or getattr(model, "_is_accelerate_prepared", False):
+            placed = accelerator.prepare_model(model)
+        else:
+            placed = place_by_fsdp2(accelerator, model)
     if accelerator.distributed_type.value == "FSDP":
         cpu_rehearsal.assert_fsdp(placed)
     return placed
@@ -142,8 +143,7 @@ def place_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     nobody will step.
     """
     placeholder = torch.optim.SGD([next(model.parameters())], lr=0.0)
-    with tensor_parallel.left_as_it_is(accelerator):
-        placed, wrapped_placeholder = accelerator.prepare(model, placeholder)
+    placed, wrapped_placeholder = accelerator.prepare(model, placeholder)
     accelerator._optimizers.remove(wrapped_placeholder)
     return placed
 
@@ -173,6 +173,8 @@ def _refuse(accelerator: Accelerator, optimizer: str | type[Optimizer]) -> Optim
     spec = resolve(optimizer, inside_backward=accelerator.distributed_type.value != "DEEPSPEED")
     if cpu_rehearsal.is_ignored(accelerator):
         cpu_rehearsal.turn_fsdp_on(accelerator)
+    elif cpu_rehearsal.is_mesh_set_aside(accelerator):
+        cpu_rehearsal.bring_mesh(accelerator)
     refuse_unserved_strategy(accelerator)
     return spec
 

@@ -24,6 +24,7 @@ from dist_optim.building.alike import assert_alike
 from dist_optim.building.arguments import check_settings
 from dist_optim.building.choice import resolve
 from dist_optim.building.composing import Rest, compose
+from dist_optim.building.stacks import coverage, coverage_line, refuse_low_coverage, stacks_of
 from dist_optim.errors import (
     DistOptimError,
     HyperparameterError,
@@ -186,6 +187,7 @@ def build_optimizer_for_engine(
     independent: bool | None = None,
     master_weights: bool = False,
     verify_steps: int = 0,
+    min_coverage: float | None = None,
     **hyperparameters: Any,
 ) -> ZeroOptimizer:
     """The optimizer over the model before DeepSpeed flattens it: a client optimizer for ``deepspeed.initialize``.
@@ -195,7 +197,8 @@ def build_optimizer_for_engine(
         optimizer: A registered name or an optimizer class.
         params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
         target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``rest``, ``rest_options``,
-            ``print_audit``, ``rank_timeout_s``, ``independent``, hyperparameters.
+            ``print_audit``, ``rank_timeout_s``, ``independent``, ``min_coverage``, hyperparameters. Stacks of experts
+            stay whole.
         fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
         reduce_to_owner: True is refused: DeepSpeed's engine reduces gradients, to its partitions.
         on_nonfinite: Refused: DeepSpeed's engine looks for such gradients itself.
@@ -205,8 +208,8 @@ def build_optimizer_for_engine(
     Raises:
         DistOptimError: As ``dist_optim.build_optimizer``, on this rank alone.
     """
-    check_settings(bucket_bytes=1, check_ranks_every=0, verify_steps=verify_steps)
-    spec = resolve(optimizer)
+    check_settings(bucket_bytes=1, check_ranks_every=0, verify_steps=verify_steps, min_coverage=min_coverage)
+    spec = named = resolve(optimizer)
     refuse_options(
         spec,
         master_weights=master_weights,
@@ -235,7 +238,9 @@ def build_optimizer_for_engine(
         rest=Rest(rest, rest_options or {}),
         takes_idle=False,
     )
-    return ZeroOptimizer(
+    share = coverage(named, spec, groups)
+    refuse_low_coverage(named.name, share, min_coverage)
+    built = ZeroOptimizer(
         spec,
         groups,
         arguments,
@@ -244,6 +249,8 @@ def build_optimizer_for_engine(
         independent=independent,
         verify_steps=verify_steps,
     )
+    built.coverage = coverage_line(named.name, share, stacks_of(model, placed))
+    return built
 
 
 def refuse_options(

@@ -92,6 +92,7 @@ class ZeroOptimizer(Optimizer):
         verify_steps: int = 0,
     ) -> None:
         self.spec = spec
+        self.coverage: str | None = None  # of the audit
         self._num_verified = verify_steps
         self.verified_steps: VerifiedSteps | None = None
         self._independent = independent
@@ -226,7 +227,7 @@ class ZeroOptimizer(Optimizer):
             placed=tuple(where_it_is(places) for places in zip(*(held.placed for held in every), strict=True)),
             plan=Plan(owners, tuple(bucket for held in every for bucket in held.plan.buckets)),
         )
-        return route_audit(whole)
+        return "\n  ".join(line for line in (route_audit(whole), self.coverage) if line)
 
     # Stepping -----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.integrations.accelerate.placing import refuse_unserved_strategy
+from dist_optim.integrations.accelerate.tensor_parallel import refuse_unserved
 from dist_optim.integrations.transformers.deferred import DeferredOptimizer
 from dist_optim.integrations.transformers.placing import is_sharded
 from dist_optim.integrations.transformers.ties import refuse_parted_ties
@@ -26,6 +27,11 @@ INSTEAD = (
     "optim_args=...), or Trainer(optimizer_cls_and_kwargs=(OptimizerClass, {...}))."
 )
 
+PLACED_BY_TRANSFORMERS = (
+    "Leave parallelism_config out, and load the model placed: AutoModelForCausalLM.from_pretrained(folder, "
+    "distributed_config=DistributedConfig(tp_size=...)), with fsdp_size= as well for FSDP 2 over it."
+)
+
 
 def check_strategy(accelerator: Any, model: nn.Module) -> None:
     """Refuse a strategy, or a setting of it, that is not served, or that parts what the model ties. Collective.
@@ -36,6 +42,7 @@ def check_strategy(accelerator: Any, model: nn.Module) -> None:
 
     def check() -> None:
         refuse_unserved_strategy(accelerator)
+        refuse_unserved(accelerator, model, PLACED_BY_TRANSFORMERS)
         if accelerator.distributed_type.value == "FSDP" and not is_sharded(model):
             refuse_parted_ties(model, accelerator.state.fsdp_plugin)
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from dist_optim.inside_backward.handle import follow
 from dist_optim.integrations import cpu_rehearsal
+from dist_optim.integrations.accelerate.tensor_parallel import left_as_it_is
 from dist_optim.integrations.transformers import deepspeed as trainer_deepspeed
 from dist_optim.integrations.transformers import rehearsal as trainer_rehearsal
 from dist_optim.integrations.transformers.checkpoint import CheckpointingMixin
@@ -79,12 +80,10 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._build_accelerator_args(**options)  # type: ignore[misc]
-        if trainer_rehearsal.asks_for_fsdp(arguments.get("fsdp_plugin"), self.args.device):
+        if self.args.device.type == "cpu":
             # accelerate refuses a mesh on the CPU, the arguments' and the launcher's: the rehearsal brings it.
             self._rehearsed_mesh = arguments.pop("parallelism_config", None)
             cpu_rehearsal.fsdp_arguments()
-        elif trainer_rehearsal.is_placed_by_transformers(self.model, self.args.device):
-            self._rehearsed_mesh = arguments.pop("parallelism_config", None)
         return arguments
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -95,7 +94,7 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             plugin = trainer_rehearsal.fsdp_plugin(self.args.fsdp_plugin_args)
             cpu_rehearsal.turn_fsdp_on(self.accelerator, plugin, self._rehearsed_mesh)
             self.is_fsdp_enabled = self._is_fsdp_rehearsed = True
-        elif self._rehearsed_mesh is not None:
+        elif self._rehearsed_mesh is not None or cpu_rehearsal.is_mesh_set_aside(self.accelerator):
             cpu_rehearsal.bring_mesh(self.accelerator, self._rehearsed_mesh)
 
     # Optimizer ----------------------------------------------------------------------------------------------------
@@ -205,7 +204,8 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
                 check_verified_by_engine(self.args, objects)
                 objects = trainer_deepspeed.build_deferred(objects, self._num_training_steps)
             is_placed = self.accelerator.is_fsdp2 and any(is_sharded(part) for part in objects)
-            result = objects if is_placed else prepare(*objects, **options)
+            with left_as_it_is(self.accelerator):
+                result = objects if is_placed else prepare(*objects, **options)
             is_single = len(objects) == 1  # then accelerate returns no sequence
             parts = (result,) if is_single and not is_placed else tuple(result)
             if is_placed:  # by an evaluation, or by an earlier train(): accelerate would exchange parameters again

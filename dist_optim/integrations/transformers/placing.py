@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from dist_optim.integrations.accelerate.placing import place_by_fsdp2
+from dist_optim.integrations.accelerate.tensor_parallel import left_as_it_is
 
 __all__ = ["is_sharded", "place_alone"]
 
@@ -20,4 +21,5 @@ def is_sharded(part: Any) -> bool:
 
 def place_alone(trainer: Any) -> None:
     """Shard the Trainer's model by FSDP2 before there is an optimizer. Collective."""
-    trainer.model = trainer.model_wrapped = place_by_fsdp2(trainer.accelerator, trainer.model)
+    with left_as_it_is(trainer.accelerator):
+        trainer.model = trainer.model_wrapped = place_by_fsdp2(trainer.accelerator, trainer.model)

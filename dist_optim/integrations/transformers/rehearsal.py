@@ -7,16 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.environment import is_switched_on
 from dist_optim.ranks.agreement import num_ranks
 
 __all__ = [
-    "asks_for_fsdp",
     "equal_start",
     "fsdp_plugin",
-    "is_placed_by_transformers",
     "prepare_deepspeed",
     "settle_fsdp_settings",
 ]
@@ -32,17 +31,6 @@ def prepare_deepspeed(arguments: Any) -> None:
     if asked and (arguments.use_cpu or not torch.accelerator.is_available()):
         arguments.use_cpu = True  # or accelerate takes every rank for a job of its own
         cpu_rehearsal.deepspeed_arguments()
-
-
-def asks_for_fsdp(plugin: Any, device: torch.device) -> bool:
-    """Whether FSDP is asked for on the CPU, by the arguments or by the launcher."""
-    launched = is_switched_on("ACCELERATE_USE_FSDP")
-    return device.type == "cpu" and (plugin is not None or launched)
-
-
-def is_placed_by_transformers(model: Any, device: torch.device) -> bool:
-    """Whether the model came placed on a mesh of CPU ranks: ``from_pretrained(distributed_config=...)``."""
-    return device.type == "cpu" and getattr(model, "is_distributed_loading_by_transformers", False)
 
 
 def settle_fsdp_settings(arguments: Any) -> None:
@@ -63,8 +51,12 @@ def fsdp_plugin(settings: dict[str, Any] | None) -> Any:
 
 
 def equal_start(model: nn.Module) -> None:
-    """Every rank starts from the weights of rank 0, as FSDP1's ``sync_module_states`` has it. Collective."""
+    """Every rank starts from the weights of rank 0, as FSDP1's ``sync_module_states`` has it. Collective.
+
+    Of what tensor parallelism has cut, rank 0 has one part, and each rank keeps its own.
+    """
     if num_ranks() > 1:
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
-                dist.broadcast(tensor.data, src=0)
+                if not isinstance(tensor, DTensor):
+                    dist.broadcast(tensor.data, src=0)

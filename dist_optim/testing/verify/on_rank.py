@@ -13,8 +13,9 @@ from dist_optim.integrations.quiet import libraries_silenced
 from dist_optim.ranks.agreement import own_rank
 from dist_optim.ranks.together import together
 from dist_optim.specs.verdict import Verdict
+from dist_optim.testing.verify.alone import one_process
 from dist_optim.testing.verify.job import Job, gradients, make_model, seed
-from dist_optim.testing.verify.sides import make_side, one_process, rates_of, set_rates
+from dist_optim.testing.verify.sides import make_side, rates_of, set_rates
 from dist_optim.verifying.difference import Difference, largest_difference
 from dist_optim.verifying.reference import Reference
 

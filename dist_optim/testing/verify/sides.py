@@ -1,9 +1,8 @@
-"""The two sides: one process with upstream's own class, and the ranks of a strategy with dist_optim."""
+"""One of the two sides: the ranks of a strategy, with dist_optim. The other one is ``alone``."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -13,41 +12,17 @@ from torch import Tensor, nn
 
 from dist_optim.building.build import build_optimizer
 from dist_optim.building.choice import resolve
-from dist_optim.building.composing import Rest, compose
 from dist_optim.integrations.cpu_rehearsal import choose_cpu_for_deepspeed
-from dist_optim.layouts.detect import detect
 from dist_optim.ranks.agreement import num_ranks, own_rank
-from dist_optim.specs.registry import OptimizerSpec, get_spec
+from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.specs.verdict import Verdict
-from dist_optim.stepping.division import is_half
 from dist_optim.testing.placements import full_parameters, inject, place
 from dist_optim.testing.verify.job import DECAY, Job, make_model
-from dist_optim.verifying.reference import Reference
 
-__all__ = ["Side", "make_side", "one_process", "rates_of", "set_rates"]
+__all__ = ["Side", "make_side", "rates_of", "set_rates"]
 
 PLACEMENTS = {"ddp": "ddp", "fsdp1": "fsdp1", "fsdp2": "fsdp2 units", "hsdp": "hsdp"}
 Tensors = Mapping[str, Tensor]
-BUILD_ALONE = {*inspect.signature(build_optimizer).parameters} - {"rest", "rest_options", "target_modules", "no_decay"}
-"""Options of the build that one process has nothing of: how gradients travel, who looks at what."""
-
-
-def one_process(job: Job) -> Reference:
-    """Upstream's class on the whole model. Local."""
-    spec = resolve(job.optimizer, inside_backward=True)
-    if spec.instead:
-        spec = get_spec(spec.instead)
-    model = make_model(job)
-    options = {key: value for key, value in job.options.items() if key not in BUILD_ALONE}
-    rest = Rest(options.pop("rest", None), options.pop("rest_options", None) or {})
-    targets, no_decay = options.pop("target_modules", None), options.pop("no_decay", ())
-    spec, groups, arguments = compose(
-        model, spec, detect(model), options, target_modules=targets, no_decay=no_decay, rest=rest
-    )
-    values: dict[str, Tensor] = dict(model.named_parameters())
-    if job.options.get("master_weights"):
-        values = {name: one.float() if is_half(one.dtype) else one for name, one in values.items()}
-    return Reference(spec, groups, arguments, values)
 
 
 class Side(ABC):
