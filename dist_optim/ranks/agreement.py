@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.errors import RanksDisagreeError
+from dist_optim.overrides import check
 
 __all__ = [
     "agree_on_bits",
@@ -187,8 +188,29 @@ def group_of_ranks(ranks: Sequence[int]) -> ProcessGroup:
     made = _made_groups.setdefault(world, {})
     key = "work", tuple(sorted(ranks))
     if key not in made:
-        made[key] = dist.new_group(list(key[1]), use_local_synchronization=True)
+        made[key] = _new_group(key[1], None, None)
     return made[key]
+
+
+def _new_group(ranks: Sequence[int], timeout: timedelta | None, backend: str | None) -> ProcessGroup:
+    """A group of these ranks. Collective of them alone; of all ranks torch itself takes the number that all agree on.
+
+    Else torch calls a group by how many its ranks are in, and waits for good where they are in different numbers.
+    """
+    is_for_all = len(ranks) == dist.get_world_size()
+    return dist.new_group(list(ranks), timeout, backend, use_local_synchronization=not is_for_all)
+
+
+def _assert_in_as_many_groups(process_group: ProcessGroup | None) -> None:
+    check("process groups")
+    counts = gather_objects(len(dist.distributed_c10d._world.pg_names), process_group)
+    for rank, count in enumerate(counts):
+        if count != counts[0]:
+            raise RanksDisagreeError(
+                f"Rank 0 of the process group is in {counts[0]} groups and rank {rank} is in {count}: torch makes no "
+                "other of these ranks alone then. Make groups that only some of them are in after the optimizer "
+                "is built; or make as many on each rank."
+            )
 
 
 def _group_for(use: str, process_group: ProcessGroup | None) -> ProcessGroup | None:
@@ -198,8 +220,10 @@ def _group_for(use: str, process_group: ProcessGroup | None) -> ProcessGroup | N
     ranks = tuple(dist.get_process_group_ranks(process_group or world))
     made = _made_groups.setdefault(world, {})
     if (use, ranks) not in made:
+        if len(ranks) < dist.get_world_size():
+            _assert_in_as_many_groups(process_group)
         timeout = _timeout_of(world) if use == "background" else None
-        made[use, ranks] = dist.new_group(list(ranks), timeout, "gloo", use_local_synchronization=True)
+        made[use, ranks] = _new_group(ranks, timeout, "gloo")
     return made[use, ranks]
 
 
