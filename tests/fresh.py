@@ -1,10 +1,15 @@
-"""Process-wide state of the libraries, given back: the ranks of a pool run one body after another in one process."""
+"""Process-wide state of the libraries, given back: the ranks of a pool run one body after another in one process.
+
+And ranks that have none of it yet.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from unittest import mock
 
 from accelerate.state import AcceleratorState, GradientState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -30,3 +35,12 @@ def own_libraries() -> Iterator[None]:
         yield
     finally:
         forget()
+
+
+@contextmanager
+def own_fork_server() -> Iterator[None]:
+    """Ranks of pools that start inside have imported torch alone; others are forks of a process that has more."""
+    server = forkserver.ForkServer()
+    names = ("connect_to_new_process", "ensure_running", "get_inherited_fds", "set_forkserver_preload")
+    with mock.patch.multiple(forkserver, **{name: getattr(server, name) for name in names}):
+        yield

@@ -15,6 +15,7 @@ from unittest import mock
 import flash_interpreter
 import pytest
 import torch
+from fresh import own_fork_server
 from parity import Case, build_subject, make_model, place, run_case, run_second_life, take_step
 from torch import nn
 
@@ -73,7 +74,7 @@ WITH_STATE = {name for name, _ in make_model(ADAMW).named_parameters()} - {"line
 
 @pytest.fixture(scope="module")
 def interpreted_ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
+    with own_fork_server(), RankPool(2) as pool:
         pool.run(flash_interpreter.enable)
         yield pool
 

@@ -130,16 +130,17 @@ class Kept(logging.Handler):
 
 def heard() -> list[str]:
     """What reaches the user of some warnings."""
-    quieten_libraries()
     handler = Kept()
     logger = logging.getLogger("accelerate.accelerator")
     logger.addHandler(handler)
     try:
-        logger.warning(
-            "Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1, DeepSpeed config has 2."
-        )
-        logger.warning("the batch size is odd")
         with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")  # an earlier body's imports may have ignored all
+            quieten_libraries()
+            logger.warning(
+                "Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1, DeepSpeed config has 2."
+            )
+            logger.warning("the batch size is odd")
             warnings.warn("FSDP.state_dict_type() is deprecated", FutureWarning, stacklevel=1)
             warnings.warn("the loss is odd", stacklevel=1)
     finally:
