@@ -14,7 +14,7 @@ from train_runs import GALORE, FinishedRun, finished_in, rows_of
 from dist_optim.errors import UsageError
 from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.integrations.transformers.run_report import RunDirectory, find_checkpoint
-from dist_optim.integrations.transformers.schedules import LOG_NAME
+from dist_optim.reporting.files import DECISIONS
 from dist_optim.testing import RankPool, assert_equal
 
 FLAGS = (
@@ -54,7 +54,7 @@ def test_the_resumed_run_has_the_same_weights_metrics_and_decisions(
 
 
 def test_the_rate_falls_and_rises_as_the_log_says(whole_run: FinishedRun) -> None:
-    rows = rows_of(whole_run.output_dir / LOG_NAME)
+    rows = rows_of(whole_run.output_dir / DECISIONS)
     assert [(row["number"], row["step"]) for row in rows] == [(number, number) for number in range(1, 8)]
     assert {"raised", "lowered"} <= {row["decision"] for row in rows}
     losses = {row["step"]: row["eval_loss"] for row in whole_run.metrics if "eval_loss" in row}

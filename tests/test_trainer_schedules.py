@@ -19,7 +19,8 @@ from transformers.optimization import GreedyLR
 import dist_optim
 from dist_optim.errors import DistOptimError
 from dist_optim.integrations.transformers.mixin import DistOptimTrainerMixin
-from dist_optim.integrations.transformers.schedules import LOG_NAME, decide_after_evaluation, scheduler_for_trainer
+from dist_optim.integrations.transformers.schedules import decide_after_evaluation, scheduler_for_trainer
+from dist_optim.reporting.files import DECISIONS
 from dist_optim.schedulers import MetricScheduler
 from dist_optim.testing import RankPool
 
@@ -74,7 +75,7 @@ def test_every_rank_trains_at_the_rates_of_one_process_fed_the_reduced_metric(
     (mine, given), (others, given_there) = two_ranks.run(train_by_scores, skew, strategy, str(tmp_path))
     decided = expected_trace([given, given_there])
     assert mine == others == [RATE, *decided][:STEPS]
-    rows = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / DECISIONS).read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["new_lr"][0] for row in rows] == decided
     assert len({*decided}) > 2, "the rate must move, or this tests little"
@@ -105,7 +106,7 @@ def resumed(strategy: str, directory: str) -> list[list[float]]:
 def test_a_resumed_run_takes_the_same_decisions(strategy: str, two_ranks: RankPool, tmp_path: Path) -> None:
     (straight, last), others = two_ranks.run(resumed, strategy, str(tmp_path))
     assert straight == last and [straight, last] == others and len(set(straight)) > 2
-    assert (tmp_path / "cut" / LOG_NAME).read_text() == (tmp_path / "straight" / LOG_NAME).read_text()
+    assert (tmp_path / "cut" / DECISIONS).read_text() == (tmp_path / "straight" / DECISIONS).read_text()
 
 
 def accuracy(value: float, predictions: Any) -> dict[str, float]:

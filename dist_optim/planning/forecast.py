@@ -18,9 +18,7 @@ from torch.optim import Optimizer
 
 from dist_optim.building.choice import resolve
 from dist_optim.building.simulate import Machine
-from dist_optim.building.stacks import stacks_of
 from dist_optim.errors import UnsupportedError, UsageError
-from dist_optim.layouts.detect import detect
 from dist_optim.planning.activations import activation_bytes
 from dist_optim.planning.dealing import Loads, composed_work, deal_out
 from dist_optim.planning.engines import place
@@ -168,7 +166,7 @@ def plan(
         notes.append("target_modules: all-linear, as none were named")
     if spec.is_undescribed:
         notes.append("assumed: its tensors are independent, which the job proves before it shards them")
-    if {Trait.LOW_RANK, Trait.HIDDEN_MATRICES} & spec.traits and stacks_of(read.module, detect(read.module)):
+    if {Trait.LOW_RANK, Trait.HIDDEN_MATRICES} & spec.traits and read.has_stacks:
         notes.append(
             "stacks of experts are counted whole; where each expert is a matrix, less is kept (docs/meshes.md)"
         )

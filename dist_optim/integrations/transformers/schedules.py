@@ -27,14 +27,11 @@ from dist_optim.schedulers import (
 )
 
 __all__ = [
-    "LOG_NAME",
     "decide_after_evaluation",
     "refuse_without_evaluation",
     "scheduler_for_trainer",
     "shared_schedule",
 ]
-
-LOG_NAME = DECISIONS
 
 
 def scheduler_for_trainer(args: Any, optimizer: Any, num_training_steps: int) -> LRScheduler | MetricScheduler:
@@ -150,7 +147,7 @@ def _decision_options(name: str, args: Any) -> dict[str, Any]:
     refuse_without_evaluation(name, args)
     return {
         "greater_is_better": args.greater_is_better,
-        "log_path": os.path.join(args.output_dir, LOG_NAME),
+        "log_path": os.path.join(args.output_dir, DECISIONS),
         "stepped_by_engine": True,  # the Trainer's loop, or DeepSpeed's engine
     }
 

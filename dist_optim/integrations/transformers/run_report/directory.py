@@ -99,9 +99,7 @@ class RunDirectory:
 
     def write_about(self, about: dict[str, Any]) -> None:
         """How the run was started; it is on disk, whole, when this returns."""
-        draft = self.unfinished / f".{ABOUT}"
-        draft.write_text(json.dumps(about, indent=2, default=str, skipkeys=True) + "\n", encoding="utf-8")
-        draft.replace(self.unfinished / ABOUT)
+        self._write_whole(ABOUT, json.dumps(about, indent=2, default=str, skipkeys=True))
 
     def drop_stale_checkpoints(self, kept: str = "") -> None:
         """Remove the checkpoints of the run that this one replaces."""
@@ -120,10 +118,13 @@ class RunDirectory:
         plot_losses(rows, self.unfinished / "loss.png", headline(summary))
         plot_rates(rows, self.unfinished / DECISIONS, self.unfinished / "lr.png", headline(summary))
         self.drop_stale_checkpoints()
-        draft = self.unfinished / f".{SUMMARY}"
-        draft.write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
-        draft.replace(self.unfinished / SUMMARY)
+        self._write_whole(SUMMARY, json.dumps(_finite(summary), indent=2))
         self._move_into_place()
+
+    def _write_whole(self, name: str, text: str) -> None:
+        draft = self.unfinished / f".{name}"
+        draft.write_text(text + "\n", encoding="utf-8")
+        draft.replace(self.unfinished / name)
 
     def _move_into_place(self) -> None:
         """Move whole results, if there are any; what a kill leaves undone here, the next call does."""
