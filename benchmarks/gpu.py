@@ -17,6 +17,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,13 +63,12 @@ def main() -> int:
         return 0
     start = time.perf_counter()
     found = {"about": {}, "parts": {}}
-    for name in asked.parts:
-        print(f"{PARTS[name].title}", flush=True)
-        since, quick = time.perf_counter(), ["--quick"] if asked.quick else []
-        command = [str(Path(__file__).resolve()), "--device", asked.device, *quick, "--parts", name, "--child"]
-        rows = rows_of(PARTS[name], command)
-        found["parts"][name] = {"seconds": round(time.perf_counter() - since, 1), "rows": rows}
-        print(f"  {page.summary(rows, time.perf_counter() - since)}", flush=True)
+    untimed = [name for name in asked.parts if not PARTS[name].is_timed]
+    rounds = [untimed, *([name] for name in asked.parts if PARTS[name].is_timed)]
+    for together in filter(None, rounds):
+        print("; ".join(PARTS[name].title for name in together), flush=True)
+        with ThreadPoolExecutor(len(together)) as pool:
+            found["parts"] |= dict(zip(together, pool.map(partial(ran, asked), together), strict=True))
         found["about"] = results.about("make gpu", asked.device)
         if asked.out is not None:
             results.save(found, asked.out)
@@ -75,6 +76,16 @@ def main() -> int:
         keep_in_docs(found)
     print(f"{time.perf_counter() - start:.0f} s; {num_failed(found)} failed")
     return int(num_failed(found) > 0)
+
+
+def ran(asked: argparse.Namespace, name: str) -> results.PartResults:
+    """A part, in processes of its own."""
+    since, quick = time.perf_counter(), ["--quick"] if asked.quick else []
+    command = [str(Path(__file__).resolve()), "--device", asked.device, *quick, "--parts", name, "--child"]
+    rows = rows_of(PARTS[name], command)
+    spent = time.perf_counter() - since
+    print(f"{PARTS[name].title}: {page.summary(rows, spent)}", flush=True)
+    return {"seconds": round(spent, 1), "rows": rows}
 
 
 def keep_in_docs(found: results.GpuResults) -> None:

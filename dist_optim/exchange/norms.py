@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.exchange.plan import Bucket, Route
-from dist_optim.exchange.rooms import Room
+from dist_optim.exchange.rooms import Room, as_if_alone
 from dist_optim.exchange.tasks import Task
 from dist_optim.exchange.transfer import gather_to_owner
 from dist_optim.ranks.agreement import num_ranks
@@ -68,14 +68,19 @@ def combine_norms(
 
 def norm_in_fp32(gradient: Tensor) -> Tensor:
     """The Euclidean norm of a gradient of any dtype, taken in fp32."""
-    return torch.linalg.vector_norm(gradient.float(), 2.0)
+    return torch.linalg.vector_norm(_read_alike(gradient).float(), 2.0)
 
 
 def norm_as_clipping(norm_type: float) -> NormOf:
     """By the kernel that torch's ``clip_grad_norm_`` takes."""
 
     def norm_of(gradient: Tensor) -> Tensor:
-        (norm,) = torch._foreach_norm([gradient], norm_type)
+        (norm,) = torch._foreach_norm([_read_alike(gradient)], norm_type)
         return norm
 
     return norm_of
+
+
+def _read_alike(gradient: Tensor) -> Tensor:
+    """A GPU adds in an order that depends on where the gradient begins; the CPU does not."""
+    return gradient if gradient.is_cpu else as_if_alone(gradient)

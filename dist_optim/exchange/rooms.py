@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dist_optim.exchange.route import Item
 
-__all__ = ["ALIGNMENT", "Room", "Rooms"]
+__all__ = ["Room", "Rooms", "as_if_alone"]
 
 ALIGNMENT = 64
-"""Bytes; of torch's allocations on the CPU. Matrix products round by alignment."""
+"""Bytes; of torch's allocations on the CPU. Matrix products round by alignment, and on a GPU sums do."""
 
 
 class Rooms:
@@ -82,3 +82,11 @@ class Room:
             for block in self._taken:
                 self._rooms.give_back(block)
         self._taken = []
+
+
+def as_if_alone(gradient: Tensor) -> Tensor:
+    """The gradient on storage as aligned as a tensor's own, so that what is computed from it rounds alike.
+
+    A gradient inside a bucket begins anywhere.
+    """
+    return gradient if gradient.data_ptr() % ALIGNMENT == 0 else gradient.clone()

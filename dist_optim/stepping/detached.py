@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_optim.exchange.copies import write_back
 from dist_optim.exchange.plan import Bucket, Route
+from dist_optim.exchange.rooms import as_if_alone
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.specs.once import Once
@@ -21,7 +22,7 @@ from dist_optim.stepping.at_owner import there_and_parts
 from dist_optim.stepping.closures import Evaluations
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.sharing import OwnersWord
-from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
+from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["Act", "Closure", "DetachedStep"]
 

@@ -17,7 +17,7 @@ from dist_optim.errors import DistOptimError, WrongModeError
 from dist_optim.exchange.copies import write_back
 from dist_optim.exchange.norms import NormOf, combine_norms, norm_in_fp32, norm_task
 from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
-from dist_optim.exchange.rooms import Room, Rooms
+from dist_optim.exchange.rooms import Room, Rooms, as_if_alone
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.ranks.agreement import num_ranks
@@ -31,7 +31,7 @@ from dist_optim.stepping.own_methods import one_result
 from dist_optim.stepping.presence import StepAgreement
 from dist_optim.stepping.sentinel import compare_ranks
 from dist_optim.stepping.sharing import OwnersWord
-from dist_optim.stepping.upstream_instance import UpstreamInstance, as_if_alone
+from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["TrainingStep"]
 

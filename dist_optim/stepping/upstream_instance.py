@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
-from dist_optim.exchange.rooms import ALIGNMENT
+from dist_optim.exchange.rooms import as_if_alone
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.specs.driver import ParamGroup, as_given, tensors_in
 from dist_optim.specs.registry import OptimizerSpec, Trait
@@ -31,7 +31,7 @@ from dist_optim.stepping.code_watch import CodeWatch
 from dist_optim.stepping.extras import Extras
 from dist_optim.stepping.group_values import GroupValues, counters_in
 
-__all__ = ["UpstreamInstance", "as_if_alone"]
+__all__ = ["UpstreamInstance"]
 
 MASTER = "(master)"
 """Key of the fp32 master among the state of a parameter in half precision."""
@@ -417,11 +417,3 @@ def _copy(key: str, value: Any, device: torch.device, group: ParamGroup, may_kee
         return value
     stays = key == "step" and not group.get("fused") and not group.get("capturable")
     return value.detach().clone() if stays else value.detach().to(device, copy=not may_keep)
-
-
-def as_if_alone(gradient: Tensor) -> Tensor:
-    """The gradient on storage as aligned as a tensor's own: matrix products round by alignment.
-
-    A gradient inside a bucket begins anywhere.
-    """
-    return gradient if gradient.data_ptr() % ALIGNMENT == 0 else gradient.clone()

@@ -187,11 +187,15 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
 def whole(placed: PlacedParameter) -> Tensor:
     """A copy of the full parameter, on every rank. Collective.
 
-    ``full_tensor`` has other rows than FSDP2, where tensor parallelism has cut them and they do not divide evenly.
+    ``full_tensor`` has other rows than FSDP2, where tensor parallelism has cut them and they do not divide evenly; and
+    gloo reads what is on a GPU as if it were on the host then, which ends the process (seen in torch 2.11).
     """
     parameter = placed.parameter
-    if not isinstance(placed.layout, BoxShard):
-        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+    if not isinstance(parameter, DTensor):
+        return parameter.detach().clone()
+    is_on_gpu_over_gloo = placed.device.type != "cpu" and dist.get_backend(placed.process_group) == "gloo"
+    if not isinstance(placed.layout, BoxShard) and not is_on_gpu_over_gloo:
+        return parameter.full_tensor().detach().clone()
     full = torch.empty(placed.shape, dtype=placed.dtype, device=placed.device)
     for rank, part in enumerate(gather_objects(placed.local().detach(), placed.process_group)):
         placed.layout.view_of(full, rank).copy_(part)

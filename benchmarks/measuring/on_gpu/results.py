@@ -12,13 +12,15 @@ import torch
 
 from measuring import results
 
-__all__ = ["PAGE", "RESULTS", "GpuResults", "about", "load", "save"]
+__all__ = ["PAGE", "RESULTS", "GpuResults", "PartResults", "about", "load", "save"]
 
 PAGE = results.DOCS / "gpu.md"
 RESULTS = results.DOCS / "gpu.json"
 PACKAGES = ("bitsandbytes", "flashoptim", "triton", "torchao", "lomo-optim", "pytorch-optimizer", "prodigyopt")
 GpuResults = dict[str, Any]
-"""``about``; ``parts``: by part seconds, and rows (``rows.Row``)."""
+"""``about``; ``parts``: of each its ``PartResults``."""
+PartResults = dict[str, Any]
+"""``seconds``; ``rows`` (``rows.Row``)."""
 
 
 def about(command: str, device: str) -> dict[str, Any]:
