@@ -188,7 +188,7 @@ def _leave(waits: bool = True) -> None:
     gc.collect()
     if dist.is_initialized():
         if waits:
-            dist.barrier()
+            PartialState().wait_for_everyone()
         dist.destroy_process_group()
 
 

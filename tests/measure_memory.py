@@ -55,9 +55,9 @@ FlashOptim is in its mode without kernels, which need a GPU; they keep a byte a 
 """
 
 
-def measure(names: list[str], world_size: int) -> Rows:
-    """By name and column of so many ranks: by precision, what was planned and what was measured."""
-    own = [column for column in COLUMNS if column.num_ranks == world_size]
+def measure(names: list[str], own: list[memory.Column]) -> Rows:
+    """By name and column, all of one number of ranks: by precision, what was planned and what was measured."""
+    world_size = own[0].num_ranks
     found: Rows = {name: {} for name in names}
     with RankPool(world_size, timeout_s=TIMEOUT_S) as pool:
         for name in track(names, description=f"{world_size} ranks"):
@@ -154,7 +154,7 @@ def main() -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="measure these alone, and keep the others' figures")
-    parser.add_argument("--ranks", type=int, help="measure the columns of so many ranks alone, and keep the others")
+    parser.add_argument("--strategies", nargs="+", help="measure these alone, and keep the others' figures")
     parser.add_argument("--plans", action="store_true", help="measure nothing: plan again, and write the page")
     asked = parser.parse_args()
     names = asked.names or dist_optim.names()
@@ -162,11 +162,11 @@ def main() -> int:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     if asked.plans:
         results = write(planned_again(results["rows"]))
-    for world_size in sorted({column.num_ranks for column in COLUMNS} if not asked.plans else ()):
-        if asked.ranks in (None, world_size):
-            for name, row in measure(names, world_size).items():
-                results["rows"].setdefault(name, {}).update(row)
-            results = write(results["rows"])
+    chosen = [column for column in COLUMNS if column.strategy in (asked.strategies or [column.strategy])]
+    for world_size in sorted({column.num_ranks for column in chosen} if not asked.plans else ()):
+        for name, row in measure(names, [column for column in chosen if column.num_ranks == world_size]).items():
+            results["rows"].setdefault(name, {}).update(row)
+        results = write(results["rows"])
     for problem in exceeding(results):
         print(f"too far: {problem}")
     print(f"{len(names)} names in {time.monotonic() - started:.0f} s; written: {RESULTS.name}, {PAGE.name}")

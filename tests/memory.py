@@ -49,7 +49,10 @@ COLUMNS = (
     Column("zero1", 2),
     Column("zero2", 3),
     Column("zero3", 3),
+    Column("zero2_offload", 2),
+    Column("zero3_offload", 2),
 )
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 @functools.cache
@@ -79,7 +82,8 @@ def planned(name: str, column: Column, precision: str) -> dict[str, list[float]]
         )
     except DistOptimError as error:
         return first_sentence(error)
-    return {key: [found.memory[key].max, round(found.memory[key].mean, 1)] for key in FIELDS}
+    shares = {key: found.host.get(key, found.memory[key]) for key in FIELDS}  # here all of them are in one memory
+    return {key: [share.max, round(share.mean, 1)] for key, share in shares.items()}
 
 
 def measured(name: str, column: Column, precision: str, pool: RankPool) -> dict[str, list[float]] | str:
@@ -123,7 +127,9 @@ def _under_torch(name: str, column: Column, precision: str) -> Bytes:
 def _under_zero(name: str, column: Column, precision: str) -> Bytes:
     config = {} if precision == "fp32" else {precision: {"enabled": True}}
     wanted = f"dist_optim.{name}" if name in NAMES_OF_BOTH else name
-    engine = engine_of(ZeroRun(wanted, options_of(name), int(column.strategy[-1]), config=config))
+    engine_name, _, offload = column.strategy.partition("_")
+    zero = OFFLOAD if offload else {}
+    engine = engine_of(ZeroRun(wanted, options_of(name), int(engine_name[-1]), zero=zero, config=config))
     optimizer = engine.basic_optimizer
     kept: list[Tensor] = []  # held until the step is over, so that no copy takes the place of what was freed
     found: list[int] = []

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 import dist_optim
 from dist_optim.cli import app
 from dist_optim.errors import HyperparameterError, UnsupportedError, UsageError
-from dist_optim.planning import STRATEGIES, Forecast, PlannedModel, compare, fit, plan, read_model, shipped
+from dist_optim.planning import OFFLOADED, STRATEGIES, Forecast, PlannedModel, compare, fit, plan, read_model, shipped
 from dist_optim.planning.charts import PARTS, parts_of
 from dist_optim.planning.writing import Launch, accelerate_yaml, write_launch
 from dist_optim.specs.catalogue import typical_state_bytes
@@ -237,8 +237,28 @@ def test_what_fits_is_in_order_and_nothing_is_lost() -> None:
     assert left == sorted(left, reverse=True)
 
 
+@pytest.mark.parametrize(("offloaded", "engine"), OFFLOADED.items())
+def test_what_is_offloaded_leaves_the_gpu_for_the_host(llama_8b: PlannedModel, offloaded: str, engine: str) -> None:
+    on_gpu, found = (plan(llama_8b, "adamw_torch", one, 8, batch=1, length=512) for one in (engine, offloaded))
+    for part in ("masters", "optimizer state"):
+        assert found.host[part] == on_gpu.memory[part] and found.memory[part].max == 0
+    assert ("weights" in found.host) == (engine == "fsdp2")
+    left = sum(found.memory[part].max for part in ("weights", "engine buffers", "activations"))
+    assert found.peak.max == left < on_gpu.peak.max
+    assert found.checkpoint_bytes == on_gpu.checkpoint_bytes and found.optimizer_s > on_gpu.optimizer_s
+    assert sum(nbytes for phase, nbytes in found.wire.items() if "the host" in phase) > 0
+
+
+def test_where_nothing_fits_the_host_is_asked() -> None:
+    options: dict[str, Any] = {"optimizers": ["adamw_torch"], "gpu_memory_gib": 24.0, "batch": 1, "length": 512}
+    found = fit(read_model("llama_3b"), 2, **options)
+    assert {one.strategy for one in found.fitting} <= {*OFFLOADED} and found.fitting
+    assert all(one.strategy in STRATEGIES for one in fit(read_model("llama_1b"), 2, **options).fitting)
+
+
 @pytest.mark.parametrize(
-    ("strategy", "nodes"), [(one, nodes) for one in STRATEGIES for nodes in (1, 2) if one != "one" or nodes == 1]
+    ("strategy", "nodes"),
+    [(one, nodes) for one in (*STRATEGIES, *OFFLOADED) for nodes in (1, 2) if one != "one" or nodes == 1],
 )
 def test_what_is_written_loads(strategy: str, nodes: int, tmp_path: Path) -> None:
     ranks = 1 if strategy == "one" else 8 * nodes
@@ -259,7 +279,7 @@ def test_what_is_written_loads(strategy: str, nodes: int, tmp_path: Path) -> Non
     assert (asked.block_size, asked.bf16) == (64, True)
     assert arguments.use_deepspeed == strategy.startswith("zero") and arguments.use_fsdp == ("sdp" in strategy)
     if strategy.startswith("zero"):
-        _load_as_deepspeed(files["deepspeed.json"], int(strategy[-1]))
+        _load_as_deepspeed(files["deepspeed.json"], int(strategy.removesuffix("_offload")[-1]))
     with pytest.raises(UsageError, match="Name another folder"):
         write_launch(found, launch, tmp_path / "new")
 

@@ -17,8 +17,9 @@ CALLED_BY_ENGINES = (
     ".*(all_gather_into|reduce_scatter)_tensor.* is deprecated",
     "FSDP.state_dict_type",
     "Slicing a flattened dim from root mesh",
+    r"barrier\(\): using the device under current context",
 )
-"""Deprecations of what accelerate and DeepSpeed call."""
+"""What torch has to say of how accelerate and DeepSpeed call it."""
 ACCELERATES = "accelerate.accelerator"
 FALSE_ALARM = "Gradient accumulation steps mismatch"
 """Of accelerate, where a Trainer accumulates by itself: both numbers are the user's."""

@@ -7,9 +7,10 @@ the package, and copies of them: ``shipped``.
 from dist_optim.planning.fitting import Fits, compare, fit
 from dist_optim.planning.forecast import Forecast, Share, plan
 from dist_optim.planning.model import PlannedModel, read_model
-from dist_optim.planning.placement import PRECISIONS, STRATEGIES
+from dist_optim.planning.placement import OFFLOADED, PRECISIONS, STRATEGIES
 
 __all__ = [
+    "OFFLOADED",
     "PRECISIONS",
     "STRATEGIES",
     "Fits",

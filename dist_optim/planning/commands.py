@@ -20,6 +20,9 @@ from dist_optim.specs.hyperparameters import parse_optim_args
 __all__ = ["add_to"]
 
 MODEL = "A packaged shape (llama_8b; dist-optim ls models), a config.json, a folder that has one, or a hub's name."
+STRATEGY = (
+    "one, ddp, fsdp1, fsdp2, hsdp, zero0 to zero3, fsdp2_offload, zero2_offload, zero3_offload; or several: a,b,c."
+)
 COMPARED = ("optimizers", "strategies")
 DEFAULT_RANKS = 8
 
@@ -35,9 +38,7 @@ def plan_job(
     optim: Annotated[
         str | None, typer.Option("--optim", help="A name of dist-optim list; several for --compare and --fit: a,b,c.")
     ] = None,
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", help="one, ddp, fsdp1, fsdp2, hsdp, zero0 to zero3; or several: a,b,c.")
-    ] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", help=STRATEGY)] = None,
     ranks: Annotated[int, typer.Option("--ranks", help="GPUs of the whole job.", min=1)] = DEFAULT_RANKS,
     nodes: Annotated[int | None, typer.Option("--nodes", help="Machines; default: 8 GPUs each.", min=1)] = None,
     gpu_memory: Annotated[float, typer.Option("--gpu-memory", "--gpu_memory", help="GiB of one GPU.")] = 80.0,
@@ -139,14 +140,14 @@ def _plan(asked: _Asked, as_json: bool) -> None:
 
 def _compare(asked: _Asked, what: str, chart: Path | None, as_json: bool) -> None:
     from dist_optim.planning.fitting import compare, sensible
-    from dist_optim.planning.placement import STRATEGIES
+    from dist_optim.planning.placement import OFFLOADED, STRATEGIES
     from dist_optim.planning.tables import print_table
     from dist_optim.specs.registry import names
 
     if what == "optimizers":
         optimizers, strategies = asked.optimizers or names(), asked.strategies or ["fsdp2"]
     else:
-        every = list(STRATEGIES[1:]) if asked.ranks > 1 else sensible(1, None)
+        every = [*STRATEGIES[1:], *OFFLOADED] if asked.ranks > 1 else sensible(1, None)
         optimizers, strategies = asked.optimizers, asked.strategies or every
     if not optimizers or len(optimizers if what == "strategies" else strategies) != 1:
         raise UsageError(f"--compare {what} needs one {'--optim' if what == 'strategies' else '--strategy'}.")
@@ -180,7 +181,7 @@ def _fit(
             asked.model,
             asked.ranks,
             optimizers=asked.optimizers or None,
-            strategies=strategies,
+            strategies=asked.strategies or None,
             order=order,
             before_each=before_each,
             **asked.options,

@@ -183,7 +183,7 @@ def _zero12(asked: Request) -> Placement:
         calls=tuple(calls),
         stepped_dtype=torch.float32,
         weights=on_all(ranks, own * ranks * itemsize + frozen),
-        gradients=kept + copies,
+        gradients=on_all(ranks, 4 * own) if asked.is_offloaded else kept + copies,
         masters=on_all(ranks, own * 4),
         buffers=2 * ZERO_BUCKET * itemsize if asked.strategy == "zero2" else ZERO_BUCKET * itemsize,
         wire={
@@ -212,7 +212,7 @@ def _zero3(asked: Request) -> Placement:
     own = sum(sizes)
     # A sub-group of one tensor, in fp32 already, is shown where it lies.
     copied = [size for size, members in zip(sizes, calls, strict=True) if itemsize < 4 or len(members) > 1]
-    shown = 4 * (sum(copied) if asked.needs_all else max(copied, default=0))
+    shown = 4 * (own if asked.is_offloaded else sum(copied) if asked.needs_all else max(copied, default=0))
     gathering = _gathering(asked, ranks)
     persistent = sum(shape.numel() for shape in shapes.values() if shape.numel() < ZERO_PERSISTENT) * itemsize
     return Placement(

@@ -12,6 +12,7 @@ from torch import nn
 from dist_optim.errors import DistOptimError, UsageError
 from dist_optim.planning.forecast import Forecast, plan
 from dist_optim.planning.model import PlannedModel, read_model
+from dist_optim.planning.placement import OFFLOADED
 from dist_optim.specs.registry import names
 
 __all__ = ["ORDERS", "Fits", "compare", "fit"]
@@ -48,7 +49,7 @@ def compare(
     Args:
         model, num_ranks, **options: As ``plan`` takes them. Hyperparameters are for the names that have them.
         optimizers: Names.
-        strategies: Of ``STRATEGIES``.
+        strategies: As ``plan`` takes them.
         before_each: Called with what is planned next.
 
     Raises:
@@ -86,7 +87,7 @@ def fit(
     Args:
         model, num_ranks, **options: As ``plan`` takes them.
         optimizers: Names; None: all that are installed.
-        strategies: None: those that make sense on so many ranks and nodes.
+        strategies: None: those that make sense on so many ranks and nodes, and where none fits, the offloaded ones.
         order: A key of ``ORDERS``.
         before_each: Called with what is planned next.
 
@@ -97,6 +98,9 @@ def fit(
         raise UsageError(f"order {order!r} is unknown. Orders: {', '.join(ORDERS)}.")
     wanted = strategies or sensible(num_ranks, options.get("num_nodes"))
     found, refused = compare(model, optimizers or names(), wanted, num_ranks, before_each=before_each, **options)
+    if strategies is None and num_ranks > 1 and not any(one.fits for one in found):
+        more = compare(model, optimizers or names(), OFFLOADED, num_ranks, before_each=before_each, **options)
+        found, refused = found + more[0], refused | more[1]
 
     def rank(one: Forecast) -> tuple[float, float]:
         seconds = one.optimizer_s if one.step_s is None else one.step_s

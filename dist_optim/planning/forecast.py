@@ -1,13 +1,13 @@
 """``plan``: what a model, an optimizer and a strategy would take on each rank, before anything is started.
 
 Owners, rounds and their bytes are the real planner's; the bytes of state are upstream's own, stepped without data
-(``rehearsal``); weights, gradients and masters follow the engine's arithmetic (``placement``). Estimates, and named
-so: activations, the engine's buffers, seconds.
+(``rehearsal``); weights, gradients and masters follow the engine's arithmetic (``placement``). What is offloaded lies
+in the host's memory, where the CPU steps it. Estimates, and named so: activations, the engine's buffers, seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dist_optim.planning.activations import activation_bytes
 from dist_optim.planning.dealing import Loads, composed_work, deal_out
 from dist_optim.planning.engines import place
 from dist_optim.planning.model import PlannedModel, read_model
-from dist_optim.planning.placement import PRECISIONS, STRATEGIES, Placement, Request
+from dist_optim.planning.placement import OFFLOADED, PRECISIONS, STRATEGIES, Placement, Request, bytes_of, names_in
 from dist_optim.specs.registry import Trait
 from dist_optim.stepping.division import DEFAULT_BUCKET_BYTES
 
@@ -37,6 +37,12 @@ MODEL_FLOPS_PER_S = 4e14
 """Of a model's bf16 products on an H100, in practice."""
 GIB = 1 << 30
 ONE_BUCKET = 1 << 62
+HOST = Machine(elements_per_s=75e9 / 28, flops_per_s=0.5e12)
+"""An eighth of a node's two CPUs, for each rank: 600 GB/s of memory, 4 TFLOP/s (vendors' figures)."""
+BUS_BYTES_PER_S = 5.5e10
+"""Between a GPU and the host's memory, one way, in practice."""
+ON_HOST = ("gradients", "masters", "optimizer state", "whole tensors", "scratch")
+"""What an offloaded optimizer takes with it; under FSDP2 the weights go too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +68,10 @@ class Forecast:
     memory: dict[str, Share]
     """weights, gradients, masters, state, engine buffers, whole tensors (of the rounds in flight), scratch (of
     upstream's step), activations."""
+    host: dict[str, Share]
+    """The same parts, as far as they lie in the host's memory, each rank's own: of an offloaded optimizer."""
     peak: Share
-    """At the fullest moment: in backward, or in the step."""
+    """Of the GPU at its fullest moment: in backward, or in the step."""
     gpu_bytes: int
     """Of the GPU's memory, what is counted on."""
     checkpoint_bytes: int
@@ -122,7 +130,7 @@ def plan(
     Args:
         model: As ``read_model`` takes it, or what it returned.
         optimizer: A registered name, or a class; of one without a name it is assumed that its tensors are independent.
-        strategy: One of ``STRATEGIES``.
+        strategy: One of ``STRATEGIES``, or of ``OFFLOADED``.
         num_ranks: Of the job, each with one GPU.
         num_nodes: Machines that they are on; None: one for each eight.
         gpu_memory_gib: Of one GPU; a tenth of it is not counted on.
@@ -148,11 +156,12 @@ def plan(
             f"precision={precision!r}, gpu_memory_gib={gpu_memory_gib}, batch={batch}, length={length}: give one of "
             f"{', '.join(PRECISIONS)}, and numbers that are not negative."
         )
-    if strategy not in STRATEGIES:
-        raise UsageError(f"strategy {strategy!r} is unknown. Strategies: {', '.join(STRATEGIES)}.")
+    if strategy not in (*STRATEGIES, *OFFLOADED):
+        raise UsageError(f"strategy {strategy!r} is unknown. Strategies: {', '.join([*STRATEGIES, *OFFLOADED])}.")
+    engine, is_offloaded = OFFLOADED.get(strategy, strategy), strategy in OFFLOADED
     read = model if isinstance(model, PlannedModel) else read_model(model)
     nodes = num_nodes or max(1, -(-num_ranks // 8))
-    is_inside = fused_backward is not False and strategy in INSIDE_BACKWARD
+    is_inside = fused_backward is not False and engine in INSIDE_BACKWARD
     spec = resolve(optimizer, inside_backward=is_inside or strategy == "fsdp1")
     if spec.instead and not is_inside:
         raise UnsupportedError(
@@ -170,19 +179,20 @@ def plan(
         notes.append(
             "stacks of experts are counted whole; where each expert is a matrix, less is kept (docs/meshes.md)"
         )
-    work = composed_work(read, spec, strategy, precision, device, target_modules, options)
+    work = composed_work(read, spec, engine, precision, "cpu" if is_offloaded else device, target_modules, options)
     asked = Request(
         model=read,
-        strategy=strategy,
+        strategy=engine,
         num_ranks=num_ranks,
         num_nodes=nodes,
         precision=PRECISIONS[precision],
         trained=[[one.fqn for one in group["params"] if one.is_trained] for group in work.groups],
         stores_gradients=not is_inside,
+        is_offloaded=is_offloaded,
         needs_all=work.needs_all,
     )
     placement = place(asked)
-    machine = machine or Machine()
+    machine = machine or (HOST if is_offloaded else Machine())
     rounds = ONE_BUCKET if is_inside else bucket_bytes  # inside backward, what travels together is what is ready
     loads = deal_out(work, placement, rounds, master_weights, replicate == "elementwise", machine, num_ranks)
     activations = activation_bytes(read, batch, length, PRECISIONS[precision].compute, gradient_checkpointing)
@@ -190,8 +200,11 @@ def plan(
         notes.append("activations could not be estimated for this class of model")
     if loads.is_together:
         notes.append("one rank steps all tensors, as they depend on each other: it holds all of the state")
-    memory = _memory(placement, loads, activations or 0)
-    wire = {**placement.wire, **loads.wire}
+    everything = _memory(placement, loads, activations or 0)
+    memory, host = _divided(everything, (*ON_HOST, *(["weights"] if engine == "fsdp2" else [])) if is_offloaded else ())
+    bus = _over_the_bus(asked) if is_offloaded else {}
+    wire = {**placement.wire, **loads.wire, **bus}
+    bus_s = sum(bus.values()) / BUS_BYTES_PER_S
     return Forecast(
         model=read.name,
         optimizer=spec.name,
@@ -201,15 +214,18 @@ def plan(
         precision=precision,
         numel=read.numel,
         memory={key: _share(value) for key, value in memory.items()},
+        host={key: _share(value) for key, value in host.items()},
         peak=_share(_peak(memory)),
         gpu_bytes=int(gpu_memory_gib * GIB * USABLE),
-        checkpoint_bytes=read.numel * asked.dtype.itemsize + int((loads.state + memory["masters"]).sum()),
+        checkpoint_bytes=read.numel * asked.dtype.itemsize + int((loads.state + everything["masters"]).sum()),
         wire={key: value for key, value in wire.items() if value},
         owned_imbalance=loads.owned_imbalance,
         num_rounds=loads.num_rounds,
-        optimizer_s=loads.step_s,
+        optimizer_s=loads.step_s + bus_s,
         refresh_s=loads.refresh_s,
-        step_s=_step_s(read, placement, loads, batch * length, gradient_checkpointing, num_ranks, machine),
+        step_s=_step_s(
+            read, placement, loads.step_s + bus_s, batch * length, gradient_checkpointing, num_ranks, machine
+        ),
         notes=tuple(notes),
     )
 
@@ -228,6 +244,20 @@ def _memory(placement: Placement, loads: Loads, activations: int) -> dict[str, T
     }
 
 
+def _divided(parts: Mapping[str, Tensor], away: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """On the GPU, and on the host."""
+    none = torch.zeros_like(parts["weights"])
+    return {key: none if key in away else value for key, value in parts.items()}, {key: parts[key] for key in away}
+
+
+def _over_the_bus(asked: Request) -> dict[str, int]:
+    """Between a GPU and its host in a step: gradients there, and the weights that are computed with back."""
+    ranks, is_fsdp = asked.num_ranks, asked.strategy == "fsdp2"
+    trained = bytes_of(asked, names_in(asked)) // ranks
+    weights = 2 * bytes_of(asked, asked.model.shapes) // ranks if is_fsdp else trained  # forward and backward
+    return {"backward: gradients to the host": trained, "weights from the host": weights}
+
+
 def _peak(memory: Mapping[str, Tensor]) -> Tensor:
     kept = memory["weights"] + memory["masters"] + memory["optimizer state"] + memory["gradients"]
     backward = memory["activations"] + memory["engine buffers"]
@@ -241,7 +271,7 @@ def _share(values: Tensor) -> Share:
 def _step_s(
     read: PlannedModel,
     placement: Placement,
-    loads: Loads,
+    optimizer_s: float,
     tokens: int,
     is_checkpointed: bool,
     num_ranks: int,
@@ -253,4 +283,4 @@ def _step_s(
     passes = 8 if is_checkpointed else 6
     compute = passes * read.numel * tokens / MODEL_FLOPS_PER_S
     rate = machine.link_bytes_per_s if num_ranks <= machine.ranks_per_node else machine.network_bytes_per_s
-    return max(compute, sum(placement.wire.values()) / rate) + loads.step_s
+    return max(compute, sum(placement.wire.values()) / rate) + optimizer_s

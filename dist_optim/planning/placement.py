@@ -17,6 +17,7 @@ from dist_optim.layouts.layout import DimShard, FlatRange, Layout, chunk_of
 from dist_optim.planning.model import PlannedModel
 
 __all__ = [
+    "OFFLOADED",
     "PRECISIONS",
     "STRATEGIES",
     "Placement",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 STRATEGIES = ("one", "ddp", "fsdp1", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
+OFFLOADED = {"fsdp2_offload": "fsdp2", "zero2_offload": "zero2", "zero3_offload": "zero3"}
+"""Strategies whose optimizer steps on the host, and what they are besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Request:
     """Names of the trained parameters, param group by param group."""
     stores_gradients: bool = True
     """False where each is applied inside backward, and freed."""
+    is_offloaded: bool = False
+    """Whether DeepSpeed keeps masters and their gradients on the host."""
     needs_all: bool = False
     """Whether the optimizer steps all tensors in one call."""
 

@@ -14,7 +14,8 @@ from dist_optim.planning.forecast import Forecast
 __all__ = ["HEADER", "gib", "print_plan", "print_table", "row"]
 
 HEADER = ("weights", "grads", "masters", "state", "peak", "left", "sent GB", "step")
-"""GiB on the fullest rank; GB a step; time of the optimizer's step, or of all where a batch is given."""
+"""GiB on the fullest GPU; GB a step; time of the optimizer's step, or of all where a batch is given."""
+HOST_TOO = "what is offloaded is in no column: plan --strategy fsdp2_offload says what the host must hold"
 ESTIMATES = ("engine buffers", "scratch", "activations")
 
 
@@ -56,6 +57,8 @@ def print_table(console: Console, found: Sequence[Forecast], labels: Sequence[st
     for why, pairs in reasons.items():
         console.print(f"refused: {'; '.join(pairs)}: {why}.", style="dim")
     notes = dict.fromkeys(note for one in found for note in one.notes)
+    if any(one.host for one in found):
+        console.print(f"note: {HOST_TOO}", style="dim")
     for note in notes:
         console.print(f"note: {note}", style="dim")
 
@@ -70,9 +73,12 @@ def print_plan(console: Console, one: Forecast) -> None:
     table.add_column("fullest", justify="right")
     table.add_column("mean", justify="right")
     for part, share in one.memory.items():
-        table.add_row(f"{part}{' (estimate)' if part in ESTIMATES else ''}", gib(share.max), gib(share.mean))
+        if part not in one.host:
+            table.add_row(f"{part}{' (estimate)' if part in ESTIMATES else ''}", gib(share.max), gib(share.mean))
     table.add_row("peak", gib(one.peak.max), gib(one.peak.mean), style="bold")
     console.print(Padding(table, (0, 0, 1, 2), expand=False))
+    if one.host:
+        _print_host(console, one)
     _print_facts(console, one)
     for note in one.notes:
         console.print(f"note: {note}", style="dim")
@@ -83,6 +89,16 @@ def print_plan(console: Console, one: Forecast) -> None:
         else Text(f"Does not fit: {gib(-one.headroom)} GiB more than {usable}. What does: --fit", style="bold red")
     )
     console.print(verdict)
+
+
+def _print_host(console: Console, one: Forecast) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("GiB of the host, a rank")
+    table.add_column("fullest", justify="right")
+    table.add_column("mean", justify="right")
+    for part, share in one.host.items():
+        table.add_row(f"{part}{' (estimate)' if part in ESTIMATES else ''}", gib(share.max), gib(share.mean))
+    console.print(Padding(table, (0, 0, 1, 2), expand=False))
 
 
 def _print_facts(console: Console, one: Forecast) -> None:

@@ -133,8 +133,6 @@ def measured(prepare: Callable[[int], None], act: Callable[[], Any], settings: S
 
 def alone(side: Callable[[], Side]) -> Side:
     free_memory()
-    if torch.cuda.is_initialized():
-        print("held", torch.cuda.memory_allocated() / 1e9)
     return side()
 
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dist_optim.integrations.transformers.run_report.measures import text_of
+from dist_optim.integrations.transformers.run_report.measures import optimizer_of_ours, text_of
 from dist_optim.integrations.versions import versions
 from dist_optim.telemetry.figures import coverage_of
 
-__all__ = ["about", "optimizer_of_ours"]
+__all__ = ["about"]
 
 
 def about(args: Any, state: Any, settings: Mapping[str, Any], model: Any, optimizer: Any) -> dict[str, Any]:
@@ -45,10 +45,3 @@ def _set(args: Any) -> list[str]:
         for one in dataclasses.fields(args)
     }
     return [name for name, default in defaults.items() if text_of(getattr(args, name, default)) != text_of(default)]
-
-
-def optimizer_of_ours(optimizer: Any) -> Any:
-    """The optimizer itself, past what accelerate and DeepSpeed have put around it; None where it is not ours."""
-    while optimizer is not None and not hasattr(optimizer, "route_audit"):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 from dist_optim.errors import CheckpointError, UsageError
 from dist_optim.integrations.signals import is_rank_0
-from dist_optim.integrations.transformers.run_report.about import about, optimizer_of_ours
+from dist_optim.integrations.transformers.run_report.about import about
 from dist_optim.integrations.transformers.run_report.directory import LAST, RunDirectory
-from dist_optim.integrations.transformers.run_report.measures import print_summary, summarize
+from dist_optim.integrations.transformers.run_report.measures import optimizer_of_ours, print_summary, summarize
 from dist_optim.ranks.agreement import gather_objects
 from dist_optim.ranks.together import together
 from dist_optim.reporting.files import TELEMETRY

@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.optim import Optimizer
 
 from dist_optim.layouts.detect import detect
 from dist_optim.ranks.agreement import gather_objects
 from dist_optim.schedulers import metric_scheduler_in
+from dist_optim.specs.unwrapping import find_optimizer
 
-__all__ = ["headline", "optimizer_state_bytes", "peak_memory_bytes", "print_summary", "strategy_name", "summarize"]
+__all__ = [
+    "headline",
+    "optimizer_of_ours",
+    "optimizer_state_bytes",
+    "peak_memory_bytes",
+    "print_summary",
+    "strategy_name",
+    "summarize",
+]
 
 MOMENT_BYTES = 8
 """A parameter's state in torch's AdamW in fp32: two moments."""
@@ -64,10 +75,20 @@ def adamw_state_bytes(trainer: Any) -> int:
 
 
 def optimizer_state_bytes(optimizer: Any) -> int:
-    """What this rank holds; accelerate wraps the optimizer, and DeepSpeed once more."""
-    while optimizer is not None and not hasattr(optimizer, "optimizer_state_bytes"):
+    """What this rank holds, of an optimizer of ours or of any other."""
+    ours = optimizer_of_ours(optimizer)
+    if ours is not None:
+        return int(ours.optimizer_state_bytes())
+    stock = find_optimizer(optimizer, Optimizer)
+    kept = [] if stock is None else [value for entry in stock.state.values() for value in entry.values()]
+    return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
+
+def optimizer_of_ours(optimizer: Any) -> Any:
+    """The optimizer itself, past what accelerate and DeepSpeed have put around it; None where it is not ours."""
+    while optimizer is not None and not hasattr(optimizer, "route_audit"):
         optimizer = getattr(optimizer, "optimizer", None)
-    return 0 if optimizer is None else int(optimizer.optimizer_state_bytes())
+    return optimizer
 
 
 def peak_memory_bytes(device: torch.device) -> int:
