@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                                    # everything, on a GPU
     python benchmarks/gpu.py --parts decompositions llama_steps   # printed
     python benchmarks/gpu.py --device cpu --quick --out FILE      # a small form of everything, without a GPU
-    python benchmarks/gpu.py --read FILE                          # keep what --out wrote on another machine
+    python benchmarks/gpu.py --read FILE...                       # keep what --out wrote on another machine
 
 Nothing is downloaded. Each part runs in a process of its own, within its time: what this machine cannot run is skipped
 and named, what fails is recorded, and the rest goes on. The exit code is 1 where something failed.
@@ -40,7 +40,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small form of each part")
     parser.add_argument("--out", type=Path, help="also write the results there, as JSON, after each part")
     parser.add_argument(
-        "--read", type=Path, help="measure nothing: write docs/gpu.json and the page from these results"
+        "--read",
+        type=Path,
+        nargs="+",
+        help="measure nothing: write docs/gpu.json and the page from these results, of a part from the last",
     )
     parser.add_argument("--child", metavar="LOG", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(given)
@@ -56,19 +59,16 @@ def main() -> int:
         run_here(asked.parts[0], Settings(device=asked.device, is_quick=asked.quick), Log(asked.child))
         return 0
     if asked.read is not None:
-        found: results.GpuResults = json.loads(asked.read.read_text())
-        if found["about"]["accelerator"] == "none":
-            sys.exit(f"{asked.read}: measured without a GPU")
-        keep_in_docs(found)
+        keep_in_docs(together([json.loads(path.read_text()) for path in asked.read]))
         return 0
     start = time.perf_counter()
-    found = {"about": {}, "parts": {}}
+    found: results.GpuResults = {"about": {}, "parts": {}}
     untimed = [name for name in asked.parts if not PARTS[name].is_timed]
     rounds = [untimed, *([name] for name in asked.parts if PARTS[name].is_timed)]
-    for together in filter(None, rounds):
-        print("; ".join(PARTS[name].title for name in together), flush=True)
-        with ThreadPoolExecutor(len(together)) as pool:
-            found["parts"] |= dict(zip(together, pool.map(partial(ran, asked), together), strict=True))
+    for beside in filter(None, rounds):
+        print("; ".join(PARTS[name].title for name in beside), flush=True)
+        with ThreadPoolExecutor(len(beside)) as pool:
+            found["parts"] |= dict(zip(beside, pool.map(partial(ran, asked), beside), strict=True))
         found["about"] = results.about("make gpu", asked.device)
         if asked.out is not None:
             results.save(found, asked.out)
@@ -86,6 +86,14 @@ def ran(asked: argparse.Namespace, name: str) -> results.PartResults:
     spent = time.perf_counter() - since
     print(f"{PARTS[name].title}: {page.summary(rows, spent)}", flush=True)
     return {"seconds": round(spent, 1), "rows": rows}
+
+
+def together(read: Sequence[results.GpuResults]) -> results.GpuResults:
+    """Results of one machine, measured part by part."""
+    about = read[0]["about"]
+    if about["accelerator"] == "none" or any(one["about"] != about for one in read):
+        sys.exit("--read takes results of one GPU and the same versions")
+    return {"about": about, "parts": {name: part for one in read for name, part in one["parts"].items()}}
 
 
 def keep_in_docs(found: results.GpuResults) -> None:

@@ -90,6 +90,12 @@ COLUMNS = {
         "foreach_copy_gb_s": "copied one by one, GB/s",
         "card_gb_s": "the card, GB/s",
     },
+    "doors": {
+        "first_loss": "validation loss before",
+        "loss": "after 8 steps",
+        "same_weights": "first steps verified",
+        "state_mb": "state, MB",
+    },
     "host_waits": {"waits": "waits", "upstream_waits": "upstream's"},
 }
 """Figures of a row that are shown, with their titles; of equal bits the number of rows says all."""

@@ -31,6 +31,7 @@ PARTS = {
     "llama_steps": Part(title="A step of a Llama of 1.1 billion parameters", seconds=230, is_slow_a_failure=False),
     "decompositions": Part(title="Singular value decompositions", seconds=40, item_seconds=40, is_slow_a_failure=False),
     "packed_copies": Part(title="Packed copies", seconds=30),
+    "doors": Part(title="The training script under each launcher", seconds=250, item_seconds=130, is_timed=False),
     "host_waits": Part(title="Waits for the GPU in a steady step", seconds=120, is_timed=False),
 }
 """By module. Together they take less than ten minutes, whatever happens."""
