@@ -89,11 +89,16 @@ def ran(asked: argparse.Namespace, name: str) -> results.PartResults:
 
 
 def together(read: Sequence[results.GpuResults]) -> results.GpuResults:
-    """Results of one machine, measured part by part."""
-    about = read[0]["about"]
-    if about["accelerator"] == "none" or any(one["about"] != about for one in read):
-        sys.exit("--read takes results of one GPU and the same versions")
-    return {"about": about, "parts": {name: part for one in read for name, part in one["parts"].items()}}
+    """What was measured part by part; a part that ran on another GPU than the first says so."""
+    about, versions = read[0]["about"], [one["about"]["packages"] for one in read]
+    if any(one["about"]["accelerator"] == "none" for one in read) or any(one != versions[0] for one in versions):
+        sys.exit("--read takes results of GPUs, with the same versions of all packages")
+    parts: dict[str, results.PartResults] = {}
+    for one in read:
+        gpu = one["about"]["accelerator"]
+        on = {} if gpu == about["accelerator"] else {"on": gpu}
+        parts |= {name: {**part, **on} for name, part in one["parts"].items()}
+    return {"about": about, "parts": parts}
 
 
 def keep_in_docs(found: results.GpuResults) -> None:

@@ -59,7 +59,8 @@ def where(about: dict[str, Any]) -> str:
 
 def section(name: str, title: str, part: dict[str, Any]) -> str:
     rows = part["rows"]
-    blocks = [f"## {title}", summary(rows, part["seconds"])]
+    where_else = f" On {part['on']}." if "on" in part else ""
+    blocks = [f"## {title}", summary(rows, part["seconds"]) + where_else]
     good = [row for row in rows if row["status"] == "ok"]
     if good and (header := COLUMNS.get(name)):
         lines = [[f"`{row['name']}`", *(text(row.get(key)) for key in header)] for row in good]
