@@ -82,6 +82,14 @@ def test_experts_are_verified_as_the_engine_has_them(
     assert (report.verdict, report.figure) == (Verdict.EQUAL, 0.0), report.reason
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("adafactor", {}), ("adafactor", {"relative_step": True}), ("galore_adamw", {}), ("soap", {})]
+)
+def test_a_name_alone_is_enough(name: str, options: dict[str, Any], two_ranks: RankPool) -> None:
+    report = verify(name, strategy="ddp", steps=2, pool=two_ranks, **options)
+    assert report.verdict is Verdict.EQUAL, report.reason
+
+
 def test_a_class_without_a_name_is_described_and_can_be_made_one(two_ranks: RankPool) -> None:
     report = verify(Scaled, strategy="fsdp2", pool=two_ranks)
     assert report.verdict is Verdict.EQUAL and report.spec is not None

@@ -33,6 +33,7 @@ from dist_optim.errors import CheckpointError
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Layout, boxes_on
 from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.ranks.at_work import at_work
 from dist_optim.ranks.together import together
 
 __all__ = ["Pieces", "read_pieces", "write_pieces"]
@@ -141,7 +142,8 @@ def _in_files(action: Callable[[], object], doing: str, remedy: str, process_gro
         except CheckpointException as error:
             raise CheckpointError(f"{doing} failed: {_first_failure(error)}. {remedy}") from error
 
-    together(act, process_group, doing=doing, remedy=remedy, otherwise=CheckpointError)
+    with at_work(doing):
+        together(act, process_group, doing=doing, remedy=remedy, otherwise=CheckpointError)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from dist_optim.proving.saving import why_not_saved
 from dist_optim.proving.scenario import DROPPED_IN_ORDER, LATE, Scenario, scenarios_of
 from dist_optim.proving.subject import Context, Snapshot, StepFailed, Subject, run
 from dist_optim.proving.trace import CommunicatesError, numbers
+from dist_optim.ranks.at_work import at_work
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.specs.verdict import Ghosts, Verdict
@@ -69,7 +70,7 @@ def prove(
 def _prove(
     spec: OptimizerSpec, groups: Sequence[ParamGroup], arguments: Mapping[str, Any], kinds: Sequence[Ghosts]
 ) -> Verdict:
-    with _undisturbed():
+    with at_work(f"trying whether the tensors of {spec.name} are independent of each other"), _undisturbed():
         proof = _Proof(spec, arguments, kinds)
         try:
             return proof.with_saving(proof.verdict(scenarios_of(groups)))

@@ -18,6 +18,7 @@ from dist_optim.exchange.norms import norm_as_clipping
 from dist_optim.exchange.plan import Plan
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.layout import Elsewhere
+from dist_optim.ranks.at_work import at_work
 from dist_optim.ranks.background import look_together
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.hyperparameters import Scope
@@ -253,7 +254,8 @@ class DistributedOptimizer(TorchContract):
         if self.verified_steps is not None:
             self.verified_steps.before_step(closure is not None)
             self.verified_steps.take_gradients(0, gradients)
-        self.training_step.update(gradients, closure)
+        with at_work(f"{self.spec.name}: step {self.progress.num_steps + 1}"):
+            self.training_step.update(gradients, closure)
         self.training_step.end()
         if self.verified_steps is not None:
             self.verified_steps.after_step()

@@ -16,6 +16,7 @@ from dist_optim.building.alike import described, version_of
 from dist_optim.building.choice import resolve
 from dist_optim.errors import DistOptimError, UnsupportedError, UsageError
 from dist_optim.integrations.versions import versions
+from dist_optim.ranks.at_work import at_work
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.testing.failure import RankFailure
 from dist_optim.testing.pool import RankPool
@@ -140,7 +141,7 @@ def verify(
     )
     try:
         spec = _checked(job)
-        job = _with_targets(job, spec)
+        job = _with_what_is_due(job, spec)
         outcomes = _run(job, pool, timeout_s)
     except DistOptimError as error:
         return Report(job=job, verdict=Verdict.REFUSED, reason=str(error), seconds=time.monotonic() - began)
@@ -195,16 +196,21 @@ def _refuse_inexact(job: Job, spec: OptimizerSpec) -> None:
         )
 
 
-def _with_targets(job: Job, spec: OptimizerSpec) -> Job:
-    """Low-rank optimizers take all linear layers, where nothing is said."""
-    if Trait.LOW_RANK in spec.traits and "target_modules" not in job.options:
-        return replace(job, options={**job.options, "target_modules": "all-linear"})
-    return job
+def _with_what_is_due(job: Job, spec: OptimizerSpec) -> Job:
+    """Where nothing is said, low-rank optimizers take all linear layers, and a rate that has no default is 0.001."""
+    due: dict[str, Any] = {}
+    if Trait.LOW_RANK in spec.traits:
+        due["target_modules"] = "all-linear"
+    has_own_rate = job.options.get("relative_step", False)  # Adafactor's
+    if not has_own_rate and any(record.name == "lr" and record.default is None for record in spec.records()):
+        due["lr"] = 1e-3
+    return replace(job, options={**due, **job.options})
 
 
 def _run(job: Job, pool: RankPool | None, timeout_s: float) -> Sequence[Outcome]:
     if pool is not None:
         return pool.run(verify_on_rank, job, timeout_s=timeout_s)
     backend = "nccl" if job.device == "cuda" else "gloo"
-    with RankPool(job.ranks, backend=backend, timeout_s=timeout_s) as started:
+    doing = f"{job.steps} steps, on ranks and in one process"
+    with at_work(doing), RankPool(job.ranks, backend=backend, timeout_s=timeout_s) as started:
         return started.run(verify_on_rank, job)
