@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -310,12 +312,40 @@ def test_a_process_ends_after_its_save(fails: bool, tmp_path: Path, capfd: pytes
     )
     child.start()
     child.join(60)
-    assert child.exitcode == 0
+    assert child.exitcode == int(fails)
     if fails:
         assert "No space left on device" in capfd.readouterr().err and not (tmp_path / "run").exists()
     else:
         found = inspect(tmp_path / "run")
         assert found.is_sound and found.steps == 1
+
+
+ENDS = """
+import sys, torch, dist_optim, atexit
+from dist_optim.checkpoint import run_state
+def full_disk(*args):
+    raise OSError(28, "No space left on device")
+if "fails" in sys.argv:
+    run_state.write_run = full_disk
+model = torch.nn.Linear(4, 4)
+optimizer = dist_optim.build_optimizer(model, "adamw_torch", lr=1e-3, print_audit=False)
+atexit.register(print, "others' hooks run")
+dist_optim.save_checkpoint(sys.argv[1], model, optimizer, asynchronous=True)
+if "asks" in sys.argv:
+    try:
+        dist_optim.checkpoint.wait_for_saves()
+    except dist_optim.errors.BackgroundSaveError:
+        pass
+print("done")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [([], 0), (["fails"], 1), (["fails", "asks"], 0)])
+def test_a_program_whose_last_save_failed_has_failed(how: list[str], code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS, str(tmp_path / "run"), *how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (code, ["done", "others' hooks run"])
+    assert ("No space left on device" in done.stderr) == bool(code)
 
 
 def test_a_kill_while_it_is_written_leaves_the_one_before_or_itself(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import multiprocessing.util
 import os
 import sys
@@ -44,6 +45,9 @@ class _Save:
 _saves: dict[tuple[int, ...], _Save] = {}
 """The last one of each set of ranks, the latest at the end."""
 _hooked_process: int | None = None
+_failed_process: int | None = None
+"""The one whose last save has failed, when nobody was left to be told."""
+EXIT_CODE = 1
 
 
 def in_background(
@@ -53,7 +57,8 @@ def in_background(
 ) -> None:
     """Start the save of these ranks, and return. Collective; none may be running: call ``wait_together`` before.
 
-    The process does not end, nor its default process group, before it has ended.
+    The process does not end, nor its default process group, before it has ended; where it has failed, and no call was
+    left to raise that, the process says so and ends with exit code 1.
 
     Args:
         action: Called in a thread on every rank, with a group of the same ranks; it must keep off all other groups.
@@ -167,13 +172,31 @@ def _install_hooks() -> None:
     dist.destroy_process_group = dist.distributed_c10d.destroy_process_group = destroy_process_group
     # A process that multiprocessing started runs its finalizers at its end, and not atexit's.
     atexit.register(_end)
-    multiprocessing.util.Finalize(None, _end, exitpriority=200)
+    multiprocessing.util.Finalize(None, _end_of_child, exitpriority=200)
 
 
 def _end() -> None:
     """Wait, and say what nobody was told."""
+    global _failed_process
     wait_here()
     for save in _saves.values():
         if save.failure is not None and not save.is_settled and save.process == os.getpid():
             print(f"dist_optim: {save.failure}", file=sys.stderr, flush=True)
+            _failed_process = os.getpid()
     _saves.clear()
+
+
+def _end_of_child() -> None:
+    _end()
+    if _failed_process == os.getpid():
+        sys.exit(EXIT_CODE)
+
+
+@atexit.register  # when this is imported, before most others are, and so called after them
+def _exit_as_failed() -> None:
+    """A job whose last checkpoint is not there has not succeeded; Python has no other way to say so by now."""
+    if _failed_process == os.getpid():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
