@@ -15,7 +15,7 @@ import steps
 from dist_optim.testing import RankPool
 from measuring import page, results
 from measuring.cells import Cell, measure
-from measuring.contenders import ALONE, OURS, Contender
+from measuring.contenders import ALONE, FLOOR, OURS, Contender
 from measuring.counting import allocations_of, traffic_counted
 from measuring.share import STOCK, ShareCell
 from measuring.timing import Sample, in_turn
@@ -126,7 +126,7 @@ def measure_tiny() -> dict[str, dict[str, Any]]:
 
 def test_a_cell_has_every_contender_and_what_fails_is_a_result(two_ranks: RankPool) -> None:
     rows = two_ranks.run(measure_tiny)[0]
-    assert set(rows) == {ALONE, "gather all", "DTensors", OURS}
+    assert set(rows) == {ALONE, "gather all", "DTensors", FLOOR, OURS}
     assert rows["DTensors"]["refused"].startswith("RuntimeError: aten.")  # transformers' Adafactor on DTensors
     assert rows[ALONE]["distance"] == rows["gather all"]["distance"] == rows[OURS]["distance"] == 0
     assert rows[ALONE]["collectives"] == {} and rows["gather all"]["collectives"] == {"all_gather_into_tensor": 7}

@@ -21,12 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 import dist_optim
 from dist_optim.layouts.detect import detect
 from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.specs.registry import Trait, get_spec
 from measuring.recipes import Recipe, in_training
 
-__all__ = ["ALONE", "OURS", "Build", "Contender", "Problem", "alone", "build_ours", "contenders_of"]
+__all__ = ["ALONE", "FLOOR", "OURS", "Build", "Contender", "Problem", "alone", "build_ours", "contenders_of"]
 
 ALONE = "one process"
 OURS = "dist_optim"
+FLOOR = "share and messages"
+"""Not a way to step: a bound on what steps whole tensors."""
 MakeModel = Callable[[], nn.Module]
 
 
@@ -99,6 +102,9 @@ def contenders_of(problem: Problem, layout: str, variants: dict[str, dict[str, A
     if layout == "fsdp2":
         builders["gather all"] = lambda: gather_all(problem)
         builders["DTensors"] = lambda: on_dtensors(problem)
+    is_sliced = not problem.recipe.matrix and Trait.ELEMENTWISE in get_spec(problem.recipe.name).traits
+    if num_ranks() > 1 and (layout == "ddp" or not is_sliced):
+        builders[FLOOR] = lambda: floor(problem, layout)
     for name, options in {OURS: {}, **variants}.items():
         builders[name] = lambda name=name, options=options: ours(problem, layout, name, options)  # type: ignore[misc]
     return builders
@@ -171,6 +177,41 @@ def on_dtensors(problem: Problem) -> Contender:
         step=optimizer.step,
         weights=lambda: _gathered(sharded),
     )
+
+
+def floor(problem: Problem, layout: str) -> Contender:
+    """What nobody who steps whole tensors on one rank each can do without, and no copy of anything besides.
+
+    Upstream on this rank's share of the tensors, and the messages bare, in buffers that are there: under FSDP2 parts of
+    gradients and weights to owners and of weights back, under DDP weights from owners.
+    """
+    share = _dealt(list(problem.model().parameters()))
+    mine = [
+        (one, gradient) for (owner, one), gradient in zip(share, problem.gradients, strict=True) if owner == own_rank()
+    ]
+    optimizer = problem.recipe.upstream_optimizer([one for one, _ in mine])
+    ranks, total = num_ranks(), sum(one.numel() for _, one in share)
+    each = total // ranks // (ranks if layout == "fsdp2" else 1)
+    sizes = [0 if rank == own_rank() else each for rank in range(ranks)]
+    sent, received = (torch.ones(sum(sizes), device=problem.device) for _ in range(2))
+
+    def step() -> None:
+        optimizer.step()
+        for _ in range(3 if layout == "fsdp2" else 1):
+            dist.all_to_all_single(received, sent, sizes, sizes)
+
+    return Contender(
+        name=FLOOR, prepare=giving([one for one, _ in mine], [gradient for _, gradient in mine]), step=step
+    )
+
+
+def _dealt(parameters: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    """Each to who has least so far, the largest first; in the order in which they were given."""
+    loads, owners = [0] * num_ranks(), dict[int, int]()
+    for at in sorted(range(len(parameters)), key=lambda at: -parameters[at].numel()):
+        owners[at] = loads.index(min(loads))
+        loads[owners[at]] += parameters[at].numel()
+    return [(owners[at], one) for at, one in enumerate(parameters)]
 
 
 def ours(problem: Problem, layout: str, name: str, options: dict[str, Any]) -> Contender:
