@@ -253,6 +253,18 @@ class SignMomentum(Plain):
         return update
 
 
+NOT_GIVEN = object()
+
+
+class HasObjectDefault(SignMomentum):
+    """A default that is no plain value, as packages write it that tell "not given" from None; it is in a group, too."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, rule: Any = NOT_GIVEN) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["rule"] = rule
+
+
 class ClipsEachByItem(Plain):
     """A bound on each tensor's own norm, read in Python."""
 

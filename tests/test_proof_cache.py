@@ -112,6 +112,15 @@ def test_an_empty_variable_keeps_no_file(proofs: Counted, tmp_path: Path, monkey
     assert len(list((tmp_path / "cache" / "dist_optim" / "proofs").glob("*.json"))) == 1
 
 
+def test_an_object_that_is_the_classs_own_default_is_told_by_its_source(proofs: Counted) -> None:
+    asked(cls=traps.HasObjectDefault)
+    in_another_process()
+    assert asked(cls=traps.HasObjectDefault) == PROVEN and proofs.count == 1
+    asked(cls=traps.HasObjectDefault, rule=object())
+    asked(cls=traps.HasObjectDefault, rule=object())
+    assert proofs.count == 3
+
+
 def test_what_cannot_be_written_down_is_not_kept(proofs: Counted) -> None:
     class Local(traps.SignMomentum):
         def __init__(self, params: Any, lr: float = 1e-2, rule: Any = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -113,8 +114,8 @@ def _digest(
             _version(optimizer_class),
             [torch.__version__, platform.python_version(), platform.machine(), _own_digest()],
             sources_of(optimizer_class),
-            _plain(arguments),
-            _structure(groups),
+            _plain_but_defaults(arguments, optimizer_class),
+            _structure(groups, optimizer_class),
             list(kinds),
             [torch.get_default_dtype(), torch.get_num_threads()],
         ]
@@ -146,12 +147,30 @@ def _plain(value: Any) -> Any:
     raise _NotPlainError
 
 
-def _structure(groups: Sequence[ParamGroup]) -> Any:
+def _plain_but_defaults(values: Mapping[str, Any], optimizer_class: type) -> Any:
+    """As ``_plain``; what is the class's own default, an object that stands for "not given" say, its source tells."""
+    try:
+        defaults = {name: one.default for name, one in inspect.signature(optimizer_class).parameters.items()}
+    except (TypeError, ValueError):
+        defaults = {}
+    found = []
+    for key, value in values.items():
+        try:
+            found.append([key, _plain(value)])
+        except _NotPlainError:
+            if value is not defaults.get(key):
+                raise
+            found.append([key, "its default"])
+    return found
+
+
+def _structure(groups: Sequence[ParamGroup], optimizer_class: type) -> Any:
     """Values, and what the tiny tensors are like: models whose proof would run alike share it."""
     scenarios = scenarios_of(groups)
     shapes = [[[list(one.shape), str(one.dtype), one.device.type] for one in scenario.placed] for scenario in scenarios]
     counts = [[len(group["params"]) for group in scenario.groups] for scenario in scenarios]
-    values = [_plain({key: value for key, value in group.items() if key != "params"}) for group in scenarios[0].groups]
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in scenarios[0].groups]
+    values = [_plain_but_defaults(one, optimizer_class) for one in kept]
     return [shapes, counts, values]
 
 
