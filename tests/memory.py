@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from end_to_end import batch, make_llama
 from placements import place
-from torch import Tensor
+from torch import Tensor, nn
 from zero import ZeroRun, engine_of
 from zero_names import NAMES_OF_BOTH, run_of_name
 
 import dist_optim
 from dist_optim.errors import DistOptimError
-from dist_optim.planning import PlannedModel, plan, read_model
+from dist_optim.planning import Forecast, PlannedModel, plan, read_model
+from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.testing import RankPool
 
 FIELDS = ("weights", "gradients", "masters", "optimizer state")
@@ -34,6 +35,8 @@ class Column:
     """Of ``placements.place``; empty under DeepSpeed."""
     units: tuple[str, ...] = ()
     """Classes that it wraps one by one."""
+    make: Callable[[], nn.Module] = make_llama
+    """The model."""
 
     def __str__(self) -> str:
         return f"{self.strategy}, {self.num_ranks}"
@@ -56,30 +59,31 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 @functools.cache
-def model_of(units: tuple[str, ...]) -> PlannedModel:
-    return read_model(make_llama(), unit_classes=units)
+def model_of(make: Callable[[], nn.Module], units: tuple[str, ...]) -> PlannedModel:
+    return read_model(make(), unit_classes=units)
 
 
 def options_of(name: str) -> dict[str, Any]:
     return dict(run_of_name(name, 0).options)
 
 
+def forecast(name: str, column: Column, precision: str) -> Forecast:
+    return plan(
+        model_of(column.make, column.units),
+        name,
+        column.strategy,
+        column.num_ranks,
+        num_nodes=2 if column.strategy == "hsdp" else 1,
+        precision=precision,
+        device="cpu",
+        **options_of(name),
+    )
+
+
 def planned(name: str, column: Column, precision: str) -> dict[str, list[float]] | str:
     """Of the fullest rank and of the mean; or the first sentence of the refusal."""
-    model = model_of(column.units)
-    nodes = 2 if column.strategy == "hsdp" else 1
-    options = options_of(name)
     try:
-        found = plan(
-            model,
-            name,
-            column.strategy,
-            column.num_ranks,
-            num_nodes=nodes,
-            precision=precision,
-            device="cpu",
-            **options,
-        )
+        found = forecast(name, column, precision)
     except DistOptimError as error:
         return first_sentence(error)
     shares = {key: found.host.get(key, found.memory[key]) for key in FIELDS}  # here all of them are in one memory
@@ -105,7 +109,7 @@ def held(name: str, column: Column, precision: str) -> Bytes | str:
 
 
 def _under_torch(name: str, column: Column, precision: str) -> Bytes:
-    model = place(make_llama().to(DTYPES[precision]), column.placement)
+    model = place(column.make().to(DTYPES[precision]), column.placement)
     optimizer = dist_optim.build_optimizer(model, name, print_audit=False, **options_of(name))
     optimizer.train()
     for step in range(2):
@@ -124,12 +128,30 @@ def _under_torch(name: str, column: Column, precision: str) -> Bytes:
     }
 
 
+def dealt(name: str, column: Column) -> tuple[float, int, int, int]:
+    """The body: imbalance and rounds of a job's plan; bytes of one field that go from here to owners, and come here."""
+    model = place(column.make(), column.placement)
+    optimizer = dist_optim.build_optimizer(model, name, print_audit=False, **options_of(name))
+    held = optimizer.holdings
+    ranks, own, rounds = num_ranks(held.process_group), own_rank(held.process_group), held.plan.buckets
+    numels = [0] * ranks
+    for at, owner in held.plan.owners.items():
+        numels[owner] += held.placed[at].shape.numel()
+    sent, received = 0, 0
+    for each in rounds:
+        if not each.is_replicated:
+            route = each.route(own)
+            sent += each.dtype.itemsize * (sum(route.to_owners) - route.to_owners[own])
+            received += each.dtype.itemsize * (sum(route.from_holders) - route.from_holders[own])
+    return max(numels) * ranks / sum(numels), len(rounds), sent, received
+
+
 def _under_zero(name: str, column: Column, precision: str) -> Bytes:
     config = {} if precision == "fp32" else {precision: {"enabled": True}}
     wanted = f"dist_optim.{name}" if name in NAMES_OF_BOTH else name
     engine_name, _, offload = column.strategy.partition("_")
-    zero = OFFLOAD if offload else {}
-    engine = engine_of(ZeroRun(wanted, options_of(name), int(engine_name[-1]), zero=zero, config=config))
+    stage, zero = int(engine_name[-1]), OFFLOAD if offload else {}
+    engine = engine_of(ZeroRun(wanted, options_of(name), stage, zero=zero, config=config, make_model=column.make))
     optimizer = engine.basic_optimizer
     kept: list[Tensor] = []  # held until the step is over, so that no copy takes the place of what was freed
     found: list[int] = []
@@ -201,4 +223,16 @@ def deviation(planned_cell: dict[str, list[float]], measured_cell: dict[str, lis
     return max(abs(one - other) / max(other, 1.0) if one != other else 0.0 for one, other in pairs)
 
 
-__all__ = ["COLUMNS", "DTYPES", "FIELDS", "Column", "deviation", "held", "make_llama", "measured", "planned"]
+__all__ = [
+    "COLUMNS",
+    "DTYPES",
+    "FIELDS",
+    "Column",
+    "dealt",
+    "deviation",
+    "forecast",
+    "held",
+    "make_llama",
+    "measured",
+    "planned",
+]

@@ -10,6 +10,7 @@ import measure_memory
 import memory
 import pytest
 from memory import COLUMNS, DTYPES, FIELDS, Column
+from mesh_doors import make_moe
 
 import dist_optim
 from dist_optim.testing import RankPool
@@ -62,3 +63,22 @@ def test_two_ranks_hold_what_is_planned(strategy: str, two_ranks: RankPool) -> N
         )
         assert not isinstance(planned, str) and not isinstance(found, str)
         assert memory.deviation(planned, found) <= measure_memory.ALLOWED, f"{name}: {planned}, {found}"
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero3", 2)])
+def test_each_expert_is_planned_as_the_matrix_that_it_is(
+    strategy: str, ranks: int, two_ranks: RankPool, four_ranks: RankPool
+) -> None:
+    """Stacks of experts: bytes, owners, rounds and what travels to owners, beside a job."""
+    pool = {2: two_ranks, 4: four_ranks}[ranks]
+    column = replace(column_of(strategy), num_ranks=ranks, make=make_moe)
+    for name in ("galore_adamw", "apollo_adamw", "muon"):
+        planned, found = memory.planned(name, column, "fp32"), memory.measured(name, column, "fp32", pool)
+        assert not isinstance(planned, str) and not isinstance(found, str)
+        assert memory.deviation(planned, found) <= measure_memory.ALLOWED, f"{name}: {planned}, {found}"
+        if not column.placement:
+            continue
+        wanted = memory.forecast(name, column, "fp32")
+        imbalance, num_rounds, sent, received = map(max, zip(*pool.run(memory.dealt, name, column), strict=True))
+        assert (wanted.owned_imbalance, wanted.num_rounds) == (pytest.approx(imbalance), num_rounds), name
+        assert wanted.wire.get("step: gradients to owners", 0) == max(sent, received), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from trainers import Blocks, Job, arguments_of, fresh_accelerate
 from dist_optim.errors import UnsupportedError
 from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.accelerate import prepare
+from dist_optim.integrations.accelerate.tensor_parallel import left_as_it_is
 from dist_optim.integrations.transformers import Trainer
 from dist_optim.testing import RankPool
 
@@ -105,3 +107,26 @@ def test_a_mesh_that_the_trainer_does_not_make_is_refused(
 ) -> None:
     for text in two_ranks.run(refusal_of_the_trainer, sizes, str(tmp_path)):
         assert re.search(message, text), text
+
+
+class Accelerating:
+    """As much of an accelerator as tensor parallelism is kept from."""
+
+    distributed_type = SimpleNamespace(value="MULTI_CPU")
+    parallelism_config = SimpleNamespace(tp_size=2)
+
+    def _prepare_tp(self, *objects: Any) -> str:
+        return "changed"
+
+    def prepare_model(self, model: Any, evaluation_mode: bool = False) -> str:
+        return "as it is" if evaluation_mode else "wrapped"
+
+
+def test_doors_inside_of_each_other_leave_a_model_as_it_is() -> None:
+    accelerator: Any = Accelerating()
+    for _ in range(2):
+        with left_as_it_is(accelerator):
+            with left_as_it_is(accelerator):
+                assert accelerator.prepare_model(None) == "as it is"
+            assert accelerator.prepare_model(None) == "as it is" and accelerator._prepare_tp(1, 2) == (1, 2)
+        assert not vars(accelerator) and accelerator.prepare_model(None) == "wrapped"

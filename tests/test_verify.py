@@ -75,7 +75,7 @@ def test_equal_is_said_of_what_is_equal(strategy: str, name: str, options: dict[
 def test_experts_are_verified_as_the_engine_has_them(
     strategy: str, name: str, options: dict[str, Any], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """Each a matrix, or their stack whole; the reference as well."""
+    """Each a matrix, to the reference as well."""
     model: Any = make_moe()
     model.config.save_pretrained(tmp_path)
     report = verify(name, strategy=strategy, model=str(tmp_path), steps=3, pool=two_ranks, **options)

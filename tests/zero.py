@@ -246,7 +246,7 @@ class Recorder:
 
     def _note(self, part: dist_optim.DistributedOptimizer, step_part: Callable[..., None], present: list[bool]) -> None:
         group = part.holdings.process_group
-        for placed in part.placed_parameters():
+        for placed in {one.whole().fqn: one.whole() for one in part.placed_parameters()}.values():
             if isinstance(placed.layout, Elsewhere):
                 continue
             own = placed.local_gradient()

@@ -23,7 +23,14 @@ from dist_optim.inside_backward.guards import why_not_fused
 from dist_optim.inside_backward.handle import install
 from dist_optim.inside_backward.to_owners import send_to_owners, stop_sending
 from dist_optim.layouts.detect import PlacedParameter, detect, ranks_to_meet
-from dist_optim.ranks.agreement import group_of_ranks, host_group, num_ranks, own_rank, reachable_devices
+from dist_optim.ranks.agreement import (
+    assert_same_ranks_meant,
+    group_of_ranks,
+    host_group,
+    num_ranks,
+    own_rank,
+    reachable_devices,
+)
 from dist_optim.ranks.first_meeting import meet_first
 from dist_optim.ranks.liveness import watch_ranks
 from dist_optim.ranks.together import together
@@ -145,7 +152,9 @@ def build_optimizer(
         check_model(model)
         return ranks_to_meet(model, process_group)
 
-    if ranks := together(look, process_group, doing=doing, remedy=remedy):
+    ranks = together(look, process_group, doing=doing, remedy=remedy)
+    assert_same_ranks_meant(ranks, process_group)
+    if ranks:
         group_of_ranks(ranks)  # again before any of them can fail
 
     def prepare() -> _Prepared:

@@ -88,7 +88,7 @@ def coverage_line(name: str, share: float | None, left: Collection[str] = ()) ->
         return None
     line = f"{name} as matrices: {share:.1%} of the trained elements"
     if left:
-        line += f"; under DeepSpeed and inside backward the stacks of experts are none ({len(left)} tensors)"
+        line += f"; inside backward the stacks of experts are none ({len(left)} tensors)"
     return line if share >= FEW else f"careful: {line}; embeddings and what target_modules leaves out are the rest"
 
 

@@ -159,38 +159,44 @@ def assign_owners(items: Sequence[Item], world_size: int) -> list[int]:
     owners = [0] * len(items)
     time, size = [0.0] * world_size, [0.0] * world_size
     for is_idle in (False, True):
-        homes = {at: _home(item) for at, item in enumerate(items) if item.is_idle is is_idle}
+        homes = {at: _homes(item) for at, item in enumerate(items) if item.is_idle is is_idle}
         _deal_out(homes, shares, owners, time, size)
     return owners
 
 
 def _deal_out(
-    homes: dict[int, int | None],
+    homes: dict[int, Sequence[int]],
     shares: Sequence[tuple[float, float]],
     owners: list[int],
     time: list[float],
     size: list[float],
 ) -> None:
     """Give the tensors at these places their owners, and the owners' loads what they weigh."""
-    for at, home in homes.items():
-        if home is not None:
+
+    def load(rank: int) -> tuple[float, float, int]:
+        return max(time[rank], size[rank]), time[rank] + size[rank], rank
+
+    for at, ranks in homes.items():
+        if ranks:
+            home = min(ranks, key=load)
             owners[at] = home
             time[home], size[home] = time[home] + shares[at][0], size[home] + shares[at][1]
-    lightest = [(max(time[rank], size[rank]), time[rank] + size[rank], rank) for rank in range(len(time))]
+    lightest = [load(rank) for rank in range(len(time))]
     heapq.heapify(lightest)
-    for at in sorted((at for at, home in homes.items() if home is None), key=lambda at: (-max(shares[at]), at)):
+    for at in sorted((at for at, ranks in homes.items() if not ranks), key=lambda at: (-max(shares[at]), at)):
         owner = lightest[0][2]
         owners[at] = owner
         time[owner], size[owner] = time[owner] + shares[at][0], size[owner] + shares[at][1]
-        heapq.heapreplace(lightest, (max(time[owner], size[owner]), time[owner] + size[owner], owner))
+        heapq.heapreplace(lightest, load(owner))
 
 
-def _home(item: Item) -> int | None:
-    """The rank that stores almost all of a sharded tensor, where there is one."""
+def _homes(item: Item) -> Sequence[int]:
+    """The rank that stores almost all of a sharded tensor, where there is one, and its replicas."""
     if item.layout.is_replicated or not item.shape.numel():
-        return None
+        return ()
     rank = item.layout.home(item.shape)
-    return rank if item.layout.numel_on(item.shape, rank) >= HOME_SHARE * item.shape.numel() else None
+    is_home = item.layout.numel_on(item.shape, rank) >= HOME_SHARE * item.shape.numel()
+    return item.layout.holders(rank) if is_home else ()
 
 
 def _take_each(by_owner: dict[int, deque[Item]], bucket_numel: int) -> dict[int, list[Item]]:

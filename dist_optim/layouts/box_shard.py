@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,18 +27,18 @@ class BoxShard:
     """The dim and the number of chunks of each cut, in the order of cutting."""
     chunks: tuple[tuple[int, ...], ...]
     """For each rank of the process group, which chunk of each cut it holds."""
-    _first: dict[tuple[int, ...], int] = field(init=False, repr=False, compare=False)
+    _holders: dict[tuple[int, ...], list[int]] = field(init=False, repr=False, compare=False)
     copy: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """For each rank, how many before it hold the same box: ranks of one replica have the same number."""
 
     def __post_init__(self) -> None:
-        first: dict[tuple[int, ...], int] = {}
-        seen, copy = Counter[tuple[int, ...]](), []
+        holders: dict[tuple[int, ...], list[int]] = {}
+        copy = []
         for rank, chunks in enumerate(self.chunks):
-            first.setdefault(chunks, rank)
-            copy.append(seen[chunks])
-            seen[chunks] += 1
-        object.__setattr__(self, "_first", first)
+            alike = holders.setdefault(chunks, [])
+            copy.append(len(alike))
+            alike.append(rank)
+        object.__setattr__(self, "_holders", holders)
         object.__setattr__(self, "copy", tuple(copy))
 
     @property
@@ -69,10 +69,10 @@ class BoxShard:
 
     def first_with(self, chunks: tuple[int, ...]) -> int:
         """The first rank that holds this chunk of each cut."""
-        return self._first[chunks]
+        return self._holders[chunks][0]
 
-    def first_holder(self, rank: int) -> int:
-        return self._first[self.chunks[rank]]
+    def holders(self, rank: int) -> Sequence[int]:
+        return self._holders[self.chunks[rank]]
 
     def is_read(self, holder: int, owner: int) -> bool:
         return self.copy[holder] == self.copy[owner]

@@ -184,6 +184,7 @@ def _reach(
                 f"{part.name!r} lies on the ranks {part.mesh.mesh.flatten().tolist()}, and this one is not among them. "
                 "Build an optimizer on the ranks that hold the model alone: process_group=."
             )
+        _check_order(part)
     kinds = list({(part.mesh, part.axes): part for part in parts}.values())
     everybody = frozenset(dist.get_process_group_ranks(process_group or dist.group.WORLD))
     # The replicas of HSDP share the work too, as far as the caller lets them.
@@ -196,12 +197,23 @@ def _reach(
     return tuple(sorted(_smallest_slice(wanted, _frames(kinds), process_group))), False
 
 
+def _check_order(part: _Part) -> None:
+    """Each cutting axis counts its ranks as its process group does.
+
+    Else torch itself has two minds: it deals parts out by the group, and redistributes them by the axis.
+    """
+    for axis in part.axes:
+        along = _slice_of(part.mesh.mesh, {axis}).tolist()
+        if along != (grouped := dist.get_process_group_ranks(part.mesh.get_group(axis))):
+            raise UnsupportedLayoutError(
+                f"{part.name!r} is cut along a mesh axis of the ranks {along}, whose process group has them as "
+                f"{grouped}: which rank holds which part is not defined. Make the mesh with init_device_mesh, or "
+                "from ranks in rising order."
+            )
+
+
 def _is_along_one_axis(part: _Part) -> bool:
-    """Whether the process group of that axis counts its ranks as the axis does."""
-    if len(part.cuts) != 1:
-        return False
-    axis = part.cuts[0][0]
-    return _slice_of(part.mesh.mesh, {axis}).tolist() == dist.get_process_group_ranks(part.mesh.get_group(axis))
+    return len(part.cuts) == 1
 
 
 def _smallest_slice(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -55,8 +56,8 @@ class Layout(Protocol):
         """How many ranks of the group hold each part of a tensor that is cut."""
         ...
 
-    def first_holder(self, rank: int) -> int:
-        """The first rank that holds the part that ``rank`` holds of a tensor that is cut."""
+    def holders(self, rank: int) -> Sequence[int]:
+        """The ranks, in order, that hold the part that ``rank`` holds of a tensor that is cut."""
         ...
 
     def is_read(self, holder: int, owner: int) -> bool:
@@ -80,8 +81,8 @@ class _Once:
     def copies(self) -> int:
         return 1
 
-    def first_holder(self, rank: int) -> int:
-        return rank
+    def holders(self, rank: int) -> Sequence[int]:
+        return (rank,)
 
     def is_read(self, holder: int, owner: int) -> bool:
         return True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_optim.layouts.box_shard import BoxShard
-from dist_optim.layouts.layout import DimShard, FlatRange, Layout, chunk_of
+from dist_optim.layouts.layout import DimShard, Elsewhere, FlatRange, Layout, chunk_of
 
 __all__ = ["Filters", "Layer", "Member", "filters_of", "layer_of"]
 
@@ -56,8 +57,8 @@ class Layer:
             chunks.append(chunk)
         return self.stack.first_with(tuple(chunks)) if isinstance(self.stack, BoxShard) else chunks[0]
 
-    def first_holder(self, rank: int) -> int:
-        return self.stack.first_holder(rank)
+    def holders(self, rank: int) -> Sequence[int]:
+        return self.stack.holders(rank)
 
     def is_read(self, holder: int, owner: int) -> bool:
         return self.stack.is_read(holder, owner)
@@ -87,6 +88,8 @@ class Member:
             numel, begin = self.shape[1:].numel(), self.stack.bounds[rank]
             start, end = ((self.at + more) * numel - begin for more in (0, 1))
             return local.reshape(-1)[max(start, 0) : max(end, 0)]
+        if isinstance(self.stack, Elsewhere):
+            return local
         first, count = _layers_on(self.stack, self.shape[0], rank)
         return local[self.at - first] if first <= self.at < first + count else local.reshape(-1)[:0]
 

@@ -17,6 +17,7 @@ from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_loc
 from dist_optim.layouts.box_shard import BoxShard
 from dist_optim.layouts.detect import PlacedParameter, detect
 from dist_optim.layouts.layout import Layout
+from dist_optim.layouts.stack import Layer, Member, layer_of
 from dist_optim.planning.model import PlannedModel
 from dist_optim.planning.placement import PRECISIONS, Placement, numels_by_rank
 from dist_optim.planning.rehearsal import Rehearsal
@@ -61,6 +62,12 @@ class Work:
             for one in group["params"]
         ]
 
+    def trained(self) -> list[list[str]]:
+        """Names of the trained parameters as the engine has them, group by group: a stack once, not its matrices."""
+        return [
+            list(dict.fromkeys(one.whole().fqn for one in group["params"] if one.is_trained)) for group in self.groups
+        ]
+
 
 def composed_work(
     read: PlannedModel,
@@ -70,7 +77,10 @@ def composed_work(
     device: str,
     target_modules: str | Sequence[str] | None,
     options: dict[str, Any],
+    *,
+    splits_stacks: bool,
 ) -> Work:
+    """What ``build_optimizer`` would step, each of a stack's matrices by itself where it does so."""
     rest = Rest(options.pop("rest", None), options.pop("rest_options", None) or {})
     no_decay = options.pop("no_decay", ())
     if any(record.name == "lr" and record.default is None for record in spec.records()):
@@ -80,7 +90,16 @@ def composed_work(
         name: OnDevice(**{each.name: getattr(one, each.name) for each in fields(one)}, runs_on=torch.device(device))
         for name, one in detect(read.module).items()
     }
-    composed = compose(read.module, spec, placed, options, no_decay=no_decay, target_modules=target_modules, rest=rest)
+    composed = compose(
+        read.module,
+        spec,
+        placed,
+        options,
+        no_decay=no_decay,
+        target_modules=target_modules,
+        rest=rest,
+        splits_stacks=splits_stacks,
+    )
     return Work(*composed, read.known)
 
 
@@ -143,22 +162,27 @@ def deal_out(
     copies = 4 if has_masters else dtype.itemsize if spec.keeps_tensors and ranks > 1 else 0
     for call in calls:
         here = {
-            index: (number, replace(one, layout=call[one.fqn]), values)
+            index: (number, replace(one, layout=_layout_of(one, call[name])), values)
             for index, (number, one, values) in trained.items()
-            if one.fqn in call
+            if (name := one.whole().fqn) in call
         }
         _add_call(loads, spec, rehearsal, here, bucket_bytes, copies, replicates, machine)
     return loads
 
 
-Member = tuple[int, PlacedParameter, dict[str, Any]]
+Stepped = tuple[int, PlacedParameter, dict[str, Any]]
+
+
+def _layout_of(one: PlacedParameter, engines: Layout) -> Layout:
+    """Of a parameter, or of a matrix of one, by that which the engine gives the parameter."""
+    return layer_of(engines, one.member.shape, one.member.at) if isinstance(one.member, Member) else engines
 
 
 def _add_call(
     loads: Loads,
     spec: OptimizerSpec,
     rehearsal: Rehearsal,
-    here: Mapping[int, Member],
+    here: Mapping[int, Stepped],
     bucket_bytes: int,
     copies: int,
     replicates: bool,
@@ -219,8 +243,9 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
                     there[owner] += size * item.shape.numel() - parts[owner]
                     written[owner] += size * item.layout.copies * item.shape.numel() - parts[owner]
                     parts[owner] = 0
-                    if isinstance(item.layout, BoxShard):  # of each part one copy, of the owner's own replica
-                        copy = torch.tensor(item.layout.copy)
+                    cut = item.layout.stack if isinstance(item.layout, Layer) else item.layout
+                    if isinstance(cut, BoxShard):  # of each part one copy, of the owner's own replica
+                        copy = torch.tensor(cut.copy)
                         parts *= copy == copy[owner]
                     sent += parts
             held *= 2  # gradients and weights

@@ -175,18 +175,16 @@ def plan(
         notes.append("target_modules: all-linear, as none were named")
     if spec.is_undescribed:
         notes.append("assumed: its tensors are independent, which the job proves before it shards them")
-    if {Trait.LOW_RANK, Trait.HIDDEN_MATRICES} & spec.traits and read.has_stacks:
-        notes.append(
-            "stacks of experts are counted whole; where each expert is a matrix, less is kept (docs/meshes.md)"
-        )
-    work = composed_work(read, spec, engine, precision, "cpu" if is_offloaded else device, target_modules, options)
+    # Updates inside backward leave stacks of experts whole.
+    runs_on, splits = "cpu" if is_offloaded else device, not is_inside
+    work = composed_work(read, spec, engine, precision, runs_on, target_modules, options, splits_stacks=splits)
     asked = Request(
         model=read,
         strategy=engine,
         num_ranks=num_ranks,
         num_nodes=nodes,
         precision=PRECISIONS[precision],
-        trained=[[one.fqn for one in group["params"] if one.is_trained] for group in work.groups],
+        trained=work.trained(),
         stores_gradients=not is_inside,
         is_offloaded=is_offloaded,
         needs_all=work.needs_all,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_optim.building.stacks import stacks_of
 from dist_optim.errors import MissingPackageError, UsageError
 from dist_optim.layouts.detect import detect
 from dist_optim.overrides import check
@@ -34,8 +33,6 @@ class PlannedModel:
     """Of all parameters, tied ones once."""
     config: Any = None
     """Of transformers, where it was built from one."""
-    has_stacks: bool = False
-    """Whether some parameters are stacks of experts."""
     known: dict[Any, Any] = field(default_factory=dict)
     """What was found out about its shapes, for the next plan."""
 
@@ -67,9 +64,8 @@ def read_model(source: str | Path | nn.Module, unit_classes: Collection[str] | N
 
 
 def _planned(name: str, module: nn.Module, classes: Collection[str] | None, config: Any = None) -> PlannedModel:
-    placed = detect(module)
-    shapes = {name: one.shape for name, one in placed.items()}
-    return PlannedModel(name, module, _units_of(module, classes), shapes, config, bool(stacks_of(module, placed)))
+    shapes = {name: one.shape for name, one in detect(module).items()}
+    return PlannedModel(name, module, _units_of(module, classes), shapes, config)
 
 
 def with_layers(model: PlannedModel, count: int) -> Any:

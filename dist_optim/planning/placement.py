@@ -6,6 +6,7 @@ test builds each engine and compares.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dist_optim.layouts.box_shard import BoxShard
 from dist_optim.layouts.layout import DimShard, FlatRange, Layout, chunk_of
+from dist_optim.layouts.stack import Layer
 from dist_optim.planning.model import PlannedModel
 
 __all__ = [
@@ -99,6 +101,8 @@ class Placement:
 
 def numels_by_rank(layout: Layout, shape: torch.Size, ranks: int) -> Tensor:
     """Elements of a tensor on each rank."""
+    if isinstance(layout, Layer):
+        return _numels_of_layer(layout, shape, ranks)
     if isinstance(layout, FlatRange):
         return torch.tensor(layout.bounds).diff()
     if isinstance(layout, BoxShard):
@@ -111,6 +115,12 @@ def numels_by_rank(layout: Layout, shape: torch.Size, ranks: int) -> Tensor:
         rows = (size - torch.arange(ranks) * per_rank).clamp(0, per_rank)
         return rows * (shape.numel() // size)
     return torch.full((ranks,), layout.numel_on(shape, 0))
+
+
+@functools.cache
+def _numels_of_layer(layout: Layer, shape: torch.Size, ranks: int) -> Tensor:
+    """Layers of a model are alike; nobody writes to what is handed out."""
+    return torch.tensor([layout.numel_on(shape, rank) for rank in range(ranks)])
 
 
 def touched(layouts: Mapping[str, Layout], shapes: Mapping[str, torch.Size], ranks: int) -> tuple[Tensor, Tensor]:

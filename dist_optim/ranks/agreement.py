@@ -6,12 +6,14 @@ initialised process group the caller is alone, and each is a local operation.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ __all__ = [
     "agree_on_bits",
     "assert_equal_where_named",
     "assert_ranks_equal",
+    "assert_same_ranks_meant",
     "background_group",
     "described",
     "gather_objects",
@@ -116,6 +119,35 @@ def assert_equal_where_named(
                 )
 
 
+def assert_same_ranks_meant(ranks: Sequence[int], process_group: ProcessGroup | None = None) -> None:
+    """Whether all that one wants a group with want the same: else they would wait for each other. Collective.
+
+    Args:
+        ranks: Those of the group that this rank wants, itself among them; empty where it wants none.
+        process_group: All that may want one.
+
+    Raises:
+        RanksDisagreeError: On all ranks, naming two of them and what both want.
+    """
+    if num_ranks(process_group) == 1 or _are_equal(zlib.crc32(repr(list(ranks)).encode()), process_group):
+        return
+    digest = hashlib.sha1(repr(list(ranks)).encode(), usedforsecurity=False).hexdigest()
+    members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    digests = dict(zip(members, gather_objects(digest, process_group), strict=True))
+    is_same = all(digests.get(other) == digest for other in ranks)
+    if _are_equal(int(is_same), process_group) and is_same:
+        return
+    wanted: dict[int, list[int]] = dict(zip(members, gather_objects(list(ranks), process_group), strict=True))
+    for rank, wants in wanted.items():
+        for other in wants:
+            if wanted.get(other) != wants:
+                theirs = wanted.get(other) or "no group of their own"
+                raise RanksDisagreeError(
+                    f"The parameters of rank {rank} are cut over the ranks {wants}, and on rank {other} over {theirs}. "
+                    "Place the same model in the same way on every rank before the optimizer is built."
+                )
+
+
 def described(value: Any) -> str:
     """A value as text that is the same on every rank: without addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
@@ -188,29 +220,23 @@ def group_of_ranks(ranks: Sequence[int]) -> ProcessGroup:
     made = _made_groups.setdefault(world, {})
     key = "work", tuple(sorted(ranks))
     if key not in made:
-        made[key] = _new_group(key[1], None, None)
+        made[key] = _new_group(*key, None, None)
     return made[key]
 
 
-def _new_group(ranks: Sequence[int], timeout: timedelta | None, backend: str | None) -> ProcessGroup:
-    """A group of these ranks. Collective of them alone; of all ranks torch itself takes the number that all agree on.
+def _new_group(use: str, ranks: Sequence[int], timeout: timedelta | None, backend: str | None) -> ProcessGroup:
+    """A group of these ranks, under a name of ours. Collective of them alone; of all ranks, torch's own call for all.
 
-    Else torch calls a group by how many its ranks are in, and waits for good where they are in different numbers.
+    torch would call a group of some ranks by how many groups each of them is in, and wait for good where they are in
+    different numbers. What the group is for says as much, is the same on each, and is there once in a job.
     """
-    is_for_all = len(ranks) == dist.get_world_size()
-    return dist.new_group(list(ranks), timeout, backend, use_local_synchronization=not is_for_all)
-
-
-def _assert_in_as_many_groups(process_group: ProcessGroup | None) -> None:
+    if len(ranks) == dist.get_world_size():
+        return dist.new_group(list(ranks), timeout, backend)
     check("process groups")
-    counts = gather_objects(len(dist.distributed_c10d._world.pg_names), process_group)
-    for rank, count in enumerate(counts):
-        if count != counts[0]:
-            raise RanksDisagreeError(
-                f"Rank 0 of the process group is in {counts[0]} groups and rank {rank} is in {count}: torch makes no "
-                "other of these ranks alone then. Make groups that only some of them are in after the optimizer "
-                "is built; or make as many on each rank."
-            )
+    digest = hashlib.sha1(repr(tuple(ranks)).encode(), usedforsecurity=False).hexdigest()
+    name = f"dist_optim_{use}_{digest}"
+    with mock.patch.object(dist.distributed_c10d, "_hash_ranks_to_str", lambda _: name):
+        return dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)
 
 
 def _group_for(use: str, process_group: ProcessGroup | None) -> ProcessGroup | None:
@@ -220,10 +246,8 @@ def _group_for(use: str, process_group: ProcessGroup | None) -> ProcessGroup | N
     ranks = tuple(dist.get_process_group_ranks(process_group or world))
     made = _made_groups.setdefault(world, {})
     if (use, ranks) not in made:
-        if len(ranks) < dist.get_world_size():
-            _assert_in_as_many_groups(process_group)
         timeout = _timeout_of(world) if use == "background" else None
-        made[use, ranks] = _new_group(ranks, timeout, "gloo")
+        made[use, ranks] = _new_group(use, ranks, timeout, "gloo")
     return made[use, ranks]
 
 

@@ -73,7 +73,7 @@ class GradientSamples:
         copied: dict[tuple[int, ...], list[PlacedParameter]] = defaultdict(list)
         for one in cut:
             if one.layout.copies > 1:
-                copied[tuple(one.layout.first_holder(other) for other in range(count))].append(one)
+                copied[tuple(one.layout.holders(other)[0] for other in range(count))].append(one)
         self._sets += [_Sampled(members, count, first[rank]) for first, members in copied.items()]
         self._on_the_way: deque[tuple[list[Tensor | None], torch.cuda.Event]] = deque()
 
@@ -203,7 +203,7 @@ def assert_gradients_reduced(
     )
     copied = [one for one in placed if one.layout.copies > 1]
     if copied:
-        parts = [(one, one.layout.first_holder(own_rank(one.process_group))) for one in copied]
+        parts = [(one, one.layout.holders(own_rank(one.process_group))[0]) for one in copied]
         held = {
             f"the gradient of part {part} of {one.fqn!r} (fingerprint)": fingerprint(gradient)
             for one, part in parts

@@ -37,12 +37,12 @@ def _marks(held: Holdings) -> dict[str, Any]:
     keys = {key for group in held.groups for key in group} - {"params"}
     marks: dict[str, Any] = {name: described(value) for name, value in hyperparameters_of(held.groups, keys)}
     for placed in held.placed:
-        where = "" if placed.layout.is_replicated else f", slice {placed.layout.first_holder(held.rank)}"
+        where = "" if placed.layout.is_replicated else f", slice {placed.layout.holders(held.rank)[0]}"
         marks[f"parameter {placed.fqn!r}{where} (fingerprint)"] = fingerprint(placed.local())
     for instance, index in held.stepped_here():
         layout = held.placed[index].layout
         is_whole = index in held.plan.owners or layout.is_replicated
-        where = "" if is_whole else f", slice {layout.first_holder(held.rank)}"
+        where = "" if is_whole else f", slice {layout.holders(held.rank)[0]}"
         for key, value in instance.encoded_state(index).items():
             shown = fingerprint(value) if isinstance(value, Tensor) else value
             marks[f"state {key!r} of {held.placed[index].fqn!r}{where}"] = shown

@@ -7,10 +7,11 @@ has nothing to wrap. torch needs no such thing, and neither does an optimizer of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -28,18 +29,19 @@ BEFORE_PREPARE = (
 )
 
 
-@contextmanager
+@contextlib.contextmanager
 def left_as_it_is(accelerator: Accelerator) -> Iterator[None]:
-    """While it prepares a model, accelerate adds nothing to the tensor parallelism of it."""
+    """While it prepares a model, accelerate adds nothing to the tensor parallelism of it.
+
+    May be entered inside of itself, as one door goes through another.
+    """
     changed: dict[str, Any] = {"_prepare_tp": lambda *prepared: prepared}
     if accelerator.distributed_type.value != "FSDP" and _size(accelerator, "tp") > 1:
         changed["prepare_model"] = functools.partial(accelerator.prepare_model, evaluation_mode=True)  # wraps nothing
-    vars(accelerator).update(changed)
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, ours in changed.items():
+            stack.enter_context(mock.patch.object(accelerator, name, ours))
         yield
-    finally:
-        for name in changed:
-            del vars(accelerator)[name]
 
 
 def refuse_unserved(accelerator: Accelerator, model: nn.Module, remedy: str = BEFORE_PREPARE) -> None:

@@ -24,7 +24,7 @@ from dist_optim.building.alike import assert_alike
 from dist_optim.building.arguments import check_settings
 from dist_optim.building.choice import resolve
 from dist_optim.building.composing import Rest, compose
-from dist_optim.building.stacks import coverage, coverage_line, refuse_low_coverage, stacks_of
+from dist_optim.building.stacks import coverage, coverage_line, refuse_low_coverage
 from dist_optim.errors import (
     DistOptimError,
     HyperparameterError,
@@ -197,8 +197,7 @@ def build_optimizer_for_engine(
         optimizer: A registered name or an optimizer class.
         params: What DeepSpeed would give to an optimizer: parameters, groups, or None for all of the model's.
         target_modules: As in ``dist_optim.build_optimizer``; as are ``no_decay``, ``rest``, ``rest_options``,
-            ``print_audit``, ``rank_timeout_s``, ``independent``, ``min_coverage``, hyperparameters. Stacks of experts
-            stay whole.
+            ``print_audit``, ``rank_timeout_s``, ``independent``, ``min_coverage``, hyperparameters.
         fused_backward: True is refused: DeepSpeed's engine steps when backward is done.
         reduce_to_owner: True is refused: DeepSpeed's engine reduces gradients, to its partitions.
         on_nonfinite: Refused: DeepSpeed's engine looks for such gradients itself.
@@ -237,6 +236,7 @@ def build_optimizer_for_engine(
         target_modules=target_modules,
         rest=Rest(rest, rest_options or {}),
         takes_idle=False,
+        splits_stacks=True,
     )
     share = coverage(named, spec, groups)
     refuse_low_coverage(named.name, share, min_coverage)
@@ -249,7 +249,7 @@ def build_optimizer_for_engine(
         independent=independent,
         verify_steps=verify_steps,
     )
-    built.coverage = coverage_line(named.name, share, stacks_of(model, placed))
+    built.coverage = coverage_line(named.name, share)
     return built
 
 

@@ -34,7 +34,7 @@ from dist_optim.integrations.deepspeed.checkpoint import hold_averaged_weights
 from dist_optim.integrations.deepspeed.checkpoint_files import fail_together
 from dist_optim.integrations.deepspeed.checkpoint_view import ZeroView
 from dist_optim.integrations.deepspeed.gathered_calls import GatheredCalls
-from dist_optim.integrations.deepspeed.parts import group_of, place, where_it_is
+from dist_optim.integrations.deepspeed.parts import group_of, places_in, where_it_is
 from dist_optim.integrations.deepspeed.push_weights import push_weights
 from dist_optim.integrations.deepspeed.schedules import feeds_wrong_metric
 from dist_optim.layouts.detect import PlacedParameter
@@ -99,6 +99,8 @@ class ZeroOptimizer(Optimizer):
         self.print_audit = print_audit
         self.rank_timeout_s = rank_timeout_s
         self._groups = list(groups)
+        # Of matrices that are parts of one parameter, the parameter's name: the engine's.
+        self._names = {placed.fqn: placed.whole().fqn for group in groups for placed in group["params"]}
         self._arguments = dict(arguments)
         self._engine_calls: list[Call] = []
         self._calls: list[Call] = []  # of the parts: the engine's, or all of them as one
@@ -114,7 +116,7 @@ class ZeroOptimizer(Optimizer):
         # DeepSpeed flattens what it is given: frozen parameters are ours to remember.
         outer: list[ParamGroup] = []
         for number, group in enumerate(groups):
-            trained = [placed.parameter for placed in group["params"] if placed.is_trained]
+            trained = list({id(one.parameter): one.parameter for one in group["params"] if one.is_trained}.values())
             if trained:
                 outer.append({**spec.values_in(group, arguments), "params": trained, GROUP_NUMBER: number})
         if not outer:
@@ -156,8 +158,7 @@ class ZeroOptimizer(Optimizer):
         self._engine = engine
         group = engine.seq_data_parallel_group
         by_group: list[list[tuple[str, nn.Parameter]]] = [
-            [(placed.fqn, placed.parameter) for placed in members["params"] if placed.is_trained]
-            for members in self._groups
+            [(placed.fqn, placed.parameter) for placed in _trained_in(members)] for members in self._groups
         ]
         host_group(group)  # where one has to be made, all ranks make it now, before any of them can fail
         calls = together(
@@ -206,7 +207,7 @@ class ZeroOptimizer(Optimizer):
             hold_averaged_weights(engine, self)
 
     def _divide(self, spec: OptimizerSpec, call: Call, process_group: dist.ProcessGroup | None) -> Division:
-        groups = [{**group, "params": [place(placed, call) for placed in group["params"]]} for group in self._groups]
+        groups = [{**group, "params": places_in(group["params"], call)} for group in self._groups]
         return divide(
             spec,
             groups,
@@ -263,7 +264,7 @@ class ZeroOptimizer(Optimizer):
     def _step_part(self, call: Call, part: DistributedOptimizer) -> None:
         self._show_slices(call, part)
         self._push_hyperparameters(part)
-        present = [placed.fqn in self._present for placed in part.holdings.placed]
+        present = [self._names[placed.fqn] in self._present for placed in part.holdings.placed]
         if self.verified_steps is not None:
             self.verified_steps.take_gradients(self._parts.index(part), part.local_gradients(present))
         part.step_part(present)
@@ -325,7 +326,7 @@ class ZeroOptimizer(Optimizer):
 
     def _unfrozen(self) -> ParameterError | None:
         every = (placed for group in self._groups for placed in group["params"])
-        name = next((one.fqn for one in every if one.parameter.requires_grad and not one.is_trained), None)
+        name = next((self._names[one.fqn] for one in every if one.parameter.requires_grad and not one.is_trained), None)
         if name is None:
             return None
         return ParameterError(
@@ -349,20 +350,24 @@ class ZeroOptimizer(Optimizer):
 
     def _show_slices(self, call: Call, part: DistributedOptimizer) -> None:
         """Point the part's parameters at the engine's current storage, and give them this step's gradients."""
-        for placed in part.holdings.placed:
-            parameter, is_present = placed.parameter, placed.fqn in self._present
-            if placed.fqn in call.slices:
-                parameter.data = call.slices[placed.fqn].weight()
-                parameter.grad = call.slices[placed.fqn].gradient() if is_present else None
+        for name, placed in self._by_name(part).items():
+            parameter, is_present = placed.parameter, name in self._present
+            if name in call.slices:
+                parameter.data = call.slices[name].weight()
+                parameter.grad = call.slices[name].gradient() if is_present else None
             elif placed.is_trained:
                 parameter.grad = torch.empty_like(parameter) if is_present else None
+
+    def _by_name(self, part: DistributedOptimizer) -> dict[str, PlacedParameter]:
+        """The part's parameters by the engine's names; of a stack any matrix, which has the parameter of all."""
+        return {self._names[placed.fqn]: placed for placed in part.holdings.placed}
 
     def _show_weights(self) -> None:
         """Point the parameters of all parts at the engine's current storage."""
         for call, part in zip(self._calls, self._parts, strict=True):
-            for placed in part.holdings.placed:
-                if placed.fqn in call.slices:
-                    placed.parameter.data = call.slices[placed.fqn].weight()
+            for name, placed in self._by_name(part).items():
+                if name in call.slices:
+                    placed.parameter.data = call.slices[name].weight()
 
     def _push_hyperparameters(self, part: DistributedOptimizer) -> None:
         for outer in self._outer:
@@ -381,7 +386,7 @@ class ZeroOptimizer(Optimizer):
         return set(inner) - {"params"} if is_two_way else inner.keys() & self._parts[0].holdings.pushed_keys
 
     def _trainable(self) -> list[PlacedParameter]:
-        return [p for group in self._groups for p in group["params"] if p.is_trained]
+        return [placed for group in self._groups for placed in _trained_in(group)]
 
     # Weights for evaluation ---------------------------------------------------------------------------------------
 
@@ -483,9 +488,9 @@ class ZeroOptimizer(Optimizer):
     def show_to_parts(self) -> None:
         """Give the parts the engine's present storage of the weights, and DeepSpeed's hyperparameters."""
         for call, part in zip(self._calls, self._parts, strict=True):
-            for placed in part.holdings.placed:
-                if placed.fqn in call.slices:
-                    placed.parameter.data = call.slices[placed.fqn].weight()
+            for name, placed in self._by_name(part).items():
+                if name in call.slices:
+                    placed.parameter.data = call.slices[name].weight()
             self._push_hyperparameters(part)
 
     def show_from_parts(self) -> None:
@@ -496,6 +501,12 @@ class ZeroOptimizer(Optimizer):
     def parts(self) -> list[DistributedOptimizer]:
         """The optimizers underneath: one for each ``step()`` call of a training step, or one for all of them."""
         return list(self._parts)
+
+
+def _trained_in(group: ParamGroup) -> list[PlacedParameter]:
+    """The trained parameters of a group as the model has them, a stack once."""
+    wholes = (placed.whole() for placed in group["params"] if placed.is_trained)
+    return list({placed.fqn: placed for placed in wholes}.values())
 
 
 def _marking(optimizer: weakref.ref[ZeroOptimizer], name: str) -> Callable[[Tensor], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,13 @@ from torch import nn
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.layouts.detect_zero import Call
 from dist_optim.layouts.layout import Elsewhere
+from dist_optim.layouts.stack import Filters, Member, layer_of
 from dist_optim.ranks.agreement import num_ranks
 
-__all__ = ["group_of", "place", "where_it_is"]
+__all__ = ["group_of", "places_in", "where_it_is"]
 
 
-def place(placed: PlacedParameter, call: Call) -> PlacedParameter:
+def _place(placed: PlacedParameter, call: Call) -> PlacedParameter:
     """The parameter as one call sees it: its slice, or an empty tensor where another call steps it."""
     part = call.slices.get(placed.fqn)
     first = next(iter(call.slices.values()))
@@ -27,6 +29,23 @@ def place(placed: PlacedParameter, call: Call) -> PlacedParameter:
     parameter = nn.Parameter(empty, requires_grad=placed.is_trained)
     where = (Elsewhere(), first.process_group, placed.position, placed.is_trained)
     return PlacedParameter(placed.fqn, parameter, placed.shape, *where)
+
+
+def places_in(group: Sequence[PlacedParameter], call: Call) -> list[PlacedParameter]:
+    """A param group as one call sees it. The matrices of a stack share a parameter, of which each is a part."""
+    held: dict[str, PlacedParameter] = {}
+    for whole in map(PlacedParameter.whole, group):
+        if whole.fqn not in held:
+            held[whole.fqn] = _place(whole, call)
+    return [_as_matrix(held[one.whole().fqn], one) for one in group]
+
+
+def _as_matrix(held: PlacedParameter, one: PlacedParameter) -> PlacedParameter:
+    """Of a parameter as a call sees it the matrix that ``one`` is of the model's own."""
+    if isinstance(one.member, Member):
+        layout, member = layer_of(held.layout, held.shape, one.member.at), replace(one.member, stack=held.layout)
+        return replace(held, fqn=one.fqn, shape=one.shape, layout=layout, member=member)
+    return held if one.member is None else replace(held, shape=one.shape, member=Filters(held.layout, held.shape))
 
 
 def where_it_is(places: Sequence[PlacedParameter]) -> PlacedParameter:

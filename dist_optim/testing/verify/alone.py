@@ -42,7 +42,7 @@ def one_process(job: Job) -> Reference:
         target_modules=options.get("target_modules"),
         no_decay=options.get("no_decay", ()),
         rest=rest,
-        splits_stacks=job.stage is None and not is_inside,
+        splits_stacks=not is_inside,
     )
     values: dict[str, Tensor] = dict(model.named_parameters())
     if job.options.get("master_weights"):
