@@ -52,6 +52,8 @@ parity: $(STAMP) ## measure every optimizer under every engine; writes docs/{par
 	@python tests/measure_resume.py
 	@echo "+ python tests/measure_situations.py"
 	@python tests/measure_situations.py
+	@echo "+ python tests/measure_stock.py"
+	@python tests/measure_stock.py
 
 memory: $(STAMP) ## what ranks hold beside what is planned, every name and strategy, 20 minutes; writes docs/memory.{json,md}
 	@echo "+ python tests/measure_memory.py"

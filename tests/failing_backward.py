@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sessions import Engine
+from sessions import Engine, Session
 from situations import DEFECT, REFUSED, Outcome, without_paths
 from torch import Tensor
 
@@ -93,15 +93,20 @@ def _train(engine: Engine, fails: bool) -> None:
     session = engine.session("adamw_torch")
     session.train(range(2))
     if fails:
-        loss_of = session.loss
-
-        def loss(step: int) -> Tensor:
-            result = loss_of(step)
-            result.register_hook(_fail)
-            return result
-
-        session.loss = loss  # type: ignore[method-assign]
+        fail_from_now_on(session)
     session.train([2, 3])
+
+
+def fail_from_now_on(session: Session) -> None:
+    """Backward passes raise, in the middle."""
+    loss_of = session.loss
+
+    def loss(step: int) -> Tensor:
+        result = loss_of(step)
+        result.register_hook(_fail)
+        return result
+
+    session.loss = loss  # type: ignore[method-assign]
 
 
 def _fail(_: Tensor) -> None:

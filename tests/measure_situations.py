@@ -1,4 +1,4 @@
-"""Last part of ``make parity``: every situation under every engine; writes docs/situations.json and docs/situations.md.
+"""``make parity``: every situation under every engine; writes docs/situations.json and docs/situations.md.
 
 A cell says that a run is right, or with what it is refused, or why there is nothing to try. Nothing else may stand in
 the table: the command fails then, and writes nothing.
@@ -17,6 +17,7 @@ from rich.progress import track
 from sessions import ENGINES, ONE_PROCESS, Engine
 from situations import ALONE, DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, Situation, cell
 from situations_alone import EVERY_ROW
+from stock_table import StockRow, letter, load, section
 
 from dist_optim.testing import RankFailure, RankPool
 
@@ -34,7 +35,8 @@ outcomes, measured on CPU ranks (gloo): **right**, every bit of every weight is 
 or was never interrupted; or **refused**, the same error on all ranks in that call, with a number that names its text
 below. After a refusal nothing was changed, or the way back that the text names was gone, and found to be right. Where
 a rank fails in backward, it raises its own error, and the others end with the one given. A dash is a cell that does not
-apply: its letter says why. DDP, FSDP and ZeRO run on two ranks, HSDP on two times two.
+apply: its letter says why. DDP, FSDP and ZeRO run on two ranks, HSDP on two times two. The
+[second table](#what-a-stock-optimizer-does-there) has what a stock optimizer does in the same place.
 
 `make soak` lets it happen at random: runs of 2,000 steps under DDP, FSDP2 and ZeRO-2 that are evaluated, saved, frozen,
 fail and are resumed, and end on every bit of one process. It writes `docs/soak.json`.
@@ -91,14 +93,19 @@ def defects(rows: dict[str, Row]) -> list[str]:
     ]
 
 
-def page(rows: dict[str, Row]) -> str:
-    """The results as a page; texts of refusals, and reasons, below the table."""
+def write_page() -> None:
+    """From both files of results."""
+    PAGE.write_text(page(json.loads(RESULTS.read_text()), load()))
+
+
+def page(rows: dict[str, Row], stock: dict[str, StockRow]) -> str:
+    """The results as a page; texts of refusals, and reasons, below the table; then what stock does."""
     texts, reasons = _distinct(rows, REFUSED), _distinct(rows, NOT_APPLICABLE)
 
     def shown(outcome: dict[str, str]) -> str:
         if outcome["kind"] == REFUSED:
             return f"refused [{texts.index(outcome['text']) + 1}]"
-        return RIGHT if outcome["kind"] == RIGHT else f"- [{_letter(reasons.index(outcome['text']))}]"
+        return RIGHT if outcome["kind"] == RIGHT else f"- [{letter(reasons.index(outcome['text']))}]"
 
     titles = [engine.title for engine in ENGINES]
     lines = [METHOD, f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
@@ -106,16 +113,12 @@ def page(rows: dict[str, Row]) -> str:
     lines += ["", LEGEND, ""]
     lines += [f"{number}. {text}" for number, text in enumerate(texts, start=1)]
     lines += ["", "Why a cell does not apply:", ""]
-    lines += [f"- [{_letter(at)}] {reason}" for at, reason in enumerate(reasons)]
-    return "\n".join(lines) + "\n"
+    lines += [f"- [{letter(at)}] {reason}" for at, reason in enumerate(reasons)]
+    return "\n".join([*lines, "", *section(stock)]) + "\n"
 
 
 def _distinct(rows: dict[str, Row], kind: str) -> Sequence[str]:
     return list(dict.fromkeys(one["text"] for row in rows.values() for one in row.values() if one["kind"] == kind))
-
-
-def _letter(at: int) -> str:
-    return chr(ord("a") + at)
 
 
 def main() -> int:
@@ -135,7 +138,7 @@ def main() -> int:
         print("\n".join(["not written, since there are defects:", *found]))
         return 1
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    PAGE.write_text(page(rows))
+    write_page()
     print(f"written: {RESULTS.name}, {PAGE.name}")
     return 0
 

@@ -217,7 +217,8 @@ def freeze(model: nn.Module, layer: str, is_frozen: bool = True) -> None:
 class TorchSession(Session):
     """Under torch's engines, or under none. ``mixed`` names the way of mixed precision; a string of its own or True.
 
-    ``is_listed``: all parameters are given to the optimizer in groups, in place of the model's own.
+    ``is_listed``: all parameters are given to the optimizer in groups, in place of the model's own; with
+    ``only_trainable`` those that are trainable then.
     """
 
     def __init__(
@@ -229,11 +230,13 @@ class TorchSession(Session):
         mixed: bool | str = False,
         unused: bool = False,
         is_listed: bool = False,
+        only_trainable: bool = False,
         is_wrapped_frozen: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(engine, **options)
         self.is_listed = is_listed
+        self.only_trainable = only_trainable
         self.mixed = engine._precision() if mixed is True else mixed or ""
         self.group = group
         plain = Net()
@@ -263,7 +266,8 @@ class TorchSession(Session):
         names = name.split(" + ")
         matrices = [one.parameter for fqn, one in detect(self.model).items() if fqn in ("first.weight", "idle.weight")]
         rest = [p for p in self.model.parameters() if not any(p is matrix for matrix in matrices)]
-        all_given = [{"params": list(self.model.parameters())}] if self.is_listed else None
+        listed = [one for one in self.model.parameters() if one.requires_grad or not self.only_trainable]
+        all_given = [{"params": listed}] if self.is_listed else None
         for one, params in zip(names, [all_given] if len(names) == 1 else [matrices, rest], strict=True):
             options = {**OPTIONS[one], **self.extra, "params": params, "process_group": self.group}
             options["print_audit"] = False
@@ -345,21 +349,29 @@ class ZeroSession(Session):
             options.pop(key, None)
         super().__init__(engine, **options)
         assert name is not None
-        chosen = f"dist_optim.{name}" if name == "muon" else name
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": BATCH,
             "gradient_clipping": 0.0,
             "steps_per_print": 10**9,
             "zero_optimization": {"stage": engine.stage},
-            "optimizer": {"type": chosen, "params": {**OPTIONS[name], **self.extra}},
+            "optimizer": self.named(name),
             **({"bf16": {"enabled": True}} if mixed else {}),
         }
         self.dtype = torch.bfloat16 if mixed else torch.float32
-        self.package = zero.deepspeed()
+        self.package = self.imported()
         leave_imports_to_live()
         plain = Net()
         freeze(plain, self.frozen)
         self.held = self.package.initialize(model=plain, config=config)[0]
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The optimizer, as the JSON has it."""
+        chosen = f"dist_optim.{name}" if name == "muon" else name
+        return {"type": chosen, "params": {**OPTIONS[name], **self.extra}}
+
+    def imported(self) -> Any:
+        """The package."""
+        return zero.deepspeed()
 
     def loss(self, step: int) -> Tensor:
         result: Tensor = self.held(*self.arguments(step))

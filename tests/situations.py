@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -78,7 +78,14 @@ class Situation:
 # What a body is made of ---------------------------------------------------------------------------------------------
 
 
-def compare(what: str, session: Session, reference: Session) -> None:
+class HasWeights(Protocol):
+    """A side of a comparison."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole, by name. Collective."""
+
+
+def compare(what: str, session: HasWeights, reference: HasWeights) -> None:
     """Every bit of every weight, against one process."""
     actual, expected = session.weights(), reference.weights()
     differing = [

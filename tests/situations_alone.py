@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import situations
 import torch.distributed as dist
 from sessions import ENGINES, Engine, Session, TorchSession
-from situations import ALONE, REFUSED, RIGHT, SITUATIONS, Defect, Outcome, Situation, compare, without_paths, zero
+from situations import ALONE, REFUSED, RIGHT, SITUATIONS, Defect, Outcome, Situation, without_paths, zero
+from situations_loops import LOOPS
 from torch.distributed.checkpoint import state_dict as torch_doors
 
 from dist_optim.errors import RanksDisagreeError
@@ -28,7 +30,7 @@ def read_by_torch(engine: Engine, name: str, folder: Path) -> Outcome:
         alone.train([step])
         session.train([step])
         torch_doors.get_optimizer_state_dict(session.model, session.optimizers[0])
-    compare("read after each step", session, alone)
+    situations.compare("read after each step", session, alone)
     return Outcome(RIGHT)
 
 
@@ -45,7 +47,7 @@ def resumed_through_torch(engine: Engine, name: str, folder: Path) -> Outcome:
     saved = torch_doors.get_optimizer_state_dict(first.model, first.optimizers[0])
     torch_doors.set_optimizer_state_dict(session.model, session.optimizers[0], saved)
     session.train(range(3, 6))
-    compare("resumed", session, alone)
+    situations.compare("resumed", session, alone)
     return Outcome(RIGHT)
 
 
@@ -61,7 +63,7 @@ def alone_at(engine: Engine, name: str, folder: Path, *, call: Callable[[Session
             except RanksDisagreeError as error:
                 text = str(error)
         session.train(range(2, 3))
-    compare("gone on", session, alone)
+    situations.compare("gone on", session, alone)
     text = gather_objects(text)[0]
     if "Call it on every rank" not in text or folder.exists():
         raise Defect(f"the call was not refused, or left something behind: {text}")
@@ -114,5 +116,5 @@ ROWS = (
         },
     ),
 )
-EVERY_ROW = (*SITUATIONS, *ROWS)
+EVERY_ROW = (*SITUATIONS, *LOOPS, *ROWS)
 """Of the table."""

@@ -16,6 +16,7 @@ from measure_situations import PAGE, RESULTS, Row, as_row, defects, measure, pag
 from sessions import ENGINES, HAS_DEEPSPEED, Engine
 from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, cell
 from situations_alone import EVERY_ROW
+from stock_table import load
 
 from dist_optim.checkpoint import engine_view, optimizer_content, run_state
 from dist_optim.errors import CheckpointError, ParameterError
@@ -62,7 +63,7 @@ def test_a_rank_that_fails_in_backward_ends_the_others_and_is_named(results: dic
 
 
 def test_page_is_what_the_results_give_and_has_every_cell(results: dict[str, Row]) -> None:
-    assert PAGE.read_text() == page(results), MEASURE
+    assert PAGE.read_text() == page(results, load()), MEASURE
     assert list(results) == titles(), MEASURE
     assert all(list(row) == list(BY_ENGINE) for row in results.values()), MEASURE
     assert not defects(results)
@@ -174,6 +175,7 @@ CONTROLS = [
     ("presence is not compared", "a gradient is missing on one rank", "FSDP2"),
     ("gradients are not sampled", "gradients not reduced in a later step", "DDP"),
     ("gradients are not sampled", "a rank changes its reduced gradients", "HSDP"),
+    ("gradients are not sampled", "local SGD by DDP's hook", "DDP"),
     ("what is trained is asked anew", "saved and resumed while a layer is frozen", "FSDP2"),
     ("half steps are saved", "one rank fails in the step", "DDP"),
     ("half steps are saved", "upstream fails on a NaN gradient, and the run is saved", "FSDP2"),
