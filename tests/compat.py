@@ -91,13 +91,13 @@ AS_PINNED = ("opt-einsum", "prodigyopt", "pytorch-optimizer")
 
 
 def lower_bounds() -> dict[str, str]:
-    """Every package that pyproject.toml asks for, with the lowest version that it allows."""
+    """Every package that pyproject.toml asks for, with the lowest version that it allows, where it has one."""
     extras = project()["optional-dependencies"]
     asked = [*project()["dependencies"], *(one for extra in extras if extra != "all" for one in extras[extra])]
     bounds: dict[str, str] = {}
     for text in asked:
-        name, version = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<\d+)?", text).groups()  # type: ignore[union-attr]
-        if name in (*TOOLS, *AS_PINNED):
+        name, version = re.fullmatch(r"([\w-]+)(?:>=([\d.]+)(?:,<\d+)?)?", text).groups()  # type: ignore[union-attr]
+        if version is None or name in (*TOOLS, *AS_PINNED):
             continue
         assert bounds.setdefault(name, version) == version, f"{name} has two lower bounds"
     return bounds
