@@ -264,7 +264,9 @@ TABLE: dict[str, tuple[Override, ...]] = {
         *_rows("torch", f"{_C10D}:Reducer", "_rebuild_buckets", "prepare_for_backward", "prepare_for_forward"),
         *_rows("torch", f"{_C10D}:Logger", "_set_uneven_input_join", "set_error_and_log", "set_runtime_stats_and_log"),
     ),
-    "process groups": (*_rows("torch", f"{_C10D}.distributed_c10d", _hash_ranks_to_str=("ranks",)),),
+    "process groups": (
+        *_rows("torch", f"{_C10D}.distributed_c10d", _hash_ranks_to_str=("ranks",), _get_split_source=("pg",)),
+    ),
     "tensors without data": (
         *_rows("torch", "torch._subclasses.fake_tensor", "FakeTensor", "FakeTensorMode"),
         *_rows("torch", "torch.multiprocessing.reductions", "StorageWeakRef"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
 from dist_optim.errors import RanksDisagreeError, UnsupportedLayoutError
+from dist_optim.ranks import agreement
 from dist_optim.ranks.agreement import assert_same_ranks_meant, gather_objects
 from dist_optim.testing import RankPool, assert_equal
 
@@ -129,3 +131,21 @@ def wants(ranks: Sequence[int]) -> None:
 
 def test_ranks_that_mean_different_groups_are_refused(four_ranks: RankPool) -> None:
     four_ranks.run(wants, [0, 1])
+
+
+def what_torch_would_split() -> list[Any]:
+    """Of a group of two ranks, and of one of all four, where a device is bound."""
+    seen: list[Any] = []
+    torchs: Any = dist.distributed_c10d
+    with (
+        mock.patch.object(torchs, "_get_split_source", lambda pg: "the communicator of all"),
+        mock.patch.object(dist, "new_group", lambda *_, **__: seen.append(torchs._get_split_source(None))),
+    ):
+        agreement._new_group("work", [0, 1], None, None)
+        agreement._new_group("work", [0, 1, 2, 3], None, None)
+    return seen
+
+
+def test_a_group_of_some_ranks_is_not_split_off_all_of_them(four_ranks: RankPool) -> None:
+    """NCCL would wait for those that are not in it."""
+    assert four_ranks.run(what_torch_would_split) == [[None, "the communicator of all"]] * 4

@@ -228,14 +228,17 @@ def _new_group(use: str, ranks: Sequence[int], timeout: timedelta | None, backen
     """A group of these ranks, under a name of ours. Collective of them alone; of all ranks, torch's own call for all.
 
     torch would call a group of some ranks by how many groups each of them is in, and wait for good where they are in
-    different numbers. What the group is for says as much, is the same on each, and is there once in a job.
+    different numbers. What the group is for says as much, is the same on each, and is there once in a job. Nor may it
+    be split off the communicator of all, which NCCL would have all of them do (torch does, where a device is bound).
     """
     if len(ranks) == dist.get_world_size():
         return dist.new_group(list(ranks), timeout, backend)
     check("process groups")
     digest = hashlib.sha1(repr(tuple(ranks)).encode(), usedforsecurity=False).hexdigest()
     name = f"dist_optim_{use}_{digest}"
-    with mock.patch.object(dist.distributed_c10d, "_hash_ranks_to_str", lambda _: name):
+    with mock.patch.multiple(
+        dist.distributed_c10d, _hash_ranks_to_str=lambda _: name, _get_split_source=lambda _: None
+    ):
         return dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)
 
 
