@@ -87,7 +87,8 @@ def fit(
     Args:
         model, num_ranks, **options: As ``plan`` takes them.
         optimizers: Names; None: all that are installed.
-        strategies: None: those that make sense on so many ranks and nodes, and where none fits, the offloaded ones.
+        strategies: None: those that make sense on so many ranks and nodes; for names that fit under none, the offloaded
+            ones too.
         order: A key of ``ORDERS``.
         before_each: Called with what is planned next.
 
@@ -97,9 +98,12 @@ def fit(
     if order not in ORDERS:
         raise UsageError(f"order {order!r} is unknown. Orders: {', '.join(ORDERS)}.")
     wanted = strategies or sensible(num_ranks, options.get("num_nodes"))
-    found, refused = compare(model, optimizers or names(), wanted, num_ranks, before_each=before_each, **options)
-    if strategies is None and num_ranks > 1 and not any(one.fits for one in found):
-        more = compare(model, optimizers or names(), OFFLOADED, num_ranks, before_each=before_each, **options)
+    read = model if isinstance(model, PlannedModel) else read_model(model)
+    found, refused = compare(read, optimizers or names(), wanted, num_ranks, before_each=before_each, **options)
+    if strategies is None and num_ranks > 1:
+        served = {one.optimizer for one in found if one.fits}
+        rest = dict.fromkeys(one.optimizer for one in found if one.optimizer not in served)
+        more = compare(read, rest, OFFLOADED, num_ranks, before_each=before_each, **options)
         found, refused = found + more[0], refused | more[1]
 
     def rank(one: Forecast) -> tuple[float, float]:
