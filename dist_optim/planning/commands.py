@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from dist_optim.errors import UsageError
 from dist_optim.planning import shipped_commands
 from dist_optim.planning.shipped_commands import console, one_line_errors
+from dist_optim.specs.command_options import OptimArgs, TargetModules, listed, targets_of
 from dist_optim.specs.hyperparameters import parse_optim_args
 
 __all__ = ["add_to"]
@@ -52,13 +53,8 @@ def plan_job(
         typer.Option("--precision", help="mixed (fp32 weights, bf16 products), fp32, or bf16 (bf16 weights)."),
     ] = "mixed",
     master_weights: Annotated[bool, typer.Option("--master_weights", help="fp32 masters beside bf16 weights.")] = False,
-    optim_args: Annotated[
-        str | None, typer.Option("--optim_args", help='As in training: "rank=64, scale=0.25".')
-    ] = None,
-    target_modules: Annotated[
-        str | None,
-        typer.Option("--target_modules", "--optim_target_modules", help="As in training: all-linear, or attn,mlp."),
-    ] = None,
+    optim_args: OptimArgs = None,
+    target_modules: TargetModules = None,
     compare: Annotated[str | None, typer.Option("--compare", help="A table of: optimizers, or strategies.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Find the names and strategies that fit, in order.")] = False,
     order: Annotated[str, typer.Option("--order", help="Of --fit: time (of a step, estimated), or headroom.")] = "time",
@@ -98,9 +94,9 @@ def plan_job(
             raise UsageError(f"--compare {compare!r}: give {' or '.join(COMPARED)}.")
         if write is not None and not fit:
             raise UsageError("--write is for what --fit finds. Add --fit.")
-        options["target_modules"] = _targets_of(target_modules)
+        options["target_modules"] = targets_of(target_modules)
         options |= parse_optim_args(optim_args)
-        asked = _Asked(model, _listed(optim), _listed(strategy), ranks, options)
+        asked = _Asked(model, listed(optim), listed(strategy), ranks, options)
         if fit:
             _fit(asked, order, top, write, chart, as_json, optim_args)
         elif compare:
@@ -262,12 +258,3 @@ def _progress(total: int, as_json: bool) -> Iterator[Any]:
             bar.update(task, advance=1, description=pair)
 
         yield before_each
-
-
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _targets_of(text: str | None) -> Any:
-    parts = _listed(text)
-    return None if not parts else parts[0] if parts == ["all-linear"] else parts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_optim.errors import DistOptimError, UsageError
+from dist_optim.specs.command_options import OptimArgs, TargetModules, choice_of, targets_of
 from dist_optim.specs.hyperparameters import parse_optim_args
 
 __all__ = ["add_to"]
@@ -22,7 +22,6 @@ __all__ = ["add_to"]
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A folder that dist_optim, or its Trainer, saved.")
 ]
-OptimArgs = Annotated[str | None, typer.Option("--optim_args", help='As in training: "betas=(0.9, 0.99)".')]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 MOST_LINES = 50
@@ -62,7 +61,7 @@ def export_checkpoint(
             only=only,
             dtype=_dtype_of(dtype),
             config=config,
-            optimizer=_choice_of(optim),
+            optimizer=None if optim is None else choice_of(optim),
             optim_args=parse_optim_args(optim_args),
         )
     if as_json:
@@ -83,9 +82,7 @@ def import_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder to write.")],
     optim: Annotated[str | None, typer.Option("--optim", help="The name of what upstream's class is.")] = None,
     optim_args: OptimArgs = None,
-    target_modules: Annotated[
-        str | None, typer.Option("--optim_target_modules", help="As in training: all-linear, or attn,mlp.")
-    ] = None,
+    target_modules: TargetModules = None,
     model: Annotated[Path | None, typer.Option("--model", help="Weights, where SOURCE has none.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="Folder of the model's config.json.")] = None,
     names: Annotated[Path | None, typer.Option("--names", help="JSON: the parameters, group by group.")] = None,
@@ -110,7 +107,7 @@ def import_checkpoint(
             checkpoint,
             optim=optim,
             optim_args=parse_optim_args(optim_args),
-            target_modules=_targets_of(target_modules),
+            target_modules=targets_of(target_modules),
             model=model,
             config=config,
             names=_names_in(names),
@@ -211,11 +208,6 @@ def _size(count: float) -> str:
     return f"{count:.4g} TiB"
 
 
-def _targets_of(text: str | None) -> Any:
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    return None if not parts else parts[0] if parts == ["all-linear"] else parts
-
-
 def _names_in(path: Path | None) -> Any:
     if path is None:
         return None
@@ -248,18 +240,6 @@ def _dtype_of(text: str | None) -> Any:
     found = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UsageError(f"--dtype {text!r} is no dtype of weights. Give float32, bfloat16 or float16.")
-    return found
-
-
-def _choice_of(text: str | None) -> Any:
-    """A registered name as it is; ``package.module:Class`` as the class."""
-    if text is None or ":" not in text:
-        return text
-    module, _, name = text.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--optim {text!r} cannot be imported: {error}.") from error
     return found
 
 

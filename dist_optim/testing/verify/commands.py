@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_optim.errors import DistOptimError, UsageError
+from dist_optim.errors import DistOptimError
+from dist_optim.specs.command_options import OptimArgs, TargetModules, choice_of, targets_of
 from dist_optim.specs.hyperparameters import parse_optim_args
 
 if TYPE_CHECKING:
@@ -37,12 +36,8 @@ def verify_optimizer(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = "float32",
     steps: Annotated[int, typer.Option("--steps", help="Steps to take and compare.")] = 8,
-    optim_args: Annotated[
-        str | None, typer.Option("--optim_args", help='As in training: "lr=1e-3, update_proj_gap=3".')
-    ] = None,
-    targets: Annotated[
-        str | None, typer.Option("--optim_target_modules", help="As in training. Default: all-linear, where it is due.")
-    ] = None,
+    optim_args: OptimArgs = None,
+    targets: TargetModules = None,
     device: Annotated[
         str | None, typer.Option("--device", help="cuda or cpu. Default: cuda where each rank has a GPU.")
     ] = None,
@@ -63,7 +58,7 @@ def verify_optimizer(
 
         chosen, options = choice_of(optim), parse_optim_args(optim_args)
         if targets is not None:
-            options["target_modules"] = _targets_in(targets)
+            options["target_modules"] = targets_of(targets)
         typer.echo(f"Starting {ranks} ranks under {strategy}; {steps} steps twice ...", err=True)
         report = verify(
             chosen, strategy=strategy, ranks=ranks, model=model, dtype=dtype, steps=steps, device=device, **options
@@ -74,27 +69,6 @@ def verify_optimizer(
     _write(output, report.as_json(shlex.join(["dist-optim", *sys.argv[1:]])))
     _say(report, output)
     raise typer.Exit(report.verdict.exit_code)
-
-
-def choice_of(text: str) -> Any:
-    """A registered name as it is; ``package.module:Class`` or ``package.module.Class`` as the class.
-
-    Raises:
-        UsageError: It cannot be imported.
-    """
-    module, _, name = text.partition(":") if ":" in text else text.rpartition(".")
-    if not module:
-        return text
-    sys.path.insert(0, os.getcwd())  # a command of pip's does not look there, and the user's class may be there
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--optim {text!r} cannot be imported: {error}.") from error
-
-
-def _targets_in(text: str) -> Any:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    return parts[0] if parts == ["all-linear"] else parts
 
 
 def _write(output: Path, data: dict[str, Any]) -> None:
