@@ -119,7 +119,7 @@ def main(wanted: list[str]) -> None:
             sys.stdout.flush()
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     ranks.close()
-    write(results)
+    write(json.loads(RESULTS.read_text()))  # in the order in which it is kept
 
 
 def write(results: dict[str, Any]) -> None:
