@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from sessions import ENGINES, Engine, Session, TorchSession, ZeroSession
 from situations import ALONE, RIGHT, Outcome, Situation, refusal, unchanged, zero
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local_sgd
-from torch.optim.lr_scheduler import LambdaLR
+from torch.distributed.checkpoint import state_dict as torch_doors
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_optim.errors import RanksDisagreeError, UnsupportedError
@@ -69,11 +71,120 @@ def scheduled(engine: Engine, name: str, folder: Path) -> Outcome:
 
 
 def schedule_of(session: Session) -> LambdaLR:
+    return LambdaLR(for_schedules(session), lambda step: 0.8**step)
+
+
+def for_schedules(session: Session) -> torch.optim.Optimizer:
+    """The optimizer that torch's schedules take."""
     if isinstance(session, TorchSession):
-        return LambdaLR(session.optimizers[0], lambda step: 0.8**step)
+        return session.optimizers[0]
     assert isinstance(session, ZeroSession)
     held = session.held.optimizer  # DeepSpeed's wrapper shares its groups with the one inside
-    return LambdaLR(held if isinstance(held, torch.optim.Optimizer) else held.optimizer, lambda step: 0.8**step)
+    return held if isinstance(held, torch.optim.Optimizer) else held.optimizer
+
+
+def on_a_plateau(engine: Engine, name: str, folder: Path) -> Outcome:
+    """A rate that falls where a loss does not, the same on all ranks."""
+    session, alone = engine.session(name), engine.alone(name)
+    for one in (session, alone):
+        schedule = ReduceLROnPlateau(for_schedules(one), factor=0.5, patience=0)
+        for step, loss in enumerate((1.0, 2.0, 3.0, 0.5, 0.6)):
+            one.train([step])
+            schedule.step(loss)
+    situations.compare("After a plateau", session, alone)
+    return Outcome(RIGHT)
+
+
+def in_one_cycle(engine: Engine, name: str, folder: Path) -> Outcome:
+    """A schedule that moves the rate and the first of the betas."""
+    session, alone = engine.session(name), engine.alone(name)
+    for one in (session, alone):
+        schedule = OneCycleLR(for_schedules(one), max_lr=2e-2, total_steps=6)
+        for step in range(5):
+            one.train([step])
+            schedule.step()
+    situations.compare("In one cycle", session, alone)
+    return Outcome(RIGHT)
+
+
+def hooked(engine: Engine, name: str, folder: Path) -> Outcome:
+    """A hook before each step changes gradients, and one after it counts."""
+    session, alone = engine.session(name), engine.alone(name)
+    counts = [0, 0]
+    for at, one in enumerate((session, alone)):
+        assert isinstance(one, TorchSession)
+
+        def halve(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(0.5)
+
+        def count(*_: Any, at: int = at) -> None:
+            counts[at] += 1
+
+        one.optimizers[0].register_step_pre_hook(halve)
+        one.optimizers[0].register_step_post_hook(count)
+        one.train(range(4))
+    if counts != [4, 4]:
+        raise situations.Defect(f"hooks ran {counts} times in 4 steps")
+    situations.compare("With hooks", session, alone)
+    return Outcome(RIGHT)
+
+
+def whole_through_torch(engine: Engine, name: str, folder: Path) -> Outcome:
+    """All of the state on every rank by torch's functions, and into another optimizer on equal weights."""
+    alone, first, session = engine.alone(name), engine.session(name), engine.session(name)
+    assert isinstance(first, TorchSession) and isinstance(session, TorchSession)
+    options = torch_doors.StateDictOptions(full_state_dict=True)
+    alone.train(range(6))
+    first.train(range(3))
+    session.train(range(1))
+    early = session.optimizers[0].state_dict()
+    session.train(range(1, 3))
+    session.optimizers[0].load_state_dict(early)
+    saved = torch_doors.get_optimizer_state_dict(first.model, first.optimizers[0], options=options)
+    torch_doors.set_optimizer_state_dict(session.model, session.optimizers[0], saved, options=options)
+    session.train(range(3, 6))
+    situations.compare("Resumed from all of the state", session, alone)
+    return Outcome(RIGHT)
+
+
+def handed_over(engine: Engine, name: str, folder: Path) -> Outcome:
+    """``state_dict()`` of one optimizer into another on equal weights, on all ranks."""
+    alone, first, session = engine.alone(name), engine.session(name), engine.session(name)
+    assert isinstance(first, TorchSession) and isinstance(session, TorchSession)
+    alone.train(range(6))
+    first.train(range(3))
+    session.train(range(3))
+    session.optimizers[0].load_state_dict(first.optimizers[0].state_dict())
+    session.train(range(3, 6))
+    situations.compare("Gone on with another's state", session, alone)
+    return Outcome(RIGHT)
+
+
+def deep_copied(engine: Engine, name: str, folder: Path) -> Outcome:
+    session, alone = engine.session(name), engine.alone(name)
+    assert isinstance(session, TorchSession)
+    session.train(range(2))
+    before = session.weights()
+    outcome = refusal(UnsupportedError, lambda: copy.deepcopy(session.optimizers[0]))
+    unchanged(session, before)
+    alone.train(range(4))
+    session.train(range(2, 4))
+    situations.compare("Gone on", session, alone)
+    return outcome
+
+
+def copied_and_gone_on(engine: Engine, name: str, folder: Path) -> None:
+    """As a script has it that keeps a copy."""
+    session, alone = engine.session(name), engine.alone(name)
+    session.train(range(2))
+    assert isinstance(session, TorchSession)
+    copy.deepcopy(session.optimizers[0])
+    alone.train(range(4))
+    session.train(range(2, 4))
+    situations.compare("Gone on", session, alone)
 
 
 def follow(session: Session, schedule: LambdaLR, steps: range) -> None:
@@ -198,14 +309,21 @@ def clipped_by_one(engine: Engine, name: str, folder: Path) -> Outcome:
 OWN = "DeepSpeed's engine does this itself, by its JSON"
 LATER = "DeepSpeed's engine takes no group later"
 HELD = "DeepSpeed's engine holds the model"
+STEPS_ITSELF = "DeepSpeed's wrapper has no hooks"
 NOT_FSDP = {one.title: "torch cannot copy such a model" for one in ENGINES if one.title in ("FSDP1", "FSDP2", "HSDP")}
 LOOPS = (
     Situation("gradients accumulated under no_sync()", accumulated, DIFFERENT, zero(OWN)),
     Situation("two models, an optimizer each", two_models, DIFFERENT),
     Situation("a schedule, saved and resumed", scheduled, DIFFERENT),
+    Situation("a schedule on a plateau of the loss", on_a_plateau, DIFFERENT),
+    Situation("a schedule of rate and betas (OneCycleLR)", in_one_cycle, ("adamw_torch", "galore_adamw")),
+    Situation("hooks before and after each step", hooked, DIFFERENT, zero(STEPS_ITSELF)),
     Situation("step(closure)", by_closure, DIFFERENT, zero("DeepSpeed's engine takes no closure")),
     Situation("add_param_group between steps", group_added, ("adamw_torch", "schedule_free_adamw"), zero(LATER)),
     Situation("add_param_group between steps, GaLore", group_refused, ("galore_adamw",), zero(LATER)),
+    Situation("all of the state through torch's functions", whole_through_torch, DIFFERENT[:2], zero(HELD)),
+    Situation("state_dict() into another optimizer", handed_over, DIFFERENT, zero(HELD)),
+    Situation("the optimizer is copied (deepcopy)", deep_copied, DIFFERENT[:2], zero(HELD)),
     Situation("weights averaged by torch's swa_utils", averaged, DIFFERENT, {**NOT_FSDP, **zero(HELD)}),
     Situation("gradients clipped by one rank", clipped_by_one, not_for={**ALONE, **zero("DeepSpeed's engine clips")}),
     Situation(

@@ -195,6 +195,7 @@ class ZeroOptimizer(Optimizer):
         )
         for part in self._parts:
             part.share_groups()
+        self.defaults.update(self._parts[0].defaults)  # where schedules look for what they move
         replicated = [one for part in self._parts for one in part.holdings.placed if one.layout.is_replicated]
         self._samples = GradientSamples(replicated, group, group) if replicated else None
         self._pull_hyperparameters()
