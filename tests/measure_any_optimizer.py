@@ -83,7 +83,8 @@ def verdicts_of(results: dict[str, Any], choices: dict[str, Choice]) -> dict[str
         if choice is None or not is_right or choice.arguments or choice.of_matrices:
             continue
         verdict = verdict_of(choice, row["mode"])
-        entry = None if verdict is None else as_known(choice.load(), verdict)
+        loaded = choice.load()
+        entry = as_known(loaded, verdict) if verdict is not None and isinstance(loaded, type) else None
         known |= {} if entry is None else dict([entry])
     return dict(sorted(known.items()))
 
