@@ -6,13 +6,14 @@ import json
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerated import Training, alone, make_model, started_by_accelerate, through_accelerate
 from placements import full_parameters, own_group
-from test_training_loops import NOISE, STEPS, Regression
+from test_training_loops import NOISE, STEPS, Regression, offloaded_fsdp2
 from test_training_loops import make_model as make_regression
 from torch import nn
 from train_runs import ONE_RANK, TWO_RANKS, command
@@ -88,6 +89,32 @@ def loop_with_ddp_features() -> float:
 
 def test_ddp_goes_on_doing_what_is_not_reduction(two_ranks: RankPool) -> None:
     assert max(two_ranks.run(loop_with_ddp_features)) < NOISE
+
+
+def changed_when_copies_are_awaited() -> list[int]:
+    """Offloaded gradients as if on their way to pinned memory: at each wait, how many weights were changed by then."""
+    model = offloaded_fsdp2()
+    optimizer = dist_optim.build_optimizer(model, "lomo", lr=0.1, print_audit=False)
+    parameters = [one.to_local() for one in model.parameters()]  # type: ignore[attr-defined]
+    start, waits = [one.clone() for one in parameters], []
+
+    def synchronize() -> None:
+        waits.append(sum(not torch.equal(one, before) for one, before in zip(parameters, start, strict=True)))
+
+    with (
+        mock.patch.object(torch.Tensor, "is_pinned", lambda *_: True),
+        mock.patch.object(torch.accelerator, "synchronize", synchronize),
+    ):
+        model(torch.randn(4, 15)).backward()
+    optimizer.step()
+    assert len(waits) == sum(one.requires_grad for one in model.parameters())
+    return waits
+
+
+def test_each_update_waits_for_a_gradient_that_is_copied_to_the_host(two_ranks: RankPool) -> None:
+    """torch before 2.13 calls hooks while the copies run."""
+    for waits in two_ranks.run(changed_when_copies_are_awaited):
+        assert waits == list(range(len(waits)))
 
 
 def refusals_of_prepare() -> str:

@@ -187,7 +187,9 @@ class FusedBackward:
                 f"The gradient of {placed.fqn!r} {misplaced} Build with fused_backward=False for it."
             )
         parameter.grad = None
-        self._source.ready(index, self._shards.reduced(placed, placed.part_of(gradient)))
+        part = placed.part_of(gradient)
+        _wait_for_copy(part)
+        self._source.ready(index, self._shards.reduced(placed, part))
 
     def _begin(self) -> None:
         """At the first gradient of a training step."""
@@ -376,3 +378,9 @@ class _Queue:
         waiting, self._waiting, self._nbytes = self._waiting, {}, 0
         if waiting:
             self._deliver(waiting)
+
+
+def _wait_for_copy(gradient: Tensor) -> None:
+    """One that FSDP2 offloads to pinned memory may still be on its way when hooks run; torch 2.13 waits itself."""
+    if gradient.is_cpu and gradient.is_pinned():
+        torch.accelerator.synchronize()
