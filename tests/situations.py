@@ -446,22 +446,23 @@ def logged(name: str) -> Iterator[list[str]]:
     logger.propagate = True
 
 
+def scaled_step(engine: Engine, session: Any, optimizer: Any, scaler: Any, number: int) -> None:
+    """One of fp16's loss scaling; in the third one element overflows, in the last rank's part of the gradients."""
+    scaler.scale(session.loss(number)).backward()
+    if number == 2:
+        is_here = engine.placement in ("none", "ddp") or dist.get_rank() % 2 == 1  # in HSDP's two replicas alike
+        spoil(session, math.inf, everywhere=is_here)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
 def scaled(engine: Engine, name: str, folder: Path, is_sharded: bool = False) -> Outcome:
-    """fp16's loss scaling; in step 3 one element overflows, in the last rank's part of the gradients."""
     session, alone = engine.session(name), engine.alone(name)
     assert isinstance(session, TorchSession)
     (optimizer,) = session.optimizers
     scaler: Any = ShardedGradScaler("cpu", 8.0) if is_sharded else torch.amp.GradScaler("cpu", 8.0)
-
-    def step(number: int) -> None:
-        scaler.scale(session.loss(number)).backward()
-        if number == 2:
-            is_here = engine.placement in ("none", "ddp") or dist.get_rank() % 2 == 1  # in HSDP's two replicas alike
-            spoil(session, math.inf, everywhere=is_here)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
+    step = partial(scaled_step, engine, session, optimizer, scaler)
     if engine.placement == "fsdp1" and not is_sharded:
         before = session.weights()
         outcome = refusal(UnsupportedError, lambda: step(0))

@@ -12,7 +12,7 @@ import situations
 import torch.distributed as dist
 from sessions import ENGINES, Engine, Session, TorchSession
 from situations import ALONE, REFUSED, RIGHT, SITUATIONS, Defect, Outcome, Situation, without_paths, zero
-from situations_loops import LOOPS
+from situations_loops import LOOPS, resumed_through_torch
 from torch.distributed.checkpoint import state_dict as torch_doors
 
 from dist_optim.errors import RanksDisagreeError
@@ -31,23 +31,6 @@ def read_by_torch(engine: Engine, name: str, folder: Path) -> Outcome:
         session.train([step])
         torch_doors.get_optimizer_state_dict(session.model, session.optimizers[0])
     situations.compare("read after each step", session, alone)
-    return Outcome(RIGHT)
-
-
-def resumed_through_torch(engine: Engine, name: str, folder: Path) -> Outcome:
-    """Into another optimizer on equal weights, whose own state was put back to the first step's."""
-    alone, first, session = engine.alone(name), engine.session(name), engine.session(name)
-    assert isinstance(first, TorchSession) and isinstance(session, TorchSession)
-    alone.train(range(6))
-    first.train(range(3))
-    session.train(range(1))
-    early = session.optimizers[0].state_dict()
-    session.train(range(1, 3))
-    session.optimizers[0].load_state_dict(early)
-    saved = torch_doors.get_optimizer_state_dict(first.model, first.optimizers[0])
-    torch_doors.set_optimizer_state_dict(session.model, session.optimizers[0], saved)
-    session.train(range(3, 6))
-    situations.compare("resumed", session, alone)
     return Outcome(RIGHT)
 
 

@@ -5,6 +5,7 @@ A body runs on every rank as a user's script would: nothing is caught, and nothi
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import situations_loops
 import torch
 import torch.distributed as dist
 from sessions import Net, Session, TorchSession, batch
-from situations import HasWeights, is_last, out_of_reach, spoil
+from situations import HasWeights, is_last, out_of_reach, scaled_step, spoil
 from stock_sessions import ONE_PROCESS, StockEngine, StockTorchSession, StockZeroSession
 from torch.distributed.algorithms.join import Join
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
@@ -151,13 +152,7 @@ def scaled(engine: StockEngine, name: str, folder: Path, is_sharded: bool = Fals
     optimizer = optimizer_of(session)
     scaler: Any = ShardedGradScaler("cpu", 8.0) if is_sharded else torch.amp.GradScaler("cpu", 8.0)
     for number in range(5):
-        scaler.scale(session.loss(number)).backward()
-        if number == 2:
-            is_here = engine.placement in ("none", "ddp") or dist.get_rank() % 2 == 1  # in HSDP's two replicas alike
-            spoil(session, math.inf, everywhere=is_here)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        scaled_step(engine, session, optimizer, scaler, number)
     alone.train([0, 1, 3, 4])
     note("after an overflow", session, alone)
 
@@ -250,6 +245,15 @@ def gradients_differ(engine: StockEngine, name: str, folder: Path) -> None:
     for one in (session, alone):
         one.train([3])
     note("trained on", session, alone)
+
+
+def deep_copied(engine: StockEngine, name: str, folder: Path) -> None:
+    """As a script has it that keeps a copy."""
+    session, alone = both(engine, name)
+    copy.deepcopy(optimizer_of(session))
+    for one in (session, alone):
+        one.train(range(2, 4))
+    note("gone on", session, alone)
 
 
 def alone_at(engine: StockEngine, name: str, folder: Path, *, call: Callable[[Session, Path], object]) -> None:

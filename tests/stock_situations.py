@@ -54,7 +54,7 @@ BODIES: dict[str, Body] = {
     "state read by one rank": partial(stock_loops.alone_at, call=stock_loops.read_for_torch),
     "state_dict() by one rank": partial(stock_loops.alone_at, call=stock_loops.read_state),
     "add_param_group between steps, GaLore": situations_loops.group_added,
-    "the optimizer is copied (deepcopy)": situations_loops.copied_and_gone_on,
+    "the optimizer is copied (deepcopy)": stock_loops.deep_copied,
     "gradients clipped by one rank": stock_loops.clipped_by_one,
     "local SGD by DDP's hook": stock_loops.local_steps_averaged,
     failing_backward.TITLE: stock_loops.backward_fails,

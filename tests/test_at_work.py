@@ -64,6 +64,19 @@ def test_what_is_soon_done_is_not() -> None:
     assert said_on_a_terminal(PROGRAM.format(delay=5)) == "at its end\r\n"
 
 
+WITHOUT_TQDM = """
+import sys, threading
+sys.modules["tqdm"] = None
+started, start = [], threading.Thread.start
+threading.Thread.start = lambda self: (started.append(self.name), start(self))
+"""
+
+
+def test_without_tqdm_no_thread_is_started_again_and_again() -> None:
+    said = said_on_a_terminal(WITHOUT_TQDM + PROGRAM.format(delay=0.1) + "print(started, file=sys.stderr)")
+    assert said == "at its end\r\n[]\r\n"
+
+
 def test_where_nobody_watches_nothing_is_said() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(delay=0.1)], capture_output=True, text=True, timeout=60, check=True

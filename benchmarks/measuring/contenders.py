@@ -19,7 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
+from dist_optim.exchange.plan import assign_owners
+from dist_optim.exchange.route import Item
 from dist_optim.layouts.detect import detect
+from dist_optim.layouts.layout import Replicated
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.specs.registry import Trait, get_spec
 from measuring.recipes import Recipe, in_training
@@ -185,12 +188,12 @@ def floor(problem: Problem, layout: str) -> Contender:
     Upstream on this rank's share of the tensors, and the messages bare, in buffers that are there: under FSDP2 parts of
     gradients and weights to owners and of weights back, under DDP weights from owners.
     """
-    share = _dealt(list(problem.model().parameters()))
-    mine = [
-        (one, gradient) for (owner, one), gradient in zip(share, problem.gradients, strict=True) if owner == own_rank()
-    ]
+    parameters = list(problem.model().parameters())
+    items = [Item(at, one.shape, Replicated(), one.dtype, one.device, one.numel()) for at, one in enumerate(parameters)]
+    dealt = zip(assign_owners(items, num_ranks()), parameters, problem.gradients, strict=True)
+    mine = [(one, gradient) for owner, one, gradient in dealt if owner == own_rank()]
     optimizer = problem.recipe.upstream_optimizer([one for one, _ in mine])
-    ranks, total = num_ranks(), sum(one.numel() for _, one in share)
+    ranks, total = num_ranks(), sum(one.numel() for one in parameters)
     each = total // ranks // (ranks if layout == "fsdp2" else 1)
     sizes = [0 if rank == own_rank() else each for rank in range(ranks)]
     sent, received = (torch.ones(sum(sizes), device=problem.device) for _ in range(2))
@@ -203,15 +206,6 @@ def floor(problem: Problem, layout: str) -> Contender:
     return Contender(
         name=FLOOR, prepare=giving([one for one, _ in mine], [gradient for _, gradient in mine]), step=step
     )
-
-
-def _dealt(parameters: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """Each to who has least so far, the largest first; in the order in which they were given."""
-    loads, owners = [0] * num_ranks(), dict[int, int]()
-    for at in sorted(range(len(parameters)), key=lambda at: -parameters[at].numel()):
-        owners[at] = loads.index(min(loads))
-        loads[owners[at]] += parameters[at].numel()
-    return [(owners[at], one) for at, one in enumerate(parameters)]
 
 
 def ours(problem: Problem, layout: str, name: str, options: dict[str, Any]) -> Contender:

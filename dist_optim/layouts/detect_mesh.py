@@ -191,7 +191,7 @@ def _reach(
     reaches = {
         one if shares_replicas and (one := _ranks(part.mesh.mesh)) <= everybody else part.ranks for part in kinds
     }
-    if len(reaches) == 1 and all(_is_along_one_axis(part) and part.ranks in reaches for part in kinds):
+    if len(reaches) == 1 and all(len(part.cuts) == 1 and part.ranks in reaches for part in kinds):
         return tuple(sorted(next(iter(reaches)))), True
     wanted = frozenset[int]().union(*reaches)
     return tuple(sorted(_smallest_slice(wanted, _frames(kinds), process_group))), False
@@ -210,10 +210,6 @@ def _check_order(part: _Part) -> None:
                 f"{grouped}: which rank holds which part is not defined. Make the mesh with init_device_mesh, or "
                 "from ranks in rising order."
             )
-
-
-def _is_along_one_axis(part: _Part) -> bool:
-    return len(part.cuts) == 1
 
 
 def _smallest_slice(

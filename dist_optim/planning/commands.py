@@ -255,6 +255,7 @@ def _progress(total: int, as_json: bool) -> Iterator[Any]:
         task = bar.add_task("", total=total)
 
         def before_each(pair: str) -> None:
-            bar.update(task, advance=1, description=pair)
+            done = bar.tasks[task].completed + 1
+            bar.update(task, completed=done, total=max(total, done), description=pair)  # --fit may try more
 
         yield before_each

@@ -55,7 +55,7 @@ def compare(
     Raises:
         UsageError: The model or a number cannot be used.
     """
-    read = model if isinstance(model, PlannedModel) else read_model(model)
+    read = read_model(model)
     found: list[Forecast] = []
     refused: dict[str, str] = {}
     for optimizer in optimizers:
@@ -98,7 +98,7 @@ def fit(
     if order not in ORDERS:
         raise UsageError(f"order {order!r} is unknown. Orders: {', '.join(ORDERS)}.")
     wanted = strategies or sensible(num_ranks, options.get("num_nodes"))
-    read = model if isinstance(model, PlannedModel) else read_model(model)
+    read = read_model(model)
     found, refused = compare(read, optimizers or names(), wanted, num_ranks, before_each=before_each, **options)
     if strategies is None and num_ranks > 1:
         served = {one.optimizer for one in found if one.fits}

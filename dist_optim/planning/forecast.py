@@ -159,7 +159,7 @@ def plan(
     if strategy not in (*STRATEGIES, *OFFLOADED):
         raise UsageError(f"strategy {strategy!r} is unknown. Strategies: {', '.join([*STRATEGIES, *OFFLOADED])}.")
     engine, is_offloaded = OFFLOADED.get(strategy, strategy), strategy in OFFLOADED
-    read = model if isinstance(model, PlannedModel) else read_model(model)
+    read = read_model(model)
     nodes = num_nodes or max(1, -(-num_ranks // 8))
     is_inside = fused_backward is not False and engine in INSIDE_BACKWARD
     spec = resolve(optimizer, inside_backward=is_inside or strategy == "fsdp1")

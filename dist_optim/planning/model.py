@@ -42,17 +42,22 @@ class PlannedModel:
         return sum(shape.numel() for shape in self.shapes.values())
 
 
-def read_model(source: str | Path | nn.Module, unit_classes: Collection[str] | None = None) -> PlannedModel:
+def read_model(
+    source: str | Path | nn.Module | PlannedModel, unit_classes: Collection[str] | None = None
+) -> PlannedModel:
     """The model of a config: a file, a folder with ``config.json``, the name of a packaged one, or a module as it is.
 
     Args:
-        source: ``llama_8b`` or ``configs/models/llama_8b.json``; or a name of the Hub, as transformers takes it.
+        source: ``llama_8b`` or ``configs/models/llama_8b.json``; or a name of the Hub, as transformers takes it. What
+            has been read is returned as it is.
         unit_classes: Names of the classes that an engine wraps one by one; None: the model's own layer classes, as
             accelerate's TRANSFORMER_BASED_WRAP takes them.
 
     Raises:
         UsageError: It cannot be read, or transformers cannot build it.
     """
+    if isinstance(source, PlannedModel):
+        return source
     if isinstance(source, nn.Module):
         return _planned(type(source).__name__, _without_storage(source), unit_classes)
     found = find_model_config(str(source))

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dist_optim.planning.forecast import Forecast
+from dist_optim.planning.forecast import Forecast, Share
 
 __all__ = ["HEADER", "gib", "print_plan", "print_table", "row"]
 
@@ -68,17 +68,10 @@ def print_plan(console: Console, one: Forecast) -> None:
     ranks = f"{one.num_ranks:,} GPU{'s' * (one.num_ranks > 1)} on {one.num_nodes:,} node{'s' * (one.num_nodes > 1)}"
     title = f"{one.model} ({one.numel / 1e9:.3g} billion parameters), {one.optimizer}, {one.strategy}, {ranks}"
     console.print(f"{title}, {one.precision}", style="bold")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("GiB of a GPU")
-    table.add_column("fullest", justify="right")
-    table.add_column("mean", justify="right")
-    for part, share in one.memory.items():
-        if part not in one.host:
-            table.add_row(f"{part}{' (estimate)' if part in ESTIMATES else ''}", gib(share.max), gib(share.mean))
-    table.add_row("peak", gib(one.peak.max), gib(one.peak.mean), style="bold")
-    console.print(Padding(table, (0, 0, 1, 2), expand=False))
+    on_gpu = {part: share for part, share in one.memory.items() if part not in one.host}
+    _print_parts(console, "GiB of a GPU", on_gpu, peak=one.peak)
     if one.host:
-        _print_host(console, one)
+        _print_parts(console, "GiB of the host, a rank", one.host)
     _print_facts(console, one)
     for note in one.notes:
         console.print(f"note: {note}", style="dim")
@@ -91,13 +84,15 @@ def print_plan(console: Console, one: Forecast) -> None:
     console.print(verdict)
 
 
-def _print_host(console: Console, one: Forecast) -> None:
+def _print_parts(console: Console, title: str, parts: Mapping[str, Share], peak: Share | None = None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("GiB of the host, a rank")
+    table.add_column(title)
     table.add_column("fullest", justify="right")
     table.add_column("mean", justify="right")
-    for part, share in one.host.items():
+    for part, share in parts.items():
         table.add_row(f"{part}{' (estimate)' if part in ESTIMATES else ''}", gib(share.max), gib(share.mean))
+    if peak is not None:
+        table.add_row("peak", gib(peak.max), gib(peak.mean), style="bold")
     console.print(Padding(table, (0, 0, 1, 2), expand=False))
 
 

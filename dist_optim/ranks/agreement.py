@@ -129,9 +129,9 @@ def assert_same_ranks_meant(ranks: Sequence[int], process_group: ProcessGroup | 
     Raises:
         RanksDisagreeError: On all ranks, naming two of them and what both want.
     """
-    if num_ranks(process_group) == 1 or _are_equal(zlib.crc32(repr(list(ranks)).encode()), process_group):
+    digest = zlib.crc32(repr(list(ranks)).encode())
+    if num_ranks(process_group) == 1 or _are_equal(digest, process_group):
         return
-    digest = hashlib.sha1(repr(list(ranks)).encode(), usedforsecurity=False).hexdigest()
     members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
     digests = dict(zip(members, gather_objects(digest, process_group), strict=True))
     is_same = all(digests.get(other) == digest for other in ranks)

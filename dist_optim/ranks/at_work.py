@@ -5,11 +5,13 @@ A bar of tqdm's, below those that a training loop has; without tqdm, or a termin
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from dist_optim.ranks.agreement import own_rank
@@ -45,7 +47,12 @@ def at_work(doing: str) -> Iterator[None]:
 
 
 def _is_watched() -> bool:
-    return sys.__stderr__ is not None and sys.__stderr__.isatty() and own_rank() == 0
+    return sys.__stderr__ is not None and sys.__stderr__.isatty() and own_rank() == 0 and _has_tqdm()
+
+
+@cache
+def _has_tqdm() -> bool:
+    return importlib.util.find_spec("tqdm") is not None
 
 
 def _start_watcher() -> None:
@@ -56,10 +63,8 @@ def _start_watcher() -> None:
 
 
 def _watch() -> None:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return
+    from tqdm import tqdm
+
     shown: tuple[tuple[str, float], Any] | None = None
     while True:
         time.sleep(POLL_S)

@@ -14,7 +14,7 @@ from dist_optim.errors import UsageError
 __all__ = ["OptimArgs", "TargetModules", "choice_of", "listed", "targets_of"]
 
 OptimArgs = Annotated[str | None, typer.Option("--optim_args", help='As in training: "rank=64, betas=(0.9, 0.99)".')]
-TargetModules = Annotated[
+TargetModules = Annotated[  # of commands that build an optimizer: `import` reads what was built, and has no default
     str | None,
     typer.Option(
         "--optim_target_modules",

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_optim.errors import DistOptimError, UsageError
-from dist_optim.specs.command_options import OptimArgs, TargetModules, choice_of, targets_of
+from dist_optim.specs.command_options import OptimArgs, choice_of, targets_of
 from dist_optim.specs.hyperparameters import parse_optim_args
 
 __all__ = ["add_to"]
@@ -82,7 +82,9 @@ def import_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The folder to write.")],
     optim: Annotated[str | None, typer.Option("--optim", help="The name of what upstream's class is.")] = None,
     optim_args: OptimArgs = None,
-    target_modules: TargetModules = None,
+    target_modules: Annotated[
+        str | None, typer.Option("--optim_target_modules", help="As in training: all-linear, or attn,mlp.")
+    ] = None,
     model: Annotated[Path | None, typer.Option("--model", help="Weights, where SOURCE has none.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="Folder of the model's config.json.")] = None,
     names: Annotated[Path | None, typer.Option("--names", help="JSON: the parameters, group by group.")] = None,
