@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 
 class Trap(Optimizer):
@@ -325,3 +325,43 @@ TRAPS: tuple[type[Optimizer], ...] = (
     FollowsDistance,
     SlowWeights,
 )
+
+
+class Averaging(SGD):
+    """Keeps an average of the weights, swaps it in, and counts its own zero_grad."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        self.weight = 0.5
+        self.num_cleared = 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("average", p.detach().clone()).lerp_(p.detach(), self.weight)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.num_cleared += 1
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "average" in self.state[p]:
+                    average = self.state[p]["average"].clone()
+                    self.state[p]["average"].copy_(p)
+                    p.copy_(average)
+
+    @torch.no_grad()
+    def halve_gradients(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(0.5)
+
+    def name_of_it(self) -> str:
+        return "averaging"

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from every_situation import EVERY_ROW
 from failing_backward import HAS_WATCH, TITLE, outcomes
 from rich.progress import track
 from sessions import ENGINES, ONE_PROCESS, Engine
 from situations import ALONE, DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, Situation, cell
-from situations_alone import EVERY_ROW
 from stock_table import StockRow, letter, load, section
 
 from dist_optim.testing import RankFailure, RankPool
@@ -36,7 +36,9 @@ or was never interrupted; or **refused**, the same error on all ranks in that ca
 below. After a refusal nothing was changed, or the way back that the text names was gone, and found to be right. Where
 a rank fails in backward, it raises its own error, and the others end with the one given. A dash is a cell that does not
 apply: its letter says why. DDP, FSDP and ZeRO run on two ranks, HSDP on two times two. The
-[second table](#what-a-stock-optimizer-does-there) has what a stock optimizer does in the same place.
+[second table](#what-a-stock-optimizer-does-there) has what a stock optimizer does in the same place. Tensor and
+sequence parallelism have [a page of their own](meshes.md), as have the [Trainer](trainer.md) and every way from one
+strategy or number of ranks [to another](checkpoints.md).
 
 `make soak` lets it happen at random: runs of 2,000 steps under DDP, FSDP2 and ZeRO-2 that are evaluated, saved, frozen,
 fail and are resumed, and end on every bit of one process. It writes `docs/soak.json`.

@@ -7,11 +7,12 @@ those of one process to the bit.
 from __future__ import annotations
 
 import gc
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist_optim
 from dist_optim.checkpoint import load_optimizer, save_optimizer
+from dist_optim.integrations.accelerate import prepare
+from dist_optim.integrations.deepspeed.engine import build_optimizer_for_engine
 from dist_optim.layouts.detect import detect, reshard
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
@@ -40,6 +43,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"lr": 1e-2},
     "schedule_free_adamw": {"lr": 1e-2},
 }
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Of an optimizer by its name, or by the path of its class."""
+    return OPTIONS.get(name, {"lr": 1e-2})
+
+
+def chosen(name: str) -> str | type[torch.optim.Optimizer]:
+    """A name as it is; the class that a path with dots leads to."""
+    module, _, attribute = name.rpartition(".")
+    found: str | type[torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute) if module else name
+    return found
 
 
 class Net(nn.Module):
@@ -87,6 +102,15 @@ class Engine:
         """The same run in one process, as each rank computes it for itself."""
         return TorchSession(ONE_PROCESS, name, group=own_group(), mixed=self._precision() if mixed else "", **options)
 
+    def deepspeed(self) -> Any:
+        """The package."""
+        return zero.deepspeed()
+
+    def prepare(self, accelerator: Any, model: nn.Module, name: str, params: Any = None) -> tuple[nn.Module, Any]:
+        """Model and optimizer through accelerate's door. Collective."""
+        given = {} if params is None else {"params": params}
+        return prepare(accelerator, model, name, print_audit=False, **options_of(name), **given)[:2]
+
     def _precision(self) -> str:
         """How mixed precision computes here: by casting inside the forward pass, or from a half-precision copy."""
         if self.is_zero:
@@ -103,7 +127,7 @@ ENGINES = (
     Engine("HSDP", 4, "hsdp"),
     *(Engine(f"ZeRO-{stage}", 2, stage=stage) for stage in range(4)),
 )
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
 
 
 @cache
@@ -123,6 +147,7 @@ class Session:
         differs: Whether each rank passes a batch of its own.
         frozen: A layer that is frozen when the optimizer is built, and but for DDP when the engine wraps the model.
         extra: More keywords of the optimizer.
+        make: The plain model, called as ``Net`` is, and returning a loss.
     """
 
     dtype = torch.float32
@@ -136,8 +161,10 @@ class Session:
         differs: bool = False,
         frozen: str = "",
         extra: Mapping[str, Any] | None = None,
+        make: Callable[[], nn.Module] = Net,
     ) -> None:
         self.engine = engine
+        self.make = make
         self.idle_until = idle_until
         self.differs = differs
         self.frozen = frozen
@@ -239,7 +266,7 @@ class TorchSession(Session):
         self.only_trainable = only_trainable
         self.mixed = engine._precision() if mixed is True else mixed or ""
         self.group = group
-        plain = Net()
+        plain = self.make()
         if self.mixed == "rounded copy":
             plain.bfloat16().float()
         if engine.placement != "ddp" or is_wrapped_frozen:
@@ -247,7 +274,7 @@ class TorchSession(Session):
         self.model = place(plain, engine.placement, **self._placing(unused))
         freeze(self.model, self.frozen)
         self.copy = Net().bfloat16() if self.mixed.endswith("copy") and engine.placement == "none" else None
-        self.dtype = torch.float32 if self.copy is None else torch.bfloat16
+        self.dtype = next(plain.parameters()).dtype if self.copy is None else torch.bfloat16
         self.optimizers: list[dist_optim.DistributedOptimizer] = []
         if name is not None:
             self.build(name)
@@ -262,16 +289,17 @@ class TorchSession(Session):
             return {"mixed_precision": MixedPrecision(param_dtype=half, reduce_dtype=full)}
         return {"mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full)}
 
-    def build(self, name: str) -> None:
+    def build(self, name: str, params: Any = None) -> None:
+        """``params``: as a user gives them, in place of what the session's own options say."""
         names = name.split(" + ")
         matrices = [one.parameter for fqn, one in detect(self.model).items() if fqn in ("first.weight", "idle.weight")]
         rest = [p for p in self.model.parameters() if not any(p is matrix for matrix in matrices)]
         listed = [one for one in self.model.parameters() if one.requires_grad or not self.only_trainable]
-        all_given = [{"params": listed}] if self.is_listed else None
+        all_given = params if params is not None else [{"params": listed}] if self.is_listed else None
         for one, params in zip(names, [all_given] if len(names) == 1 else [matrices, rest], strict=True):
-            options = {**OPTIONS[one], **self.extra, "params": params, "process_group": self.group}
+            options = {**options_of(one), **self.extra, "params": params, "process_group": self.group}
             options["print_audit"] = False
-            self.optimizers.append(dist_optim.build_optimizer(self.model, one, **options))
+            self.optimizers.append(dist_optim.build_optimizer(self.model, chosen(one), **options))
 
     def loss(self, step: int) -> Tensor:
         if self.copy is not None:
@@ -354,24 +382,26 @@ class ZeroSession(Session):
             "gradient_clipping": 0.0,
             "steps_per_print": 10**9,
             "zero_optimization": {"stage": engine.stage},
-            "optimizer": self.named(name),
+            **self.named(name),
             **({"bf16": {"enabled": True}} if mixed else {}),
         }
         self.dtype = torch.bfloat16 if mixed else torch.float32
-        self.package = self.imported()
+        self.package = engine.deepspeed()
         leave_imports_to_live()
-        plain = Net()
+        plain = self.make()
         freeze(plain, self.frozen)
-        self.held = self.package.initialize(model=plain, config=config)[0]
+        self.held = self.package.initialize(model=plain, optimizer=self.client(plain, name), config=config)[0]
 
     def named(self, name: str) -> dict[str, Any]:
-        """The optimizer, as the JSON has it."""
-        chosen = f"dist_optim.{name}" if name == "muon" else name
-        return {"type": chosen, "params": {**OPTIONS[name], **self.extra}}
+        """What the JSON has of the optimizer: its name, or that there will be one that DeepSpeed does not know."""
+        if "." in name:
+            return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        own_name = f"dist_optim.{name}" if name == "muon" else name
+        return {"optimizer": {"type": own_name, "params": {**options_of(name), **self.extra}}}
 
-    def imported(self) -> Any:
-        """The package."""
-        return zero.deepspeed()
+    def client(self, model: nn.Module, name: str) -> torch.optim.Optimizer | None:
+        """An optimizer of the user's, where the JSON cannot name it."""
+        return build_optimizer_for_engine(model, chosen(name), **options_of(name)) if "." in name else None
 
     def loss(self, step: int) -> Tensor:
         result: Tensor = self.held(*self.arguments(step))

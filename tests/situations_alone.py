@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import situations
 import torch.distributed as dist
 from sessions import ENGINES, Engine, Session, TorchSession
-from situations import ALONE, REFUSED, RIGHT, SITUATIONS, Defect, Outcome, Situation, without_paths, zero
-from situations_loops import LOOPS, resumed_through_torch
+from situations import ALONE, REFUSED, RIGHT, Defect, Outcome, Situation, without_paths, zero
+from situations_loops import resumed_through_torch
 from torch.distributed.checkpoint import state_dict as torch_doors
 
 from dist_optim.errors import RanksDisagreeError
@@ -36,9 +37,15 @@ def read_by_torch(engine: Engine, name: str, folder: Path) -> Outcome:
 
 def alone_at(engine: Engine, name: str, folder: Path, *, call: Callable[[Session, Path], object]) -> Outcome:
     """Rank 0 makes the call, while the others go on to the next backward pass; then all go on together."""
-    session, alone, text = engine.session(name), engine.alone(name), ""
-    alone.train(range(3))
+    session, alone = engine.session(name), engine.alone(name)
     session.train(range(2))
+    alone.train(range(3))
+    return refused_alone(session, alone, folder, call)
+
+
+def refused_alone(session: Any, alone: TorchSession, folder: Path, call: Callable[[Any, Path], object]) -> Outcome:
+    """After two steps of the session; one process has taken a third."""
+    text = ""
     with mock.patch.object(meeting, "PATIENCE_S", 0.3), mock.patch.object(whereabouts, "IDLE_S", 0.6):
         if dist.get_rank() == 0:
             try:
@@ -62,6 +69,13 @@ def save(session: Session, folder: Path) -> None:
     session.save(folder)
 
 
+def save_in_except(session: Session, folder: Path) -> None:
+    try:
+        raise ValueError("bad luck with a batch")
+    except ValueError:
+        session.save(folder)
+
+
 def evaluate(session: Session, folder: Path) -> None:
     assert isinstance(session, TorchSession)
     session.optimizers[0].eval()
@@ -83,6 +97,7 @@ ROWS = (
     Situation("state read by torch's own functions", read_by_torch, (*NAMES, *SWAPPING), ENGINE_HOLDS),
     Situation("resumed through torch's own functions", resumed_through_torch, (*NAMES, *SWAPPING), ENGINE_HOLDS),
     Situation("saved by one rank", partial(alone_at, call=save), NAMES, ALONE),
+    Situation("saved in one rank's except", partial(alone_at, call=save_in_except), NAMES, ALONE),
     Situation("evaluated by one rank", partial(alone_at, call=evaluate), SWAPPING, {**ALONE, **ENGINE_HOLDS}),
     Situation("state read by one rank", partial(alone_at, call=read_for_torch), NAMES, {**ALONE, **ENGINE_HOLDS}),
     Situation(
@@ -99,5 +114,4 @@ ROWS = (
         },
     ),
 )
-EVERY_ROW = (*SITUATIONS, *LOOPS, *ROWS)
-"""Of the table."""
+"""In the order of the table."""

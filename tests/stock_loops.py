@@ -16,6 +16,7 @@ from unittest import mock
 
 import failing_backward
 import situations_loops
+import situations_models
 import torch
 import torch.distributed as dist
 from sessions import Net, Session, TorchSession, batch
@@ -47,7 +48,8 @@ FOUND: list[Ended] = []
 
 def note(what: str, session: HasWeights, reference: HasWeights) -> None:
     """In the place of ``situations.compare``: measured on this rank, and no rank hears of another's."""
-    actual, expected, start = session.weights(), reference.weights(), dict(Net().named_parameters())
+    actual, expected = session.weights(), reference.weights()
+    start = dict(getattr(reference, "make", Net)().named_parameters())
     names = sorted(expected)
     like = {name: one.detach().to(actual[name].dtype) for name, one in expected.items()}  # an engine shows it rounded
     ours, theirs, begin = ([side[name].detach().double() for name in names] for side in (actual, like, start))
@@ -247,6 +249,34 @@ def gradients_differ(engine: StockEngine, name: str, folder: Path) -> None:
     note("trained on", session, alone)
 
 
+def sparse(engine: StockEngine, name: str, folder: Path) -> None:
+    session = engine.session(name, make=situations_models.sparse_model)
+    alone = engine.alone(name, make=situations_models.sparse_model)
+    for one in (session, alone):
+        one.train(range(3))
+    note("trained", session, alone)
+
+
+def gradient_of_another_type(engine: StockEngine, name: str, folder: Path) -> None:
+    make = situations_models.by_another_type
+    session, alone = both(engine, name, make=make)
+    session.backward(2)
+    situations_models.round_gradients(session)
+    session.step()
+    for one in (session, alone):
+        one.train([3])
+    note("trained on", session, alone)
+
+
+def argument_differs(engine: StockEngine, name: str, folder: Path) -> None:
+    session, alone = engine.session(name), engine.alone(name)
+    for one in (session, alone):
+        for group in one.groups():
+            group["weight_decay"] = 0.2 if is_last() and one is session else 0.1
+        one.train(range(4))
+    note("trained", session, alone)
+
+
 def deep_copied(engine: StockEngine, name: str, folder: Path) -> None:
     """As a script has it that keeps a copy."""
     session, alone = both(engine, name)
@@ -268,6 +298,13 @@ def alone_at(engine: StockEngine, name: str, folder: Path, *, call: Callable[[Se
 
 def write(session: Session, folder: Path) -> None:
     session.write(folder) if isinstance(session, StockTorchSession) else session.save(folder)
+
+
+def write_in_except(session: Session, folder: Path) -> None:
+    try:
+        raise ValueError("bad luck with a batch")
+    except ValueError:
+        write(session, folder)
 
 
 def evaluate(session: Session, folder: Path) -> None:

@@ -6,7 +6,6 @@ checkpoints of ``get_state_dict`` under FSDP, the engine's own files under ZeRO.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -19,25 +18,29 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sessions import ENGINES, OPTIONS, Engine, Session, TorchSession, ZeroSession
+from sessions import ENGINES, OPTIONS, Engine, Session, TorchSession, ZeroSession, chosen, options_of
 from torch import nn
 from torch.distributed.checkpoint import state_dict as torch_doors
 from torch.nn.parallel import DistributedDataParallel
+
+from dist_optim.integrations import cpu_rehearsal
 
 CLASSES = {
     "adamw_torch": "torch.optim.AdamW",
     "galore_adamw": "galore_torch.GaLoreAdamW",
     "muon": "torch.optim.Muon",
+    "stable_adamw": "optimi.StableAdamW",
     "schedule_free_adamw": "schedulefree.AdamWScheduleFree",
 }
-"""By our name, the class that a user of stock takes."""
+"""By our name, the class that a user of stock takes; others are paths."""
+WITHOUT_GPU = {"stable_adamw": {"triton": False}}
 FILE = "checkpoint.pt"
 
 
 def class_of(name: str) -> Callable[..., torch.optim.Optimizer]:
-    module, _, attribute = CLASSES[name].rpartition(".")
-    upstream: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
-    return upstream
+    found = chosen(CLASSES.get(name, name))
+    assert not isinstance(found, str)
+    return found
 
 
 def import_classes(names: str) -> None:
@@ -49,7 +52,7 @@ def import_classes(names: str) -> None:
 def build(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The stock optimizer of these parameters."""
     if name != "galore_adamw":
-        return class_of(name)(parameters, **OPTIONS[name])
+        return class_of(name)(parameters, **options_of(name), **WITHOUT_GPU.get(name, {}))
     options = {key: value for key, value in OPTIONS[name].items() if key not in ("lr", "target_modules")}
     matrices = [one for one in parameters if one.ndim == 2]
     rest = [one for one in parameters if one.ndim != 2]
@@ -68,6 +71,16 @@ class StockEngine(Engine):
     def alone(self, name: str | None, *, mixed: bool = False, **options: Any) -> TorchSession:
         return StockTorchSession(ONE_PROCESS, name, mixed=self._precision() if mixed else "", **options)
 
+    def deepspeed(self) -> Any:
+        return deepspeed()
+
+    def prepare(self, accelerator: Any, model: nn.Module, name: str, params: Any = None) -> tuple[nn.Module, Any]:
+        given = list(model.parameters()) if params is None else params
+        if cpu_rehearsal.is_ignored(accelerator):
+            cpu_rehearsal.turn_fsdp_on(accelerator)
+        prepared: tuple[nn.Module, Any] = accelerator.prepare(model, build(name, given))
+        return prepared
+
 
 STOCK = tuple(StockEngine(one.title, one.num_ranks, one.placement, one.stage) for one in ENGINES)
 ONE_PROCESS = STOCK[0]
@@ -81,7 +94,10 @@ class StockTorchSession(TorchSession):
         super().__init__(engine, name, **options)
         self.optimizers = self.stock  # type: ignore[assignment]
 
-    def build(self, name: str) -> None:
+    def build(self, name: str, params: Any = None) -> None:
+        if params is not None:
+            self.stock.append(class_of(name)(params, **options_of(name)))
+            return
         names = name.split(" + ")
         with_frozen = self.is_listed and not self.only_trainable
         all_of = [(fqn, one) for fqn, one in self.model.named_parameters() if one.requires_grad or with_frozen]
@@ -134,13 +150,15 @@ class StockTorchSession(TorchSession):
 
 
 class StockZeroSession(ZeroSession):
-    """DeepSpeed's engine with torch's AdamW, named in its JSON."""
+    """DeepSpeed's engine with torch's AdamW, named in its JSON, or with a class of the user's."""
 
     def named(self, name: str) -> dict[str, Any]:
-        return {"type": "AdamW", "params": {**OPTIONS["adamw_torch"], "torch_adam": True}}
+        if "." in name:
+            return super().named(name)
+        return {"optimizer": {"type": "AdamW", "params": {**OPTIONS["adamw_torch"], "torch_adam": True}}}
 
-    def imported(self) -> Any:
-        return deepspeed()
+    def client(self, model: nn.Module, name: str) -> torch.optim.Optimizer | None:
+        return class_of(name)(model.parameters(), **options_of(name)) if "." in name else None
 
     def mode(self, is_training: bool) -> None:
         self.held.train(is_training)

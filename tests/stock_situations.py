@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,9 +20,10 @@ from unittest import mock
 import failing_backward
 import situations
 import situations_loops
+import stock_accelerate
 import stock_loops
+from every_situation import EVERY_ROW
 from situations import ALONE, Situation, without_paths
-from situations_alone import EVERY_ROW
 from stock_loops import FOUND, Ended
 from stock_sessions import STOCK, StockEngine
 
@@ -57,6 +59,14 @@ BODIES: dict[str, Body] = {
     "the optimizer is copied (deepcopy)": stock_loops.deep_copied,
     "gradients clipped by one rank": stock_loops.clipped_by_one,
     "local SGD by DDP's hook": stock_loops.local_steps_averaged,
+    "saved in one rank's except": partial(stock_loops.alone_at, call=stock_loops.write_in_except),
+    "a sparse embedding": stock_loops.sparse,
+    "a gradient of another dtype than its parameter's": stock_loops.gradient_of_another_type,
+    "an argument of the build differs on one rank": stock_loops.argument_differs,
+    "accelerate: an optimizer that is built already": stock_accelerate.built_before,
+    "accelerate: uneven inputs (join_uneven_inputs)": stock_accelerate.uneven,
+    "accelerate: save_state by one rank": stock_accelerate.saved_by_one,
+    "accelerate: LocalSGD": stock_accelerate.local_sgd,
     failing_backward.TITLE: stock_loops.backward_fails,
 }
 """By the row's title; all other rows have the body that ours has."""
@@ -94,7 +104,8 @@ def stock_cell(title: str, engine: StockEngine, folder: Path) -> Ended:
 
 def in_one_line(error: BaseException) -> str:
     """Its kind and first line; and the last one, where torch puts the error that it began with."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    plain = re.sub(r"\x1b\[\d*m", "", str(error))  # without colours
+    lines = [line.strip() for line in plain.splitlines() if line.strip()] or [""]
     text = f"{type(error).__name__}: {lines[0]}" + (f" ... {lines[-1]}" if len(lines) > 1 else "")
     return without_paths(text)
 

@@ -50,9 +50,14 @@ def section(rows: dict[str, StockRow]) -> list[str]:
     for title, row in rows.items():
         lines.append(f"| {title} | {' | '.join(_shown(row[engine], texts, reasons) for engine in titles)} |")
     lines += ["", "What is raised, in one line (`FOLDER`: the checkpoint's):", ""]
-    lines += [f"{number}. {text}" for number, text in enumerate(texts, start=1)]
+    lines += [f"{number}. {_no_link(text)}" for number, text in enumerate(texts, start=1)]
     lines += ["", "Why a cell does not apply:", ""]
     return [*lines, *(f"- [{letter(at)}] {reason}" for at, reason in enumerate(reasons))]
+
+
+def _no_link(text: str) -> str:
+    """As Markdown shows it, which takes brackets before a parenthesis for a link."""
+    return text.replace("](", "]\\(")
 
 
 def counts(rows: dict[str, StockRow]) -> str:

@@ -144,6 +144,44 @@ def test_other_gradients_are_refused_on_all_ranks(
         assert re.search(message, text) and text.endswith("No parameter was changed.")
 
 
+class Tied(nn.Module):
+    """A table that is the head too: the sum of a sparse and a dense gradient is dense."""
+
+    def __init__(self, is_tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(7, 4, sparse=True)
+        self.head = nn.Linear(4, 7, bias=False)
+        if is_tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.words(words)), words)
+
+
+def test_a_sparse_table_that_is_tied_to_the_head_is_stepped() -> None:
+    trained = []
+    for is_ours in (True, False):
+        model = Tied(is_tied=True)
+        given: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0}
+        ours, stock = dist_optim.build_optimizer(model, "adamw_torch", **given), torch.optim.AdamW
+        optimizer = ours if is_ours else stock(model.parameters(), **given)
+        for step in range(2):
+            model(torch.arange(step, 7)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(dict(model.named_parameters()))
+    assert_equal(trained[1], trained[0])
+
+
+def test_a_sparse_table_is_refused_unless_it_is_frozen() -> None:
+    model = Tied(is_tied=False)
+    with pytest.raises(UnsupportedError, match="'words.weight' would be sparse.*sparse=False"):
+        dist_optim.build_optimizer(model, "sgd", lr=0.1)
+    model.words.weight.requires_grad_(False)
+    dist_optim.build_optimizer(model, "sgd", lr=0.1)
+
+
 def unreduced_beside_shards() -> str:
     """FSDP2 does not reduce what it was told to ignore."""
     model = net()

@@ -11,16 +11,18 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from every_situation import EVERY_ROW
 from failing_backward import HAS_WATCH, TITLE, outcomes
 from measure_situations import PAGE, RESULTS, Row, as_row, defects, measure, page, titles
 from sessions import ENGINES, HAS_DEEPSPEED, Engine
-from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, cell
-from situations_alone import EVERY_ROW
+from situations import DEFECT, NOT_APPLICABLE, REFUSED, RIGHT, Outcome, Situation, cell
 from stock_table import load
 
+from dist_optim.building import composing
 from dist_optim.checkpoint import engine_view, optimizer_content, run_state
 from dist_optim.errors import CheckpointError, ParameterError
-from dist_optim.stepping import before_step, gradients, optimizer, presence
+from dist_optim.integrations.accelerate import following, placing
+from dist_optim.stepping import before_step, gradients, optimizer, presence, rank_state
 from dist_optim.stepping.group_values import GroupValues
 from dist_optim.stepping.parameter_guard import ParameterGuard
 from dist_optim.stepping.upstream_instance import UpstreamInstance
@@ -42,6 +44,16 @@ def pool_of(one_rank: RankPool, two_ranks: RankPool, four_ranks: RankPool) -> di
     return {1: one_rank, 2: two_ranks, 4: four_ranks}
 
 
+def rows_of(engine: Engine) -> list[Situation]:
+    """Of each row every third engine that it is for, at least one, each time another third; all of them: MEASURE."""
+    chosen = []
+    for number, row in enumerate(EVERY_ROW):
+        engines = [one for one in ENGINES if one.title not in row.not_for]
+        if engine in engines[number % min(3, len(engines)) :: 3]:
+            chosen.append(row)
+    return chosen
+
+
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.title)
 def test_every_situation_ends_as_recorded(
     engine: Engine, pool_of: dict[int, RankPool], results: dict[str, Row]
@@ -49,8 +61,7 @@ def test_every_situation_ends_as_recorded(
     if engine.is_zero and not HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed")
     pool = pool_of[engine.num_ranks]
-    rows = EVERY_ROW[ENGINES.index(engine) % 2 :: 2]  # of neighbours each has what the other has not; see MEASURE
-    found = {one.title: as_row({engine.title: measure(one, engine, pool)}) for one in rows}
+    found = {one.title: as_row({engine.title: measure(one, engine, pool)}) for one in rows_of(engine)}
     assert not defects(found)
     assert found == {title: {engine.title: results[title][engine.title]} for title in found}, MEASURE
 
@@ -60,6 +71,10 @@ def test_a_rank_that_fails_in_backward_ends_the_others_and_is_named(results: dic
     engines = [BY_ENGINE[title] for title in ("DDP", "FSDP2", *(["ZeRO-2"] if HAS_DEEPSPEED else []))]
     found = as_row(outcomes(engines))
     assert found == {engine.title: results[TITLE][engine.title] for engine in engines}, MEASURE
+
+
+def test_every_row_is_run_under_an_engine() -> None:
+    assert {row.title for engine in ENGINES for row in rows_of(engine)} == {row.title for row in EVERY_ROW}
 
 
 def test_page_is_what_the_results_give_and_has_every_cell(results: dict[str, Row]) -> None:
@@ -122,6 +137,10 @@ def no_trained_weights_of_what_is_frozen_now(view: Any) -> Any:
 _separate_weights = optimizer_content._separate_weights
 
 
+def marked_by_a_number(groups: Any, num_steps: int, mode: str) -> None:
+    groups[0] |= {"dist_optim_num_steps": num_steps}
+
+
 BREAKS: dict[str, tuple[object, str, object]] = {
     # The package has a function of the module's name.
     "detect does not reshard": (import_module("dist_optim.layouts.detect"), "reshard", lambda model: None),
@@ -141,6 +160,10 @@ BREAKS: dict[str, tuple[object, str, object]] = {
     "a plain scaler passes": (optimizer, "refuse_local_scaler", lambda held, caller: None),
     "Join passes": (ParameterGuard, "_refuse_join", lambda self: None),
     "gradients are not sampled": (gradients.GradientSamples, "take", no_samples),
+    "sparse embeddings pass": (composing, "refuse_sparse_embeddings", lambda model, groups: None),
+    "steps are a number": (rank_state, "marked", marked_by_a_number),
+    "groups are not followed": (following, "_successor_of", lambda parameter: parameter),
+    "uneven inputs pass": (placing, "guard_calls", lambda accelerator: None),
 }
 
 
@@ -159,7 +182,7 @@ def cell_of_broken_code(name: str, title: str, engine: Engine) -> Outcome:
     try:
         with broken(name):
             return cell(BY_TITLE[title], engine)
-    except (CheckpointError, ParameterError) as error:
+    except (CheckpointError, ParameterError, KeyError) as error:
         return Outcome(DEFECT, str(error))
 
 
@@ -184,6 +207,10 @@ CONTROLS = [
     ("a plain scaler passes", "loss scaling, an overflow on one rank", "FSDP1"),
     ("Join passes", "a step inside torch's Join", "DDP"),
     ("whole gradients on shards pass", "gradients not reduced in a later step", "FSDP1"),
+    ("sparse embeddings pass", "a sparse embedding", "DDP"),
+    ("groups are not followed", "accelerate: groups of the plain model", "FSDP2"),
+    ("steps are a number", "gone on with by plain torch", "one process"),
+    ("uneven inputs pass", "accelerate: uneven inputs (join_uneven_inputs)", "FSDP2"),
     *([("gradients are not sampled", "gradients not reduced in a later step", "ZeRO-0")] if HAS_DEEPSPEED else []),
 ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from any_classes import Averaging
 from placements import full_parameters, own_group, place
 from sessions import OPTIONS, Net, batch
 from torch import Tensor, nn
@@ -247,46 +247,6 @@ def test_state_shows_what_this_rank_steps(two_ranks: RankPool, placement: str) -
     (mine, count, wrong), (theirs, _, also_wrong) = two_ranks.run(seen_state, placement)
     assert not wrong and not also_wrong
     assert (mine + theirs == count and mine and theirs) if placement == "ddp" else mine == theirs == count
-
-
-class Averaging(torch.optim.SGD):
-    """Keeps an average of the weights, swaps it in, and counts its own zero_grad."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, lr=lr)
-        self.weight = 0.5
-        self.num_cleared = 0
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = super().step(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.state[p].setdefault("average", p.detach().clone()).lerp_(p.detach(), self.weight)
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.num_cleared += 1
-        super().zero_grad(set_to_none)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "average" in self.state[p]:
-                    average = self.state[p]["average"].clone()
-                    self.state[p]["average"].copy_(p)
-                    p.copy_(average)
-
-    @torch.no_grad()
-    def halve_gradients(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.grad.mul_(0.5)
-
-    def name_of_it(self) -> str:
-        return "averaging"
 
 
 def own_methods(placement: str) -> list[str]:

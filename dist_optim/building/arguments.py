@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dist_optim.errors import HyperparameterError, ParameterError
+from dist_optim.errors import HyperparameterError, ParameterError, UnsupportedError
+from dist_optim.specs.driver import ParamGroup
 
-__all__ = ["check_model", "check_process_group", "check_settings", "listed_names"]
+__all__ = ["check_model", "check_process_group", "check_settings", "listed_names", "refuse_sparse_embeddings"]
 
 
 def check_model(model: object, call: str = "build_optimizer(") -> None:
@@ -47,6 +49,27 @@ def _refuse_untrainable(model: nn.Module) -> None:
         if is_lazy(parameter):
             raise ParameterError(
                 f"Parameter {name!r} has no shape yet, since its module is lazy. Make one forward pass first."
+            )
+
+
+def refuse_sparse_embeddings(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
+    """Refuse embeddings whose gradients are sparse, at which engines that cut gradients end in torch's own errors.
+
+    Args:
+        model: Whose modules are looked at.
+        groups: What is stepped. A table that another module has too has a dense gradient in the end.
+
+    Raises:
+        UnsupportedError: With the module to change.
+    """
+    uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
+    names = {id(one.parameter): one.fqn for group in groups for one in group["params"] if one.parameter.requires_grad}
+    for module in model.modules():
+        is_sparse = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+        if is_sparse and uses[id(module.weight)] == 1 and id(module.weight) in names:
+            raise UnsupportedError(
+                f"The gradient of {names[id(module.weight)]!r} would be sparse, and only dense ones are stepped by. "
+                "Set sparse=False in the embedding, or freeze it."
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_optim.building.arguments import refuse_sparse_embeddings
 from dist_optim.building.choice import resolve
 from dist_optim.building.groups import KEYS_OF_TORCH, GivenParameters, arrange, listed_groups
 from dist_optim.building.hidden_matrices import hidden_matrices
@@ -98,6 +99,7 @@ def compose(
         spec = spec.with_arguments(arguments)
     else:
         spec, arranged, arguments = _arranged(model, placed, shares, target_modules, others)
+    refuse_sparse_embeddings(model, arranged)
     return spec, in_matrices(spec, arranged, stacks, convolutions), arguments
 
 

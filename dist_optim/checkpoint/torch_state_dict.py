@@ -66,8 +66,7 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
     else:
         state = _with_dtensors(optimizer, mine)
     groups = rank_state.plain_groups(held)
-    if groups:
-        groups[0] |= {rank_state.STEPS: progress.num_steps, rank_state.MODE: progress.mode}
+    rank_state.marked(groups, progress.num_steps, progress.mode)
     return {"state": state, "param_groups": groups}
 
 

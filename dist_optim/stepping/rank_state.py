@@ -18,6 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_optim.errors import StateDictError
@@ -30,12 +31,11 @@ from dist_optim.stepping.sharing import from_owner
 from dist_optim.stepping.whole_state import StateByName, gathered, own_state, parts_of
 
 __all__ = [
-    "MODE",
-    "STEPS",
     "check_extras",
     "check_groups",
     "install",
     "is_replicated",
+    "marked",
     "plain_groups",
     "read",
     "read_share",
@@ -43,8 +43,9 @@ __all__ = [
     "write",
 ]
 
-STEPS, MODE = "dist_optim_num_steps", "dist_optim_mode"
-"""Keys of the first param group, in what torch's doors take: how far the optimizer has come."""
+_PROGRESS = "dist_optim_progress"
+"""Key of the first param group, in what torch's doors take: how far the optimizer has come."""
+_MODES = ("train", "eval")
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
@@ -113,6 +114,17 @@ def _is_simple(value: Any) -> bool:
     if type(value) is dict:
         return all(isinstance(key, str) and _is_simple(item) for key, item in value.items())
     return isinstance(value, Tensor) or type(value) in (bool, int, float, str, type(None))
+
+
+def marked(groups: Sequence[dict[str, Any]], num_steps: int, mode: str) -> None:
+    """Say in the groups of a state dict how far the optimizer has come.
+
+    In a tensor that has a dim: with ``full_state_dict=True`` torch 2.13 ends in a KeyError on a number that the
+    optimizer which is loaded has not (``_distribute_state_dict`` puts it beside that one's own), and leaves such a
+    tensor alone.
+    """
+    for group in groups[:1]:
+        group[_PROGRESS] = torch.tensor([num_steps, _MODES.index(mode)])
 
 
 def restored(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,20 +220,20 @@ def _as_ours(held: Holdings, given: Mapping[str, Any]) -> dict[str, Any]:
         name: own if all(isinstance(value, _PLAIN) for value in own.values()) else driver.encode_state(own)
         for name, own in state.items()
     }
-    marks = {key: value for group in saved for key, value in group.items() if key in (STEPS, MODE)}
+    marks = [group[_PROGRESS].tolist() for group in saved if _PROGRESS in group]
     groups = [
-        {**{key: value for key, value in group.items() if key not in marks}, "params": [name_of[one] for one in params]}
+        {**{key: value for key, value in group.items() if key != _PROGRESS}, "params": [name_of[one] for one in params]}
         for group in saved
         for params in [group["params"]]
     ]
     evaluates = any(group.get("train_mode") is False for group in groups)
-    num_steps = int(marks[STEPS]) if marks else _steps_in(state, groups)
+    num_steps, mode = marks[0] if marks else (_steps_in(state, groups), int(evaluates))
     return {
         "optimizer": held.spec.name,
         "rank": None,
         "world_size": None,
         "num_steps": num_steps,
-        "mode": str(marks.get(MODE, "eval" if evaluates else "train")),
+        "mode": _MODES[mode],
         "counters": _counters_in(held, groups),
         "state": state if num_steps else {},  # before the first step it is room, made for torch's doors
         "param_groups": groups,

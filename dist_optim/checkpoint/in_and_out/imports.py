@@ -30,7 +30,7 @@ from dist_optim.checkpoint.run_state import save_checkpoint
 from dist_optim.errors import StateDictError, UsageError
 from dist_optim.specs.registry import OptimizerSpec, Trait, get_spec
 from dist_optim.stepping.optimizer import DistributedOptimizer
-from dist_optim.stepping.rank_state import MODE, STEPS
+from dist_optim.stepping.rank_state import marked
 
 __all__ = ["Import", "import_"]
 
@@ -135,7 +135,7 @@ def _from_upstream(
     assert_fitting(spec, found, state, groups, {name: one.shape for name, one in tensors.items()})
     taken = steps if steps is not None else source.steps
     if taken is not None:
-        groups[0] = {**groups[0], STEPS: taken, MODE: _mode_of(groups)}
+        marked(groups, taken, _mode_of(groups))
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     schedule = load_plain(source.scheduler) if source.scheduler is not None else None
     done = Import(target, optim, optimizer.num_steps, sum(len(own) for own in state.values()))
@@ -157,7 +157,7 @@ def _from_zero(folder: Path, target: Path, arguments: dict[str, Any], master_wei
     groups = [dict(group) for group in found.groups]
     optimizer = build_on(run, groups, found.optimizer, arguments, master_weights=found.has_masters)
     state = found.joined_state(_stepped_in_slices(optimizer))
-    groups[0] |= {STEPS: found.steps, MODE: found.mode}
+    marked(groups, found.steps, found.mode)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _save(target, run, optimizer, found.schedule, None)
     return Import(target, found.optimizer, found.steps, sum(len(own) for own in state.values()), found.notes)

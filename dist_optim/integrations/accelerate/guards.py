@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from dist_optim.checkpoint.engine_view import is_ours
+from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.errors import UnsupportedError
-from dist_optim.specs.unwrapping import find_optimizer
-from dist_optim.stepping.optimizer import DistributedOptimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +37,7 @@ def _without_uneven_steps(accelerator: Accelerator, original: Callable[..., Any]
         is_even = accelerator.even_batches if even_batches is None else even_batches
         ours = served_optimizers(accelerator)
         if not is_even and accelerator.num_processes > 1 and ours:
-            name = ours[0].optimizer.spec.name
+            name = view_of(ours[0]).spec.name
             raise UnsupportedError(
                 f"{name}: join_uneven_inputs lets ranks stop at different steps, and its state is divided over the "
                 "ranks: a step needs all of them. Leave even_batches at True: accelerate's loaders then give every "
@@ -54,11 +52,10 @@ def _without_uneven_steps(accelerator: Accelerator, original: Callable[..., Any]
 def _without_optimizers(original: Callable[..., None]) -> Callable[..., None]:
     def register_for_checkpointing(*objects: Any) -> None:
         for one in objects:
-            found = find_optimizer(one, DistributedOptimizer) if isinstance(one, Optimizer) else None
-            if found is not None:
+            if isinstance(one, Optimizer) and is_ours(one):
                 raise UnsupportedError(
-                    f"{found.spec.name} was given to register_for_checkpointing, which saves what the first rank "
-                    "holds, and each rank holds its own part. Leave it out: accelerator.save_state and load_state "
+                    f"{view_of(one).spec.name} was given to register_for_checkpointing, which saves what the first "
+                    "rank holds, and each rank holds its own part. Leave it out: accelerator.save_state and load_state "
                     "hold every optimizer that prepare returned."
                 )
         original(*objects)

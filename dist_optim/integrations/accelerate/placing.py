@@ -107,6 +107,7 @@ def prepare(
             accelerator, model, optimizer, scheduler is not None, options
         )
         serve_state(accelerator)
+        guard_calls(accelerator)
         if scheduler is None:
             return placed, prepared, schedule_of_engine(engine_schedule)
     else:
