@@ -205,7 +205,7 @@ TABLE: dict[str, tuple[Override, ...]] = {
         *_rows("torch", f"{_FSDP2}_state:FSDPState", "_fsdp_param_group"),
         *_rows("torch", f"{_FSDP2}_param_group:FSDPParamGroup", "fsdp_params"),
         *_rows("torch", f"{_FSDP2}_param:FSDPParam", "_unsharded_param", "sharded_param", "sharded_state"),
-        *_rows("torch", "torch.distributed.tensor:DTensor", "device_mesh", "placements", "to_local"),
+        *_rows("torch", "torch.distributed.tensor:DTensor", "_local_tensor", "device_mesh", "placements", "to_local"),
         *_rows("torch", "torch.distributed.device_mesh:DeviceMesh", _get_root_mesh=()),
     ),
     "FSDP2, to owners": (
@@ -230,7 +230,6 @@ TABLE: dict[str, tuple[Override, ...]] = {
             "unsharded_param",
             to_sharded_dtensor=("tensor",),
         ),
-        *_rows("torch", "torch.distributed.tensor:DTensor", "_local_tensor"),
         *_rows("torch", "torch.autograd:Variable", "_execution_engine"),
     ),
     "torch.distributed.checkpoint": (

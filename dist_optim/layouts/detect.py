@@ -23,10 +23,11 @@ __all__ = [
     "assert_held_by",
     "clean_name",
     "detect",
-    "has_shards",
     "local_of",
     "ranks_to_meet",
     "reshard",
+    "reshard_units",
+    "sharded_modules",
 ]
 
 # Modules that engines and transforms put around the user's own; they add a name part that the logical name lacks.
@@ -120,6 +121,20 @@ class PlacedParameter:
     def _rank(self) -> int:
         return own_rank(self.process_group)
 
+    def takes(self, gradient: Tensor) -> bool:
+        """Whether it is dense, of the parameter's dtype, and placed like it, as most are: what takes little to see."""
+        parameter = self.parameter
+        if gradient.dtype is not parameter.dtype or gradient.layout is not torch.strided:
+            return False
+        if type(gradient) is Tensor:
+            return self.layout.is_replicated
+        return (
+            isinstance(gradient, DTensor)
+            and isinstance(parameter, DTensor)
+            and gradient.placements == parameter.placements
+            and gradient.device_mesh is parameter.device_mesh
+        )
+
     def why_misplaced(self, gradient: Tensor) -> str:
         """Why no part of this gradient can be stepped by as it lies, and what to do; empty where one can."""
         parameter = self.parameter
@@ -146,10 +161,7 @@ class PlacedParameter:
 
 def local_of(tensor: Tensor) -> Tensor:
     """The plain local tensor of a DTensor, on the same storage; any other tensor is returned as it is."""
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():
-            return tensor.to_local()
-    return tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local makes a view, a Parameter
 
 
 def detect(
@@ -213,16 +225,22 @@ def reshard(model: nn.Module) -> None:
 
     They would outlive a change of the shards: the next forward pass would not see it.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            keep_freezing(module)
-            module.reshard()
-    detect_fsdp1.reshard(model)
+    reshard_units(sharded_modules(model))
 
 
-def has_shards(model: nn.Module) -> bool:
-    """Whether an engine shards any of its modules, so that it may leave them gathered."""
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Its modules that an engine shards, and may leave gathered."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule | FullyShardedDataParallel)]
+
+
+def reshard_units(units: Iterable[nn.Module]) -> None:
+    """``reshard`` of a model whose units are known."""
+    for unit in units:
+        if isinstance(unit, FSDPModule):
+            keep_freezing(unit)
+            unit.reshard()
+        else:
+            detect_fsdp1.reshard(unit)
 
 
 def assert_held_by(model: nn.Module, placed: Iterable[PlacedParameter]) -> None:

@@ -60,18 +60,17 @@ def places_by_parameter(model: nn.Module) -> dict[int, FlatPlace]:
     return places
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(unit: Any) -> None:
     """Free full parameters that a forward pass without backward left gathered, so that the shards are in view."""
-    for unit in _units(model):
-        handle = unit._handle
-        if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, "_full_param_padded"):
-            continue  # nothing is gathered before the first forward pass, which creates the storage for it
-        # After a forward pass the root shows its shards again, but keeps the gathered storage, and reuses it: what
-        # counts is the storage.
-        if not handle.needs_unshard():
-            handle.reshard(True)
-            handle.post_reshard()
-            handle._prefetched = False
+    handle = unit._handle
+    if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, "_full_param_padded"):
+        return  # nothing is gathered before the first forward pass, which creates the storage for it
+    # After a forward pass the root shows its shards again, but keeps the gathered storage, and reuses it: what counts
+    # is the storage.
+    if not handle.needs_unshard():
+        handle.reshard(True)
+        handle.post_reshard()
+        handle._prefetched = False
 
 
 def _units(model: nn.Module) -> Iterator[Any]:

@@ -32,25 +32,23 @@ class GatheredFreezing:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self._known: dict[int, tuple[bool, bool]] = {}
+        self._params = [weakref.ref(one) for unit in units_of(model) for one in unit.fsdp_params]
+        self._known: list[tuple[bool, bool] | None] = [None] * len(self._params)
         self.carry_over()
 
     def carry_over(self) -> None:
         """Give shards the ``requires_grad`` that was set on their gathered tensors since the last call."""
-        model = self._model()
-        for at, one in enumerate(() if model is None else _params(model)):
+        for at, reference in enumerate(self._params):
+            one: Any = reference()
+            if one is None:
+                continue
             shard, gathered = one.sharded_param, getattr(one, "_unsharded_param", None)
             now = shard.requires_grad, shard.requires_grad if gathered is None else gathered.requires_grad
-            before = self._known.get(at, now)
+            before = self._known[at] or now
             if now[0] == before[0] and now[1] != before[1]:  # else it was set on the shard, or came from there
                 shard.requires_grad_(now[1])
                 now = now[1], now[1]
             self._known[at] = now
-
-
-def _params(model: nn.Module) -> Iterator[Any]:
-    return (one for unit in units_of(model) for one in unit.fsdp_params)
 
 
 def param_groups_of(module: FSDPModule) -> list[Any]:

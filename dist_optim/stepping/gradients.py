@@ -131,14 +131,7 @@ def _sample(members: Sequence[PlacedParameter]) -> Tensor | None:
 def odd_gradient(placed: Sequence[PlacedParameter], gradients: Sequence[Tensor | None]) -> UnsupportedError | None:
     """Why one of the parameters' gradients cannot be stepped by; None where all can. Local."""
     for one, gradient in zip(placed, gradients, strict=True):
-        if gradient is None or (
-            type(gradient) is Tensor
-            and gradient.layout is torch.strided
-            and gradient.dtype is one.parameter.dtype
-            and one.layout.is_replicated
-        ):
-            continue
-        if reason := _why_odd(one, gradient):
+        if gradient is not None and not one.takes(gradient) and (reason := _why_odd(one, gradient)):
             return UnsupportedError(f"The gradient of {one.fqn!r} {reason} No parameter was changed.")
     return None
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from dist_optim.errors import ParameterError, UnsupportedError
-from dist_optim.layouts.detect import PlacedParameter, has_shards, reshard
+from dist_optim.layouts.detect import PlacedParameter, reshard_units, sharded_modules
 from dist_optim.layouts.freezing_fsdp2 import GatheredFreezing
 
 __all__ = ["NO_JOIN", "ParameterGuard"]
@@ -47,7 +47,7 @@ class ParameterGuard:
         self._ids = {id(one.parameter) for one in self._placed}
         self._as_built = [_look_of(one.parameter) for one in self._placed]
         self._freezing = GatheredFreezing(model)
-        self._has_shards = has_shards(model)
+        self._units = [weakref.ref(unit) for unit in sharded_modules(model)]
         self._tree = _tree_of(model)
         self._left_join: object = None
         self._joinable = [weakref.ref(module) for module in model.modules() if isinstance(module, Joinable)]
@@ -59,10 +59,9 @@ class ParameterGuard:
 
     def reshard(self) -> None:
         """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
-        model = self._model() if self._has_shards else None
-        if model is not None:
+        if units := [unit for reference in self._units if (unit := reference()) is not None]:
             self._freezing.carry_over()
-            reshard(model)
+            reshard_units(units)
 
     def problem(self) -> ParameterError | None:
         """The first parameter that is not what it was, if any. Local; call ``reshard`` before: a unit that is gathered
