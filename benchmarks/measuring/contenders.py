@@ -27,7 +27,20 @@ from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.specs.registry import Trait, get_spec
 from measuring.recipes import Recipe, in_training
 
-__all__ = ["ALONE", "FLOOR", "OURS", "Build", "Contender", "Problem", "alone", "build_ours", "contenders_of"]
+__all__ = [
+    "ALONE",
+    "FLOOR",
+    "OURS",
+    "Build",
+    "Contender",
+    "Problem",
+    "alone",
+    "bare_messages",
+    "build_ours",
+    "contenders_of",
+    "has_floor",
+    "owners_of",
+]
 
 ALONE = "one process"
 OURS = "dist_optim"
@@ -105,12 +118,16 @@ def contenders_of(problem: Problem, layout: str, variants: dict[str, dict[str, A
     if layout == "fsdp2":
         builders["gather all"] = lambda: gather_all(problem)
         builders["DTensors"] = lambda: on_dtensors(problem)
-    is_sliced = not problem.recipe.matrix and Trait.ELEMENTWISE in get_spec(problem.recipe.name).traits
-    if num_ranks() > 1 and (layout == "ddp" or not is_sliced):
+    if num_ranks() > 1 and has_floor(problem.recipe, layout):
         builders[FLOOR] = lambda: floor(problem, layout)
     for name, options in {OURS: {}, **variants}.items():
         builders[name] = lambda name=name, options=options: ours(problem, layout, name, options)  # type: ignore[misc]
     return builders
+
+
+def has_floor(recipe: Recipe, layout: str) -> bool:
+    """Whether tensors are stepped whole there."""
+    return layout == "ddp" or bool(recipe.matrix) or Trait.ELEMENTWISE not in get_spec(recipe.name).traits
 
 
 def alone(problem: Problem) -> Contender:
@@ -189,23 +206,38 @@ def floor(problem: Problem, layout: str) -> Contender:
     gradients and weights to owners and of weights back, under DDP weights from owners.
     """
     parameters = list(problem.model().parameters())
-    items = [Item(at, one.shape, Replicated(), one.dtype, one.device, one.numel()) for at, one in enumerate(parameters)]
-    dealt = zip(assign_owners(items, num_ranks()), parameters, problem.gradients, strict=True)
+    dealt = zip(owners_of(parameters), parameters, problem.gradients, strict=True)
     mine = [(one, gradient) for owner, one, gradient in dealt if owner == own_rank()]
     optimizer = problem.recipe.upstream_optimizer([one for one, _ in mine])
-    ranks, total = num_ranks(), sum(one.numel() for one in parameters)
-    each = total // ranks // (ranks if layout == "fsdp2" else 1)
-    sizes = [0 if rank == own_rank() else each for rank in range(ranks)]
-    sent, received = (torch.ones(sum(sizes), device=problem.device) for _ in range(2))
+    send = bare_messages(sum(one.numel() for one in parameters), layout, problem.device)
 
     def step() -> None:
         optimizer.step()
-        for _ in range(3 if layout == "fsdp2" else 1):
-            dist.all_to_all_single(received, sent, sizes, sizes)
+        send()
 
     return Contender(
         name=FLOOR, prepare=giving([one for one, _ in mine], [gradient for _, gradient in mine]), step=step
     )
+
+
+def owners_of(parameters: Sequence[Tensor]) -> list[int]:
+    """By parameter the rank that steps it whole."""
+    items = [Item(at, one.shape, Replicated(), one.dtype, one.device, one.numel()) for at, one in enumerate(parameters)]
+    return assign_owners(items, num_ranks())
+
+
+def bare_messages(num_elements: int, layout: str, device: torch.device) -> Callable[[], None]:
+    """Sends what a step of so many elements, stepped whole by owners, has to send: fp32, from and to the same room."""
+    ranks = num_ranks()
+    each = num_elements // ranks // (ranks if layout == "fsdp2" else 1)
+    sizes = [0 if rank == own_rank() else each for rank in range(ranks)]
+    sent, received = (torch.ones(sum(sizes), device=device) for _ in range(2))
+
+    def send() -> None:
+        for _ in range(3 if layout == "fsdp2" else 1):
+            dist.all_to_all_single(received, sent, sizes, sizes)
+
+    return send
 
 
 def ours(problem: Problem, layout: str, name: str, options: dict[str, Any]) -> Contender:

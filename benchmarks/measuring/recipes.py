@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "Recipe", "in_training"]
 
 REFRESH_EVERY = 6
 """Steps from one projection of GaLore's to the next, so that a short run has several."""

@@ -37,7 +37,8 @@ def cell_row(name: str, row: dict[str, Any]) -> list[str]:
 
 def share_table(rows: dict[str, Any], title: str) -> str:
     """The optimizer's share of a training step, an optimizer a row."""
-    header = [title, "forward, backward", "step", "share", "with backward"]
+    has_bound = any("bound" in row for row in rows.values())
+    header = [title, "forward, backward", "step", "share", "with backward", *(["bound"] if has_bound else [])]
     lines = [
         [
             name,
@@ -45,6 +46,7 @@ def share_table(rows: dict[str, Any], title: str) -> str:
             f"{row['step_ms']:.0f} ms",
             f"{row['share_of_step']:.1%}",
             f"{row['share_with_backward']:.1%}",
+            *([f"{row['bound']:.1%}" if "bound" in row else ""] if has_bound else []),
         ]
         for name, row in rows.items()
     ]
