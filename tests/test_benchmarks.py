@@ -137,6 +137,6 @@ def test_work_of_a_step_does_not_grow_with_ranks() -> None:
     """Of the busiest rank, which is rank 0 here: it owns as much of any number of ranks, or less."""
     few, many = figures_of(32, num_tensors=64), figures_of(512, num_tensors=64)
     assert few["busiest_rank"] == many["busiest_rank"] == 0
-    assert many["calls"] < 1.15 * few["calls"]  # a call or two for each rank that holds a part of what it owns
+    assert many["calls"] <= few["calls"]  # fewer tensors of its own, and nothing for each rank
     assert many["collectives"] == few["collectives"]
     assert many["audit_characters"] < 1500

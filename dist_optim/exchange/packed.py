@@ -32,8 +32,8 @@ def gather(
 ) -> Task[list[dict[int, Tensor]]]:
     """As ``gather_to_owner``, of sharded tensors: one all-to-all for all fields."""
     rank = own_rank(process_group)
-    own = bucket.owned[rank]
-    to_owners, from_holders = ([len(fields) * n for n in sizes] for sizes in (route.to_owners, route.from_holders))
+    own, num_fields = bucket.owned[rank], len(fields)
+    to_owners, from_holders = ([num_fields * n for n in sizes] for sizes in (route.to_owners, route.from_holders))
     has_copies = route.back is not route
     parts = [
         field[item.index]
@@ -53,8 +53,8 @@ def gather(
         received,
         [
             item.layout.view_of(field[item.index], holder)
-            for holder in range(len(bucket.owned))
-            if from_holders[holder]
+            for holder, numel in enumerate(from_holders)
+            if numel
             for field in full
             for item in own
             if not has_copies or item.layout.is_read(holder, rank)
@@ -102,17 +102,17 @@ def scatter(
     process_group: dist.ProcessGroup | None,
 ) -> Task[None]:
     """As ``scatter_from_owner``, of sharded tensors: one all-to-all."""
-    own = bucket.owned[own_rank(process_group)]
+    own, back = bucket.owned[own_rank(process_group)], route.back
     whole = {item.index: full[item.index].contiguous() for item in own}
     pieces = [
         item.layout.view_of(whole[item.index], holder)
-        for holder in range(len(bucket.owned))
-        if route.back.from_holders[holder]
+        for holder, numel in enumerate(back.from_holders)
+        if numel
         for item in own
     ]
     send = pack(pieces, bucket.dtype, bucket.device)
-    received = torch.empty(sum(route.back.to_owners), dtype=bucket.dtype, device=bucket.device)
-    sizes = list(route.back.to_owners), list(route.back.from_holders)
+    received = torch.empty(sum(back.to_owners), dtype=bucket.dtype, device=bucket.device)
+    sizes = list(back.to_owners), list(back.from_holders)
     work = dist.all_to_all_single(received, send, *sizes, group=process_group, async_op=True)
     yield
     work.wait()
