@@ -173,7 +173,7 @@ def audit_of_one_matrix() -> str:
 
 def test_route_audit_says_which_owner_all_others_wait_for(two_ranks: RankPool) -> None:
     (text, _) = two_ranks.run(audit_of_one_matrix)
-    assert "careful: rank 0 owns 1.6 times the mean (its largest is '0.weight', 80.0%)" in text
+    assert "careful: rank 0 steps 1.6 times the mean (its largest is '0.weight', 80.0%)" in text
 
 
 def test_route_audit_names_tensors_bytes_shapes_and_owners(two_ranks: RankPool) -> None:

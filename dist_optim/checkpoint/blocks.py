@@ -56,9 +56,10 @@ class Pieces:
         return cls(tensor.shape, tensor.dtype, {torch.Size([0] * tensor.ndim): tensor.detach()})
 
     @classmethod
-    def of(cls, local: Tensor, placed: PlacedParameter) -> Pieces:
-        """This rank's part of a tensor that is cut as the parameter is."""
-        return cls.part(local, placed.layout, placed.shape, own_rank(placed.process_group))
+    def of(cls, local: Tensor, placed: PlacedParameter, shape: torch.Size | None = None) -> Pieces:
+        """This rank's part of a tensor that is cut as the parameter is; of its shape, or of one with the same rows."""
+        rank = own_rank(placed.process_group)
+        return cls.part(local, placed.layout, placed.shape if shape is None else shape, rank)
 
     @classmethod
     def part(cls, local: Tensor, layout: Layout, shape: torch.Size, rank: int) -> Pieces:

@@ -36,7 +36,7 @@ from dist_optim.stepping import rank_state
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.sharing import shared_extras
 from dist_optim.stepping.upstream_instance import UpstreamInstance
-from dist_optim.stepping.whole_state import is_slice, memory_order
+from dist_optim.stepping.whole_state import is_slice, memory_order, shape_of_whole
 
 __all__ = ["RECORD", "Content", "content_of", "name_of_weights", "stepped_here", "write_optimizer"]
 
@@ -127,7 +127,8 @@ def _held(view: EngineView) -> tuple[dict[str, Pieces], dict[str, dict[str, Any]
             if not isinstance(value, Tensor):
                 scalars[placed.fqn][key] = value
             elif is_slice(held, instance, index, value):
-                pieces[f"state/{placed.fqn}/{key}"] = Pieces.of(value, placed)
+                whole = shape_of_whole(value.shape, placed)
+                pieces[f"state/{placed.fqn}/{key}"] = Pieces.of(value, placed, whole)
             else:
                 pieces[f"state/{placed.fqn}/{key}"] = Pieces.whole(value)
     pieces |= _separate_weights(view)

@@ -35,6 +35,7 @@ from dist_optim.errors import CheckpointError, StateDictError
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.specs.driver import STRUCTURE
 from dist_optim.stepping import half_steps, rank_state
+from dist_optim.stepping.whole_state import is_cut, shape_of_part
 
 __all__ = [
     "Incoming",
@@ -248,11 +249,12 @@ def _allocate(
         values = dict(record["scalars"].get(placed.fqn, {}))
         for key in keys_of.get(placed.fqn, []):
             name = f"state/{placed.fqn}/{key}"
-            is_cut = is_local and stored[name].shape == placed.shape and placed.shape != torch.Size()
-            shape = placed.local().shape if is_cut else stored[name].shape
-            order = None if is_cut else record["memory_orders"].get(name)
+            whole = stored[name].shape
+            is_part = is_local and is_cut(whole, placed)
+            shape = shape_of_part(whole, placed) if is_part else whole
+            order = None if is_part else record["memory_orders"].get(name)
             values[key] = torch.empty_permuted(shape, order or list(range(len(shape))), dtype=stored[name].dtype)
-            pieces[name] = Pieces.of(values[key], placed) if is_cut else Pieces.whole(values[key])
+            pieces[name] = Pieces.of(values[key], placed, whole) if is_part else Pieces.whole(values[key])
         if values:
             state[placed.fqn] = values
     for name in stored:

@@ -36,7 +36,7 @@ from dist_optim.stepping import rank_state
 from dist_optim.stepping.fresh_state import state_after_a_step
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.optimizer import DistributedOptimizer
-from dist_optim.stepping.whole_state import StateByName, gathered, is_slice, own_state
+from dist_optim.stepping.whole_state import StateByName, gathered, is_slice, own_state, shape_of_whole
 
 __all__ = ["answer_torch", "from_torch", "to_torch"]
 
@@ -58,7 +58,7 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
     as_dtensors = all(isinstance(one.parameter, DTensor) for one in held.placed if not one.layout.is_replicated)
     has_shards = any(not one.layout.is_replicated for one in held.placed)
     if full or not has_shards or not as_dtensors:
-        state = gathered(held, mine)
+        state = _as_upstream_has_it(held, gathered(held, mine))
         if on_rank_0 and own_rank(held.all_ranks):
             return {}
         if on_rank_0:
@@ -68,6 +68,12 @@ def to_torch(optimizer: DistributedOptimizer, *, full: bool, on_rank_0: bool = F
     groups = rank_state.plain_groups(held)
     rank_state.marked(groups, progress.num_steps, progress.mode)
     return {"state": state, "param_groups": groups}
+
+
+def _as_upstream_has_it(held: Holdings, state: StateByName) -> StateByName:
+    groups = {name: group for group, names in zip(held.groups, held.names_by_group(), strict=True) for name in names}
+    driver = held.spec.driver
+    return {fqn: driver.as_upstream_has_it(own, groups[fqn]) for fqn, own in state.items()}
 
 
 def _refuse_extras(held: Holdings) -> None:
@@ -132,9 +138,10 @@ def _with_dtensors(optimizer: DistributedOptimizer, mine: StateByName) -> StateB
             if is_slice(held, instance, index, value):
                 parameter = placed.parameter
                 assert isinstance(parameter, DTensor)
-                strides = torch.empty(placed.shape, device="meta").stride()
+                whole = shape_of_whole(value.shape, placed)
+                strides = torch.empty(whole, device="meta").stride()
                 mesh, placements = parameter.device_mesh, parameter.placements
-                value = DTensor.from_local(value, mesh, placements, run_check=False, shape=placed.shape, stride=strides)
+                value = DTensor.from_local(value, mesh, placements, run_check=False, shape=whole, stride=strides)
             made.setdefault(placed.fqn, {})[key] = value
     return made
 

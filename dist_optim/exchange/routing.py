@@ -30,14 +30,20 @@ def runs_on_local_slices(
         values: Its hyperparameters.
         replicates: Whether all ranks that hold a parameter whole step it alike.
     """
-    if Trait.ELEMENTWISE not in spec.traits:
-        return False
+    is_elementwise = Trait.ELEMENTWISE in spec.traits and spec.driver.runs_on_slices(values, placed.device)
     if placed.layout.is_replicated:
-        return replicates and spec.driver.runs_on_slices(values, placed.device)
+        return replicates and is_elementwise
     # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail: an
     # element's result depends on where a slice ends.
     rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4
-    return not rounds_by_position and spec.driver.runs_on_slices(values, placed.device)
+    return not rounds_by_position and (is_elementwise or _runs_on_rows(spec, placed, values))
+
+
+def _runs_on_rows(spec: OptimizerSpec, placed: PlacedParameter, values: Mapping[str, Any]) -> bool:
+    if Trait.BLOCKWISE not in spec.traits or placed.member is not None or len(placed.shape) < 2:
+        return False
+    fewest = placed.layout.fewest_rows(placed.shape[0])
+    return bool(fewest) and spec.driver.runs_on_rows(placed.shape, fewest or 0, values)
 
 
 def refuse_misfits(

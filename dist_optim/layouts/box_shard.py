@@ -64,6 +64,13 @@ class BoxShard:
             _, sizes[dim] = chunk_of(sizes[dim], parts, at)
         return math.prod(sizes)
 
+    def fewest_rows(self, rows: int) -> int | None:
+        for dim, parts in self.cuts:
+            if dim:
+                return None
+            _, rows = chunk_of(rows, parts, parts - 1)
+        return rows
+
     def home(self, shape: torch.Size) -> int:
         return self.first_with((0,) * len(self.cuts))  # no chunk is larger than the first
 

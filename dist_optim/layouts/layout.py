@@ -47,6 +47,10 @@ class Layout(Protocol):
         """Elements of a tensor of this shape that ``rank`` stores."""
         ...
 
+    def fewest_rows(self, rows: int) -> int | None:
+        """Of a tensor of so many rows, the fewest that a rank holds; None where it is not cut into whole rows alone."""
+        ...
+
     def home(self, shape: torch.Size) -> int:
         """The rank that stores the middle of the tensor: whoever stores more than half of it, if anybody does."""
         ...
@@ -80,6 +84,9 @@ class _Once:
     @property
     def copies(self) -> int:
         return 1
+
+    def fewest_rows(self, rows: int) -> int | None:
+        return None
 
     def holders(self, rank: int) -> Sequence[int]:
         return (rank,)
@@ -131,6 +138,9 @@ class DimShard(_Once):
     def numel_on(self, shape: torch.Size, rank: int) -> int:
         size = shape[self.dim]
         return shape.numel() // size * chunk_of(size, self.world_size, rank)[1] if size else 0
+
+    def fewest_rows(self, rows: int) -> int | None:
+        return None if self.dim else chunk_of(rows, self.world_size, self.world_size - 1)[1]
 
     def home(self, shape: torch.Size) -> int:
         size = shape[self.dim]

@@ -46,6 +46,9 @@ class Layer:
             return 0
         return self.stack.numel_on(torch.Size([self.num_layers, *shape]), rank) // count
 
+    def fewest_rows(self, rows: int) -> int | None:
+        return None
+
     def home(self, shape: torch.Size) -> int:
         cuts = self.stack.cuts if isinstance(self.stack, BoxShard) else ((self.stack.dim, self.stack.world_size),)
         first, count, chunks = 0, self.num_layers, []

@@ -1,5 +1,6 @@
 """bitsandbytes: AdamW and Lion with their state in 8 bits, quantized in blocks of 256 elements of the whole tensor.
 
+Tensors whose rows are whole blocks are stepped where they are cut into rows (FSDP2, HSDP), others whole by an owner.
 As under transformers' Trainer, the weights of ``torch.nn.Embedding`` keep a 32-bit state unless ``optim_bits`` is set.
 """
 
@@ -9,14 +10,21 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_optim.errors import UnsupportedError
+from dist_optim.errors import StateDictError, UnsupportedError
 from dist_optim.optimizers.common import betas, epsilon, learning_rate, weight_decay
 from dist_optim.specs.driver import ParamGroup, UpstreamDriver
 from dist_optim.specs.hyperparameters import Hyperparameter, Scope
 from dist_optim.specs.registry import OptimizerSpec, Trait, UpstreamClass
+
+BLOCK = 256
+"""Elements that share a scale."""
+SCALES = ("absmax1", "absmax2")
+WRAPPED = "__bnb_optimizer_quant_state__"
+"""Under which bitsandbytes' own ``state_dict()`` hides quantized state from FSDP1."""
 
 __all__ = ["SPECS", "BitsAndBytesDriver", "MIN_8BIT_SIZE", "UnnamedDriver", "isolate_overrides", "refuse_overrides"]
 
@@ -67,6 +75,36 @@ class BitsAndBytesDriver(UpstreamDriver):
 
     def values_by_parameter(self, model: nn.Module, names: Mapping[int, str]) -> dict[int, dict[str, Any]]:
         return registered_overrides(model)
+
+    def runs_on_rows(self, shape: torch.Size, fewest: int, values: Mapping[str, Any]) -> bool:
+        row, smallest = shape[1:].numel(), values["min_8bit_size"]
+        has_8_bits = values["optim_bits"] == 8 and shape.numel() >= smallest  # a part must be of the same kind
+        return row % BLOCK == 0 and (fewest * row >= smallest or not has_8_bits)
+
+    def encode_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The scales of blocks that cut no row lie as the rows do, so that they are cut as the parameter is."""
+        state = {**state, **state.get(WRAPPED, {})}
+        state.pop(WRAPPED, None)
+        encoded = super().encode_state(state)
+        codes = encoded.get("state1")
+        if isinstance(codes, Tensor) and codes.ndim > 1 and codes.shape[1:].numel() % BLOCK == 0:
+            rows = (codes.shape[0], -1, *(1,) * (codes.ndim - 2))
+            encoded |= {key: encoded[key].view(rows) for key in SCALES if key in encoded}
+        return encoded
+
+    def as_upstream_has_it(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value.reshape(-1) if key in SCALES else value for key, value in encoded.items()}
+
+    def decode_state(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        state = self.as_upstream_has_it(super().decode_state(encoded, group), group)
+        for key in SCALES:
+            if key in state and state[key].numel() != -(-state["state1"].numel() // BLOCK):
+                raise StateDictError(
+                    f"{key!r} has {state[key].numel()} scales, and the {state['state1'].numel()} codes beside it have "
+                    f"one for each {BLOCK}: the file is from before scales were cut as rows are. Load it in one "
+                    "process or under DDP, and save it there again."
+                )
+        return state
 
 
 def refuse_overrides(model: nn.Module, name: str, why: str) -> None:

@@ -28,7 +28,7 @@ from dist_optim.layouts.layout import Replicated
 from dist_optim.overrides import check
 from dist_optim.planning.model import is_like
 from dist_optim.specs.driver import ParamGroup, tensors_in
-from dist_optim.specs.registry import OptimizerSpec
+from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 __all__ = ["Rehearsal", "Stepped"]
@@ -82,7 +82,15 @@ class Rehearsal:
         return self._of(group, one, one.shape)
 
     def slices(self, group: int, one: PlacedParameter, numels: Tensor) -> tuple[Tensor, Tensor]:
-        """State and scratch of so many elements of it, by an optimizer that steps any slice: linear in their number."""
+        """State and scratch of so many elements of it, by an optimizer that steps any slice: linear in their number.
+
+        Parts of one that keeps blocks are looked at each: there are few kinds, and limits of size between them.
+        """
+        if Trait.BLOCKWISE in self._spec.traits:
+            counts = numels.tolist()
+            found = {count: self._of(group, one, torch.Size([count])) for count in set(counts) - {0}}
+            state = [found[count].state if count else 0 for count in counts]
+            return torch.tensor(state), torch.tensor([found[count].scratch if count else 0 for count in counts])
         low, high = (self._of(group, one, torch.Size([count])) for count in LINE)
 
         def along(first: int, second: int) -> Tensor:

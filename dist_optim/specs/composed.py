@@ -170,6 +170,10 @@ class ComposedDriver(UpstreamDriver):
         is_elementwise = Trait.ELEMENTWISE in self.specs[values[OPTIM]].traits
         return is_elementwise and self._of(values).runs_on_slices(values, device)
 
+    def runs_on_rows(self, shape: torch.Size, fewest: int, values: Mapping[str, Any]) -> bool:
+        """Whether the group's algorithm steps such rows."""
+        return self._of(values).runs_on_rows(shape, fewest, values)
+
     def why_refused(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
     ) -> str:
@@ -240,6 +244,10 @@ class ComposedDriver(UpstreamDriver):
     def decode_state(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
         """By the driver of the group's algorithm."""
         return self._of(group).decode_state(encoded, group)
+
+    def as_upstream_has_it(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        """By the driver of the group's algorithm."""
+        return self._of(group).as_upstream_has_it(encoded, group)
 
 
 def _constructed(spec: OptimizerSpec, groups: list[ParamGroup], arguments: Mapping[str, Any]) -> Optimizer:

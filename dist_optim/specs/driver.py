@@ -60,6 +60,14 @@ class UpstreamDriver:
         """
         return "rank" not in values
 
+    def runs_on_rows(self, shape: torch.Size, fewest: int, values: Mapping[str, Any]) -> bool:
+        """Whether parts of such a tensor that are whole rows, ``fewest`` or more, may each be stepped on their own.
+
+        Asked of optimizers without ``Trait.ELEMENTWISE``: state in blocks is cut where no block is. All of a
+        parameter's encoded state that is not alike on all ranks then has its rows.
+        """
+        return False
+
     def why_refused(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, values: Mapping[str, Any]
     ) -> str:
@@ -159,6 +167,10 @@ class UpstreamDriver:
         leaves = {key: value for key, value in encoded.items() if key.startswith("nested.")}
         plain = {key: value for key, value in encoded.items() if key != STRUCTURE and key not in leaves}
         return {**plain, **decode(tree, leaves)}
+
+    def as_upstream_has_it(self, encoded: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        """Encoded state with its tensors in upstream's own shapes, for who loads it into upstream's class."""
+        return dict(encoded)
 
 
 class NamedDriver(UpstreamDriver):

@@ -56,7 +56,10 @@ class Trait(Enum):
     ELEMENTWISE = "elementwise"
     """Any slice of a tensor may be stepped alone (outside the low-rank groups, where there are such)."""
     BLOCKWISE = "block-quantized"
-    """State is quantized in blocks of the flattened tensor; rules on size hold for the whole tensor."""
+    """State is quantized in blocks of the flattened tensor; rules on size hold for the whole tensor.
+
+    Its driver may say of which tensors rows may be stepped alone (``runs_on_rows``).
+    """
     WHOLE_TENSOR = "whole tensor"
     """Norms, SVDs or row and column means: the update of one element depends on all of the tensor."""
     LOW_RANK = "low-rank matrices"

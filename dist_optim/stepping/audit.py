@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.layout import Elsewhere, Replicated
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.hyperparameters import Scope
 from dist_optim.specs.registry import Trait
@@ -138,11 +139,16 @@ def _share_lines(held: Holdings) -> list[str]:
             f"heaviest {share(heaviest)}; lightest {share(lightest)}; mean of {num_owners} ranks {1 / num_owners:.1%}"
         )
     lines = [f"  stepped whole by their owners, in {len(held.plan.buckets)} rounds: {shares}"]
-    times = owned[heaviest] * num_owners / total
+    on_slices = sum(
+        one.shape.numel()
+        for at, one in enumerate(held.placed)
+        if one.is_trained and at not in held.plan.owners and not isinstance(one.layout, Replicated | Elsewhere)
+    )
+    times = (owned[heaviest] * num_owners + on_slices) / (total + on_slices)
     if times > UNEVEN:
         largest = max(tensors[heaviest], key=lambda one: one.shape.numel())
         lines.append(
-            f"  careful: rank {heaviest} owns {times:.1f} times the mean (its largest is {largest.fqn!r}, "
+            f"  careful: rank {heaviest} steps {times:.1f} times the mean (its largest is {largest.fqn!r}, "
             f"{largest.shape.numel() / total:.1%}), and the others wait for it: tensors are stepped whole, or where "
             "they are stored. Fewer ranks to a shard group (HSDP) divide them better"
         )

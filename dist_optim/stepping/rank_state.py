@@ -216,10 +216,7 @@ def _as_ours(held: Holdings, given: Mapping[str, Any]) -> dict[str, Any]:
         name_of = {one: one for one in theirs}
     state = {name_of.get(key, key): dict(own) for key, own in given["state"].items()}
     driver = held.instances[0].driver
-    state = {
-        name: own if all(isinstance(value, _PLAIN) for value in own.values()) else driver.encode_state(own)
-        for name, own in state.items()
-    }
+    state = {name: driver.encode_state(own) for name, own in state.items()}
     marks = [group[_PROGRESS].tolist() for group in saved if _PROGRESS in group]
     groups = [
         {**{key: value for key, value in group.items() if key != _PROGRESS}, "params": [name_of[one] for one in params]}

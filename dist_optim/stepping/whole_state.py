@@ -16,7 +16,17 @@ from dist_optim.ranks.agreement import gather_objects, host_group, num_ranks
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
-__all__ = ["StateByName", "gathered", "is_slice", "memory_order", "own_state", "parts_of"]
+__all__ = [
+    "StateByName",
+    "gathered",
+    "is_cut",
+    "is_slice",
+    "memory_order",
+    "own_state",
+    "parts_of",
+    "shape_of_part",
+    "shape_of_whole",
+]
 
 StateByName = dict[str, dict[str, Any]]
 """``{parameter: {key: tensor, number, string or None}}``"""
@@ -31,6 +41,8 @@ class _Held:
     device: torch.device
     order: tuple[int, ...]
     """Its dims from the outermost in memory to the innermost: products of matrices round by it."""
+    whole: torch.Size
+    """Of a slice, the shape of the whole tensor; else its own."""
     is_slice: bool
 
 
@@ -40,15 +52,33 @@ def own_state(held: Holdings) -> StateByName:
 
 
 def is_slice(held: Holdings, instance: UpstreamInstance, index: int, value: Any) -> bool:
-    """Whether a value of the state is one of those that are cut like their parameter."""
+    """Whether a value of the state is one of those that are cut like their parameter, or like its rows."""
     placed = held.placed[index]
-    return (
-        instance is held.local_instance
-        and not placed.layout.is_replicated
-        and isinstance(value, Tensor)
-        and value.ndim > 0
-        and value.shape == placed.local().shape
-    )
+    is_local = instance is held.local_instance and not placed.layout.is_replicated
+    return is_local and isinstance(value, Tensor) and _is_like(value.shape, placed.local().shape, placed)
+
+
+def is_cut(shape: torch.Size, placed: PlacedParameter) -> bool:
+    """The same of a whole tensor of this shape, where the parameter is stepped in slices."""
+    return _is_like(shape, placed.shape, placed)
+
+
+def shape_of_part(shape: torch.Size, placed: PlacedParameter) -> torch.Size:
+    """Of a whole tensor that ``is_cut``, the shape of this rank's part."""
+    own = placed.local().shape
+    return own if shape == placed.shape else torch.Size([own[0], *shape[1:]])
+
+
+def shape_of_whole(part: torch.Size, placed: PlacedParameter) -> torch.Size:
+    """Of a part that ``is_slice``, the shape of the whole tensor."""
+    return placed.shape if part == placed.local().shape else torch.Size([placed.shape[0], *part[1:]])
+
+
+def _is_like(shape: torch.Size, own: torch.Size, placed: PlacedParameter) -> bool:
+    if not shape or shape == own:
+        return bool(shape)
+    is_of_rows = len(shape) == len(own) > 1 and shape[0] == own[0]
+    return is_of_rows and placed.layout.fewest_rows(placed.shape[0]) is not None
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
@@ -71,7 +101,7 @@ def gathered(held: Holdings, state: Mapping[str, Mapping[str, Any]] | None = Non
     steppers = {held.placed[index].fqn: (instance, index) for instance, index in held.stepped_here()}
     listing = {
         fqn: {
-            key: _described(value, is_slice(held, *steppers[fqn], value)) if isinstance(value, Tensor) else value
+            key: _described(value, held, *steppers[fqn]) if isinstance(value, Tensor) else value
             for key, value in own.items()
         }
         for fqn, own in mine.items()
@@ -102,14 +132,15 @@ def parts_of(state: Mapping[str, Mapping[str, Any]], held: Holdings) -> StateByN
 
 
 def _part(value: Any, placed: PlacedParameter, rank: int) -> Any:
-    if not isinstance(value, Tensor) or not value.ndim or value.shape != placed.shape:
+    if not isinstance(value, Tensor) or not is_cut(value.shape, placed):
         return value
     return placed.layout.view_of(value.contiguous(), rank)
 
 
-def _described(tensor: Tensor, cut: bool) -> _Held:
-    device = torch.device(tensor.device.type)
-    return _Held(tensor.shape, tensor.dtype, device, memory_order(tensor), cut)
+def _described(tensor: Tensor, held: Holdings, instance: UpstreamInstance, index: int) -> _Held:
+    is_part = is_slice(held, instance, index, tensor)
+    whole = shape_of_whole(tensor.shape, held.placed[index]) if is_part else tensor.shape
+    return _Held(tensor.shape, tensor.dtype, torch.device(tensor.device.type), memory_order(tensor), whole, is_part)
 
 
 def _whole(value: Any, what: _Held, placed: PlacedParameter, source: int, held: Holdings) -> Tensor:
@@ -117,7 +148,7 @@ def _whole(value: Any, what: _Held, placed: PlacedParameter, source: int, held: 
     group = host_group(held.process_group)
     device = placed.device if what.device.type == placed.device.type else what.device
     if what.is_slice:
-        return _joined(value, what.dtype, placed, held).to(device)
+        return _joined(value, what, placed, held).to(device)
     if source == held.rank:
         in_order = value.detach().permute(what.order)
         data = in_order.cpu().contiguous()
@@ -129,16 +160,17 @@ def _whole(value: Any, what: _Held, placed: PlacedParameter, source: int, held: 
     return data.permute(back).to(device)
 
 
-def _joined(value: Any, dtype: torch.dtype, placed: PlacedParameter, held: Holdings) -> Tensor:
-    """A tensor that is cut like its parameter."""
-    count = num_ranks(held.process_group)
-    sizes = [placed.layout.numel_on(placed.shape, rank) for rank in range(count)]
+def _joined(value: Any, what: _Held, placed: PlacedParameter, held: Holdings) -> Tensor:
+    """A tensor that is cut like its parameter, or like its rows."""
+    count, dtype = num_ranks(held.process_group), what.dtype
+    shape = what.whole
+    sizes = [placed.layout.numel_on(shape, rank) for rank in range(count)]
     mine = torch.zeros(max(sizes), dtype=dtype)
     if isinstance(value, Tensor):
         mine[: value.numel()] = value.detach().reshape(-1).cpu()
     everyones = torch.empty(count * max(sizes), dtype=dtype)
     gather_single(_as_bytes(everyones), _as_bytes(mine), group=host_group(held.process_group))
-    whole = torch.empty(placed.shape, dtype=dtype)
+    whole = torch.empty(shape, dtype=dtype)
     for rank, (part, size) in enumerate(zip(everyones.split(max(sizes)), sizes, strict=True)):
         view = placed.layout.view_of(whole, rank)
         view.copy_(part[:size].view(view.shape))
