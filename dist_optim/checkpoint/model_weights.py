@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_optim.checkpoint.beside_training import own_copies
 from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
 from dist_optim.checkpoint.directory import attempt
 from dist_optim.checkpoint.engine_view import EngineView, view_of
@@ -34,6 +35,7 @@ __all__ = [
     "FSDP_FOLDER",
     "OWN_FOLDER",
     "StoredWeights",
+    "copied_weights",
     "find_weights",
     "load_weights",
     "pieces_of_model",
@@ -85,12 +87,31 @@ def save_weights(directory: Path, model: nn.Module, optimizer: Any) -> None:
         CheckpointError: On all ranks; what is there of it is not whole.
     """
     view = view_of(optimizer)
+    write_pieces(directory / OWN_FOLDER, _weights(directory, model, view), view.ranks)
+
+
+def copied_weights(directory: Path, model: nn.Module, optimizer: Any) -> Callable[[dist.ProcessGroup | None], None]:
+    """A copy of what ``save_weights`` would write now; what is returned writes it. Both are collective.
+
+    Returns:
+        To be called on all ranks with a group of them, when nothing else is to use that.
+
+    Raises:
+        CheckpointError: On all ranks: one has no room for the copy.
+    """
+    view = view_of(optimizer)
+    copied = own_copies(_weights(directory, model, view), directory, view.ranks)
+    return lambda ranks: write_pieces(directory / OWN_FOLDER, copied, ranks)
+
+
+def _weights(directory: Path, model: nn.Module, view: EngineView) -> dict[str, Pieces]:
+    """What this rank holds of them. Collective."""
 
     def look() -> dict[str, Pieces]:
         view.look()
         return pieces_of_model(model, view.model_parameters(model))
 
-    write_pieces(directory / OWN_FOLDER, attempt(look, directory, view.ranks), view.ranks)
+    return attempt(look, directory, view.ranks)
 
 
 def load_weights(stored: StoredWeights, model: nn.Module, optimizer: Any = None) -> None:

@@ -16,15 +16,18 @@ such a collective follows is an attempt of all ranks, so that none goes on to wa
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimizer
+from dist_optim.checkpoint.beside_training import begin, write_beside
 from dist_optim.checkpoint.build_values import RATE, let_follow
-from dist_optim.checkpoint.directory import attempt, recover, written_aside
+from dist_optim.checkpoint.directory import attempt, begin_aside, ended_aside, filled_aside, recover, written_aside
 from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.folder_seal import (
     MARK,
@@ -35,10 +38,19 @@ from dist_optim.checkpoint.folder_seal import (
     seal_alone,
     seal_folder,
 )
-from dist_optim.checkpoint.model_weights import StoredWeights, find_weights, load_weights, save_weights
+from dist_optim.checkpoint.model_weights import StoredWeights, copied_weights, find_weights, load_weights, save_weights
+from dist_optim.checkpoint.optimizer_state import copied_optimizer
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.transformers.arguments import listed
+from dist_optim.integrations.transformers.beside_training import (
+    Announcement,
+    DeferredWrites,
+    is_deferrable,
+    on_host,
+    on_save_kept_back,
+    settle_saves,
+)
 from dist_optim.integrations.transformers.history import checkpoints_in, remove_older
 from dist_optim.ranks.agreement import gather_objects
 
@@ -67,6 +79,9 @@ class CheckpointingMixin:
     is_fsdp_enabled: bool
     _saving_into: Path | None = None
     _saved_into: Path | None = None
+    _deferred: DeferredWrites | None = None
+    """While a save is made that is to be written beside the training."""
+    _announcement: Announcement | None = None
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
         """As in transformers, which takes one step too many where a run resumes at its end."""
@@ -84,6 +99,9 @@ class CheckpointingMixin:
         not all of one save is refused, before anything is changed.
         """
         folder = Path(self.args.output_dir)
+        if self._saves_beside():
+            self._announcement = None  # of a training that ended in an error
+            settle_saves(self)
         attempt(lambda: recover(folder, CHECKPOINTS) if self.args.should_save else None, folder, None)
         if resume_from_checkpoint is True:
             latest = [str(path) for path in attempt(lambda: checkpoints_in(folder), folder, None)[-1:]]
@@ -108,28 +126,68 @@ class CheckpointingMixin:
             self.optimizer.eval()  # the engine saves what is in place
         run = Path(self._get_output_dir(trial))
         directory = run / f"checkpoint-{self.state.global_step}"
+        save = functools.partial(super()._save_checkpoint, model, trial)  # type: ignore[misc]
         if self.args.push_to_hub:  # the upload goes on in the background, from where it was written
-            attempt(functools.partial(super()._save_checkpoint, model, trial), directory, None)  # type: ignore[misc]
+            attempt(save, directory, None)
             return
-        with written_aside(directory, None) as aside:
-            self._saving_into = aside.parent  # where transformers makes a folder of the same name
-            try:
-                attempt(functools.partial(super()._save_checkpoint, model, trial), directory, None)  # type: ignore[misc]
-                attempt(lambda: self._name_the_best(aside, directory), directory, None)
+        if self._saves_beside():
+            self._save_beside(save, directory)
+        else:
+            with written_aside(directory, None) as aside:
+                self._fill(aside, directory, save)
                 seal_folder(aside)
-            finally:
-                self._saving_into = None
+            best = self.state.best_model_checkpoint
+            attempt(lambda: self._rotate(run, best) if self.args.should_save else None, directory, None)
         self._saved_into = directory
-        attempt(lambda: self._rotate(run) if self.args.should_save else None, directory, None)
+
+    def _fill(self, aside: Path, directory: Path, save: Callable[[], None]) -> None:
+        self._saving_into = aside.parent  # where transformers makes a folder of the same name
+        try:
+            attempt(save, directory, None)
+            attempt(lambda: self._name_the_best(aside, directory), directory, None)
+        finally:
+            self._saving_into = None
+
+    def _saves_beside(self) -> bool:
+        return bool(getattr(self.args, "asynchronous_saves", False))
+
+    def _save_beside(self, save: Callable[[], None], directory: Path) -> None:
+        """Copy what is large, and let a thread write it (``beside_training``)."""
+        view = view_of(self.optimizer)
+        settle_saves(self)
+        begin("a save beside the training", view)
+        begin_aside(directory, None)
+        self._deferred = deferred = DeferredWrites()
+        try:
+            with filled_aside(directory, None) as aside:
+                self._fill(aside, directory, save)
+        finally:
+            self._deferred = None
+        best, is_first = self.state.best_model_checkpoint, self.args.should_save
+
+        def write(ranks: dist.ProcessGroup | None) -> None:
+            with ended_aside(directory, ranks) as aside:
+                deferred.write(aside, ranks)
+                seal_folder(aside, ranks)
+            attempt(lambda: self._rotate(directory.parent, best) if is_first else None, directory, ranks)
+
+        write_beside(write, directory, view.ranks)
 
     def _maybe_log_save_evaluate(self, *positional: Any, **named: Any) -> None:
         """As in transformers, whose callbacks may change the folder in ``on_save``: some keep the adapters alone."""
-        super()._maybe_log_save_evaluate(*positional, **named)  # type: ignore[misc]
+        do = functools.partial(super()._maybe_log_save_evaluate, *positional, **named)  # type: ignore[misc]
+        if self._saves_beside():
+            with on_save_kept_back(self):
+                do()
+            return
+        do()
         saved, self._saved_into = self._saved_into, None
         if saved is not None:
-            attempt(
-                lambda: seal_again(saved) if self.args.should_save and (saved / MARK).exists() else None, saved, None
-            )
+            self._seal_again(saved)
+
+    def _seal_again(self, saved: Path) -> None:
+        """After callbacks. Collective."""
+        attempt(lambda: seal_again(saved) if self.args.should_save and (saved / MARK).exists() else None, saved, None)
 
     def _name_the_best(self, aside: Path, directory: Path) -> None:
         """The best model's folder, where this is it, by the name that it will have."""
@@ -150,8 +208,8 @@ class CheckpointingMixin:
             seal_alone(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
-    def _rotate(self, run: Path) -> None:
-        remove_older(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+    def _rotate(self, run: Path, best: str | None) -> None:
+        remove_older(run, self.args.save_total_limit, best)
 
     # Weights ------------------------------------------------------------------------------------------------------
 
@@ -181,9 +239,25 @@ class CheckpointingMixin:
         folder = Path((positional[0] if positional else named.get("output_dir")) or self.args.output_dir)
         if self._saves_logically() and self._leaves_weights_in_slices():
             attempt(lambda: self._save_all_but_weights(folder), folder, None)
-            save_weights(folder, self.model_wrapped, self.optimizer)
+            self._save_slices(folder, self.model_wrapped)
         else:
             attempt(save, folder, None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in transformers; of a save beside the training, a copy of the weights is written later."""
+        write: Callable[..., None] = super()._save  # type: ignore[misc]
+        if self._deferred is None or not is_deferrable(self, state_dict):
+            write(output_dir, state_dict)
+        elif self.args.should_save:
+            copied = on_host(self.model.state_dict() if state_dict is None else state_dict)
+            self._deferred.alone.append(lambda: write(output_dir, state_dict=copied))
+
+    def _save_slices(self, folder: Path, model: nn.Module) -> None:
+        """Weights that nobody is to gather, now or later. Collective."""
+        if self._deferred is None:
+            save_weights(folder, model, self.optimizer)
+        else:
+            self._deferred.together.append(copied_weights(folder, model, self.optimizer))
 
     def _leaves_weights_in_slices(self) -> bool:
         """Whether the engine would save its own way instead, since nobody allowed it to gather."""
@@ -194,13 +268,18 @@ class CheckpointingMixin:
 
     def _save_all_but_weights(self, folder: Path) -> None:
         """Configuration, tokenizer, arguments."""
-        self._save(str(folder), state_dict={})  # type: ignore[attr-defined]
+        self._save(str(folder), state_dict={})
         if self.args.should_save:  # it has made a file of no weights
             for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
                 path.unlink(missing_ok=True)
 
     def _finalize_training(self, *positional: Any, **named: Any) -> Any:
-        """Weights that average end averaged; the best model's are such, and must not be averaged again."""
+        """Weights that average end averaged; the best model's are such, and must not be averaged again.
+
+        What is saved beside the training is on the disk then.
+        """
+        if self._saves_beside():
+            settle_saves(self)
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         return super()._finalize_training(*positional, **named)  # type: ignore[misc]
@@ -268,8 +347,11 @@ class CheckpointingMixin:
             return
         if self.is_fsdp_enabled:
             with exported_weights(self.optimizer):
-                attempt(lambda: self._save_fsdp_weights(output_dir), folder, None)
-        save_optimizer(folder / OPTIMIZER_FOLDER, self.optimizer)
+                self._save_fsdp_weights(folder)
+        if self._deferred is None:
+            save_optimizer(folder / OPTIMIZER_FOLDER, self.optimizer)
+        else:
+            self._deferred.together.append(copied_optimizer(folder / OPTIMIZER_FOLDER, self.optimizer))
         attempt(lambda: self._save_schedule(folder) if self.args.should_save else None, folder, None)
 
     def _save_schedule(self, folder: Path) -> None:
@@ -280,7 +362,7 @@ class CheckpointingMixin:
         wraps = type(self.lr_scheduler).__name__ == "DeepSpeedSchedulerWrapper"
         return self.lr_scheduler.scheduler if wraps else self.lr_scheduler
 
-    def _save_fsdp_weights(self, output_dir: str) -> None:
+    def _save_fsdp_weights(self, folder: Path) -> None:
         """In accelerate's format, where `save_model` has not written whole tensors: those load under any strategy."""
         from accelerate.utils import save_fsdp_model
         from transformers.trainer import get_fsdp_ckpt_kwargs
@@ -288,7 +370,11 @@ class CheckpointingMixin:
         plugin = self.accelerator.state.fsdp_plugin
         if "FULL_STATE_DICT" in str(plugin.state_dict_type):
             return
-        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+        if self._deferred is not None:  # a format that is written from a copy
+            self._save_slices(folder, self.model)
+            return
+        save = functools.partial(save_fsdp_model, plugin, self.accelerator, self.model, str(folder))
+        attempt(functools.partial(save, **get_fsdp_ckpt_kwargs()), folder, None)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         is_engines_own = self.is_deepspeed_enabled and not self._is_for_any_engine(checkpoint)
