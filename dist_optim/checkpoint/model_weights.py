@@ -58,6 +58,8 @@ class StoredWeights:
     """Of tensors in blocks."""
     prefix: str = ""
     """Of their names in it."""
+    names: Mapping[Path, Mapping[str, str]] | None = None
+    """By file, what each name in it is in the model: of adapters, beside which the rest of the model is as it was."""
 
 
 def find_weights(directory: str | Path) -> StoredWeights | None:
@@ -131,7 +133,7 @@ def load_weights(stored: StoredWeights, model: nn.Module, optimizer: Any = None)
     targets = attempt(lambda: _targets(model, view), where, ranks, is_reading=True)
     if stored.folder is None:
         together(
-            lambda: _install_whole(stored.files, model, targets),
+            lambda: _install_whole(stored, model, targets),
             ranks,
             doing=f"Reading the weights in {str(where)!r}",
             remedy="They are damaged, or of another model: resume from another checkpoint.",
@@ -197,14 +199,16 @@ def _install_blocks(
             pieces[name].fill(room)
 
 
-def _install_whole(files: tuple[Path, ...], model: nn.Module, placed: Mapping[str, PlacedParameter]) -> None:
+def _install_whole(stored: StoredWeights, model: nn.Module, placed: Mapping[str, PlacedParameter]) -> None:
     """One tensor at a time is whole in memory."""
     takers = _takers(model, placed)
     with torch.no_grad():
-        for path in files:
-            for name, tensor in _tensors_in(path, takers):
-                takers.pop(name)(tensor)
-    missing = sorted(name for name in takers if name in placed)
+        for path in stored.files:
+            names = {name: name for name in takers} if stored.names is None else stored.names[path]
+            for name, tensor in _tensors_in(path, names):
+                takers.pop(names[name])(tensor)
+    needed = [name for name, one in placed.items() if stored.names is None or one.is_trained]
+    missing = sorted(name for name in takers if name in needed)
     if missing:
         raise KeyError(f"no {missing[0]!r} ({len(missing)} such)")
 

@@ -7,7 +7,8 @@
     checkpoint-500/dist_optim_weights/   the weights, where ZeRO-3 was not told to gather them for saving
     checkpoint-500/dist_optim_save.json  what binds all of it into one save (``checkpoint.folder_seal``)
 
-What one strategy has saved, every other resumes from. (With adapters of peft, DeepSpeed saves its own way.)
+What one strategy has saved, every other resumes from. Of a model of peft, the adapters are saved in place of the model;
+with those of transformers' ``add_adapter``, DeepSpeed saves its own way.
 
 transformers writes one piece after another, most of them on rank 0 alone, with collectives in between. Each piece that
 such a collective follows is an attempt of all ranks, so that none goes on to wait for one that has failed.
@@ -42,6 +43,7 @@ from dist_optim.checkpoint.model_weights import StoredWeights, copied_weights, f
 from dist_optim.checkpoint.optimizer_state import copied_optimizer
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
+from dist_optim.integrations.transformers.adapters import is_peft_model, stored_adapters
 from dist_optim.integrations.transformers.arguments import listed
 from dist_optim.integrations.transformers.beside_training import (
     Announcement,
@@ -214,11 +216,11 @@ class CheckpointingMixin:
     # Weights ------------------------------------------------------------------------------------------------------
 
     def _saves_logically(self) -> bool:
-        """Whether a checkpoint is ours, for every strategy: not with adapters, which DeepSpeed's engine saves alone."""
-        return is_ours(self.optimizer) and not (self.is_deepspeed_enabled and self._has_adapters())
+        """Whether a checkpoint is ours, for every strategy: not with ``add_adapter`` under DeepSpeed."""
+        return is_ours(self.optimizer) and not (self.is_deepspeed_enabled and self._has_adapters_inside())
 
-    def _has_adapters(self) -> bool:
-        return hasattr(self.model, "peft_config")
+    def _has_adapters_inside(self) -> bool:
+        return hasattr(self.model, "peft_config") and not is_peft_model(self.model)
 
     def save_model(self, *positional: Any, **named: Any) -> None:
         """As in transformers; the averaged weights of an optimizer that averages, then on all ranks together."""
@@ -260,9 +262,9 @@ class CheckpointingMixin:
             self._deferred.together.append(copied_weights(folder, model, self.optimizer))
 
     def _leaves_weights_in_slices(self) -> bool:
-        """Whether the engine would save its own way instead, since nobody allowed it to gather."""
+        """Whether the engine would save its own way instead, since nobody allowed it to gather; adapters are small."""
         engine = self.model_wrapped
-        if not self.is_deepspeed_enabled or engine.zero_optimization_stage() < 3:
+        if not self.is_deepspeed_enabled or engine.zero_optimization_stage() < 3 or is_peft_model(self.model):
             return False
         return not engine.zero_gather_16bit_weights_on_model_save()
 
@@ -295,7 +297,9 @@ class CheckpointingMixin:
 
     def _read_here(self, checkpoint: str) -> StoredWeights | None:
         """Its weights, where transformers would not read them under this strategy."""
-        stored = find_weights(checkpoint)
+        stored = find_weights(checkpoint) or (
+            stored_adapters(checkpoint, self.model) if self._is_our_engine() else None
+        )
         is_foreign = self.is_fsdp_enabled or self._is_our_engine() or (stored is not None and stored.folder is not None)
         return stored if is_foreign else None
 
@@ -319,10 +323,11 @@ class CheckpointingMixin:
 
     def _is_for_any_engine(self, checkpoint: Any) -> bool:
         """Whether a checkpoint that DeepSpeed's engine is to resume from is one of ours, not one of its own."""
-        if not isinstance(checkpoint, str) or not self.is_deepspeed_enabled or self._has_adapters():
+        if not isinstance(checkpoint, str) or not self.is_deepspeed_enabled or self._has_adapters_inside():
             return False
         folder = Path(checkpoint)
-        return not any(folder.glob(ENGINES_OWN)) and find_weights(folder) is not None
+        has_weights = find_weights(folder) is not None or stored_adapters(folder, self.model) is not None
+        return has_weights and not any(folder.glob(ENGINES_OWN))
 
     def _resume_under_deepspeed(self, checkpoint: str) -> None:
         """What transformers does under other engines, after the engine was made without the checkpoint.
