@@ -29,6 +29,7 @@ from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, opened
 from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.folder_seal import MARK, check_folder, parts_among, seal_folder
+from dist_optim.checkpoint.loss_scale import SCALER_FILE, go_on_with_engines, of_file
 from dist_optim.checkpoint.model_weights import (
     FSDP_FOLDER,
     OWN_FOLDER,
@@ -173,7 +174,7 @@ def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., No
                 original(str(folder), *args, **options)
 
         weights = attempt(lambda: _foreign_weights(accelerator, folder), folder, None, is_reading=True)
-        with _left_out(accelerator, ours, leaves_models=weights is not None):
+        with _left_out(accelerator, ours, leaves_models=weights is not None), _scaler_left_out(accelerator, folder):
             attempt(load, folder, None, is_reading=True)
         if weights is not None:
             (model,) = accelerator._models
@@ -183,6 +184,7 @@ def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., No
         if (schedule := schedule_inside(accelerator)) is not None:
             path = folder / SCHEDULE
             attempt(lambda: _load_schedule(schedule, path), path, None, is_reading=True)
+        attempt(lambda: _go_on_with_scale(accelerator, ours, folder), folder, None, is_reading=True)
         if any(RATE in incoming.changed for incoming in found):
             attempt(lambda: _let_schedules_follow(accelerator), folder, None, is_reading=True)
 
@@ -289,6 +291,27 @@ def _left_out(accelerator: Accelerator, ours: list[Any], *, leaves_models: bool 
         yield
     finally:
         accelerator._optimizers[:], accelerator._models[:] = optimizers, models
+
+
+@contextmanager
+def _scaler_left_out(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Where no ``GradScaler`` was saved, accelerate would look for one, with the weights already loaded."""
+    scaler = accelerator.scaler
+    accelerator.scaler = scaler if (folder / SCALER_FILE).is_file() else None
+    try:
+        yield
+    finally:
+        accelerator.scaler = scaler
+
+
+def _go_on_with_scale(accelerator: Accelerator, ours: list[Any], folder: Path) -> None:
+    """Of fp16 losses, from ZeRO's engine to a ``GradScaler``, and back."""
+    if not ours:
+        return
+    if engine_of(accelerator) and (found := of_file(folder / SCALER_FILE)) is not None:
+        view_of(ours[0]).take_loss_scale(found)
+    elif accelerator.scaler is not None and not (folder / SCALER_FILE).is_file():
+        go_on_with_engines(accelerator.scaler, Path(_folder(folder, 0)))
 
 
 def _look_into(folder: str, ours: list[Any], allow_changed: Iterable[str]) -> list[Incoming]:

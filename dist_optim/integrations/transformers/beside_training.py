@@ -151,6 +151,7 @@ def _reasons(trainer: Any) -> list[str]:
     if not trainer._saves_logically():
         found.append(
             "this run's checkpoints are written by transformers, or by DeepSpeed's engine, itself, from what the "
-            "optimizer holds at that moment: it is not dist_optim's, or the engine saves adapters of add_adapter. Leave it out."
+            "optimizer holds at that moment: it is not dist_optim's, or the engine saves what add_adapter made. "
+            "Leave it out."
         )
     return found

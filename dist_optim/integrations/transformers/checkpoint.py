@@ -39,6 +39,7 @@ from dist_optim.checkpoint.folder_seal import (
     seal_alone,
     seal_folder,
 )
+from dist_optim.checkpoint.loss_scale import SCALER_FILE, go_on_with_engines, of_file
 from dist_optim.checkpoint.model_weights import StoredWeights, copied_weights, find_weights, load_weights, save_weights
 from dist_optim.checkpoint.optimizer_state import copied_optimizer
 from dist_optim.checkpoint.plain_loads import plain_loads
@@ -342,6 +343,25 @@ class CheckpointingMixin:
             )
         self._load_from_checkpoint(checkpoint)
         self._load_optimizer_and_scheduler(checkpoint)
+        self._load_scaler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """As in transformers; what ZeRO and a ``GradScaler`` have saved, each takes from the other."""
+        if checkpoint is None:
+            return
+        folder, load = Path(checkpoint), functools.partial(super()._load_scaler, checkpoint)  # type: ignore[misc]
+
+        def act() -> None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            if self._is_our_engine():
+                if (found := of_file(folder / SCALER_FILE)) is not None:
+                    view_of(self.optimizer).take_loss_scale(found)
+            elif scaler is not None and (folder / SCALER_FILE).is_file():
+                load()
+            elif scaler is not None:
+                go_on_with_engines(scaler, folder / OPTIMIZER_FOLDER)
+
+        attempt(act, folder, None, is_reading=True)
 
     # Optimizer and schedule ---------------------------------------------------------------------------------------
 
