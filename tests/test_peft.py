@@ -11,8 +11,9 @@ import pytest
 import torch
 from end_to_end import make_llama
 from safetensors.torch import load_file
+from test_accelerate_state import prepared_under, train_steps, weights_of
 from torch import nn
-from trainers import Job, Outcome, gap_between, train
+from trainers import ZERO, Job, Outcome, gap_between, train
 
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.transformers.adapters import stored_adapters
@@ -21,8 +22,11 @@ from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 peft: Any = pytest.importorskip("peft")
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_grad_norm": 0.5}
-IN_PIECES = {"deepspeed": {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}}
-"""ZeRO-3 that was not told to gather weights: adapters are small, and are."""
+MORE: dict[str, dict[str, Any]] = {
+    "zero3 pieces": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}}},
+    "zero2 bf16": {"bf16": True, "deepspeed": {**ZERO, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}},
+}
+"""ZeRO-3 that was not told to gather weights: adapters are small, and are. And masters of a model in half precision."""
 
 
 def make_adapted() -> nn.Module:
@@ -38,9 +42,8 @@ def trained(job: Job, strategy: str, folder: Path) -> Outcome:
     def load(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path.with_name("adapter_model.safetensors"))
 
-    more: dict[str, Any] = IN_PIECES if strategy.endswith("pieces") else {}
     with mock.patch("trainers.load_file", load):
-        return train(job, strategy.split()[0], folder, **more)
+        return train(job, strategy.split()[0], folder, **MORE.get(strategy, {}))
 
 
 def resumes_under(name: str, saving: str, openings: list[str], directory: Path) -> None:
@@ -70,12 +73,32 @@ def resumes_under(name: str, saving: str, openings: list[str], directory: Path) 
         ("adamw_torch", "zero2", ["zero2", "ddp"]),
         ("adafactor", "zero3", ["zero3", "ddp"]),
         ("schedule_free_adamw", "zero3 pieces", ["zero3 pieces", "zero2"]),
+        ("adamw_torch", "zero2 bf16", ["zero2 bf16"]),
     ],
 )
 def test_adapters_resume_under_any_strategy(
     name: str, saving: str, openings: list[str], two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(resumes_under, name, saving, openings, tmp_path)
+
+
+def accelerates_state(saving: str, opening: str, folder: Path) -> bool:
+    with mock.patch("resuming.make_model", lambda training: make_adapted()):
+        with prepared_under(saving, "adamw_torch") as (accelerator, model, optimizer, scheduler):
+            train_steps(accelerator, model, optimizer, scheduler, range(3))
+            accelerator.save_state(str(folder))
+            saved = weights_of(optimizer)
+        with prepared_under(opening, "adamw_torch") as (accelerator, _, optimizer, _):
+            accelerator.load_state(str(folder))
+            opened = weights_of(optimizer)
+    return saved.keys() == opened.keys() and all(torch.equal(saved[name], opened[name]) for name in saved)
+
+
+@pytest.mark.parametrize(("saving", "opening"), [("zero3", "ddp"), ("ddp", "zero2")])
+def test_accelerates_states_hold_the_whole_model(
+    saving: str, opening: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    assert two_ranks.run(accelerates_state, saving, opening, tmp_path / "state") == [True, True]
 
 
 def resumes_without_a_tensor(directory: Path) -> None:
