@@ -1,9 +1,9 @@
 """The Trainer's checkpoints, written while it trains on: ``TrainingArguments(asynchronous_saves=True)``.
 
-A call of ``_save_checkpoint`` makes the folder aside. Into it transformers writes what is small (progress, generators,
-schedule, adapters); weights and the optimizer's state are copied to the host. A thread then writes those, seals the
-folder, gives it its name, and removes older ones. Only then there is a checkpoint, and the callbacks' ``on_save``
-follows, with the state of that moment: before the next save, or at the end of training.
+A call of ``_save_checkpoint`` makes the folder aside. Into it transformers writes what is small (configuration,
+tokenizer, progress, generators, schedule, adapters); weights and the optimizer's state are copied to the host. A thread
+then writes those, seals the folder, gives it its name, and removes older ones. Only then there is a checkpoint, and the
+callbacks' ``on_save`` follows, with the state of that moment: before the next save, or at the end of training.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dist_optim.checkpoint import wait_for_saves
 from dist_optim.checkpoint.directory import attempt
@@ -28,10 +31,10 @@ __all__ = [
     "Announcement",
     "DeferredWrites",
     "is_deferrable",
-    "on_host",
     "on_save_kept_back",
     "refuse_unserved_saves",
     "settle_saves",
+    "writer_of_weights",
 ]
 
 
@@ -105,6 +108,15 @@ def is_deferrable(trainer: Any, state_dict: Mapping[str, Any] | None) -> bool:
     is_gathered = getattr(trainer, "is_distributed_loading_by_transformers", False)
     is_sharded = any(isinstance(one, DTensor) for one in (state_dict or dict(model.named_parameters())).values())
     return not has_own_way and not is_gathered and not is_sharded and state_dict != {}
+
+
+def writer_of_weights(trainer: Any, state_dict: Mapping[str, Any] | None, folder: Path) -> Callable[[], None]:
+    """A copy of the weights; what is returned writes them as the Trainer does, and nothing else of a checkpoint."""
+    copied = on_host(trainer.model.state_dict() if state_dict is None else state_dict)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if isinstance(model, PreTrainedModel):
+        return lambda: model.save_pretrained(folder, state_dict=copied)
+    return lambda: save_file(copied, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def on_host(state_dict: Mapping[str, Any]) -> dict[str, Any]:

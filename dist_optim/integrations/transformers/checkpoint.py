@@ -50,9 +50,9 @@ from dist_optim.integrations.transformers.beside_training import (
     Announcement,
     DeferredWrites,
     is_deferrable,
-    on_host,
     on_save_kept_back,
     settle_saves,
+    writer_of_weights,
 )
 from dist_optim.integrations.transformers.history import checkpoints_in, remove_older
 from dist_optim.ranks.agreement import gather_objects
@@ -251,9 +251,11 @@ class CheckpointingMixin:
         write: Callable[..., None] = super()._save  # type: ignore[misc]
         if self._deferred is None or not is_deferrable(self, state_dict):
             write(output_dir, state_dict)
-        elif self.args.should_save:
-            copied = on_host(self.model.state_dict() if state_dict is None else state_dict)
-            self._deferred.alone.append(lambda: write(output_dir, state_dict=copied))
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self._save_all_but_weights(folder)  # a tokenizer is not to be used by two threads
+        if self.args.should_save:
+            self._deferred.alone.append(writer_of_weights(self, state_dict, folder))
 
     def _save_slices(self, folder: Path, model: nn.Module) -> None:
         """Weights that nobody is to gather, now or later. Collective."""
