@@ -111,7 +111,7 @@ def resumes_without_a_tensor(directory: Path) -> None:
         (path, names), *_ = found.names.items()
         return replace(found, names={path: dict(list(names.items())[1:])})
 
-    door = "dist_optim.integrations.transformers.checkpoint.stored_adapters"
+    door = "dist_optim.integrations.transformers.checkpoint_weights.stored_adapters"
     with mock.patch(door, without_one), pytest.raises(CheckpointError, match=r"no .*lora"):
         trained(replace(job, resume=str(directory / "checkpoint-3")), "zero2", directory / "other")
 

@@ -40,20 +40,19 @@ from dist_optim.checkpoint.folder_seal import (
     seal_folder,
 )
 from dist_optim.checkpoint.loss_scale import SCALER_FILE, go_on_with_engines, of_file
-from dist_optim.checkpoint.model_weights import StoredWeights, copied_weights, find_weights, load_weights, save_weights
+from dist_optim.checkpoint.model_weights import find_weights
 from dist_optim.checkpoint.optimizer_state import copied_optimizer
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
-from dist_optim.integrations.transformers.adapters import is_peft_model, stored_adapters
+from dist_optim.integrations.transformers.adapters import stored_adapters
 from dist_optim.integrations.transformers.arguments import listed
 from dist_optim.integrations.transformers.beside_training import (
     Announcement,
     DeferredWrites,
-    is_deferrable,
     on_save_kept_back,
     settle_saves,
-    writer_of_weights,
 )
+from dist_optim.integrations.transformers.checkpoint_weights import WeightsMixin
 from dist_optim.integrations.transformers.history import checkpoints_in, remove_older
 from dist_optim.ranks.agreement import gather_objects
 
@@ -66,24 +65,14 @@ ENGINES_OWN = "global_step*"
 """Folders of DeepSpeed's own checkpoints."""
 
 
-class CheckpointingMixin:
+class CheckpointingMixin(WeightsMixin):
     """The Trainer's methods that write and read checkpoints. All of them are collective."""
 
-    # transformers' own attributes that are used here and in the mixin; mypy does not follow transformers.
-    args: Any
-    accelerator: Any
-    model: Any
-    model_wrapped: Any
-    optimizer: Any
+    # transformers' own attributes that are used here and in the mixin, as in `WeightsMixin`.
     lr_scheduler: Any
-    state: Any
     control: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
     _saving_into: Path | None = None
     _saved_into: Path | None = None
-    _deferred: DeferredWrites | None = None
-    """While a save is made that is to be written beside the training."""
     _announcement: Announcement | None = None
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
@@ -214,69 +203,7 @@ class CheckpointingMixin:
     def _rotate(self, run: Path, best: str | None) -> None:
         remove_older(run, self.args.save_total_limit, best)
 
-    # Weights ------------------------------------------------------------------------------------------------------
-
-    def _saves_logically(self) -> bool:
-        """Whether a checkpoint is ours, for every strategy: not with ``add_adapter`` under DeepSpeed."""
-        return is_ours(self.optimizer) and not (self.is_deepspeed_enabled and self._has_adapters_inside())
-
-    def _has_adapters_inside(self) -> bool:
-        return hasattr(self.model, "peft_config") and not is_peft_model(self.model)
-
-    def save_model(self, *positional: Any, **named: Any) -> None:
-        """As in transformers; the averaged weights of an optimizer that averages, then on all ranks together."""
-        if self._saves_logically():
-            with exported_weights(self.optimizer):
-                self._save_weights(*positional, **named)
-            return
-        if self.is_deepspeed_enabled and self.optimizer is not None:
-            self.optimizer.eval()
-        self._save_weights(*positional, **named)
-
-    def _save_weights(self, *positional: Any, **named: Any) -> None:
-        save = functools.partial(super().save_model, *positional, **named)  # type: ignore[misc]
-        if not named.get("_internal_call"):  # scripts call it on rank 0 alone
-            save()
-            return
-        # Of a checkpoint: other ranks go on to its collectives.
-        folder = Path((positional[0] if positional else named.get("output_dir")) or self.args.output_dir)
-        if self._saves_logically() and self._leaves_weights_in_slices():
-            attempt(lambda: self._save_all_but_weights(folder), folder, None)
-            self._save_slices(folder, self.model_wrapped)
-        else:
-            attempt(save, folder, None)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As in transformers; of a save beside the training, a copy of the weights is written later."""
-        write: Callable[..., None] = super()._save  # type: ignore[misc]
-        if self._deferred is None or not is_deferrable(self, state_dict):
-            write(output_dir, state_dict)
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        self._save_all_but_weights(folder)  # a tokenizer is not to be used by two threads
-        if self.args.should_save:
-            self._deferred.alone.append(writer_of_weights(self, state_dict, folder))
-
-    def _save_slices(self, folder: Path, model: nn.Module) -> None:
-        """Weights that nobody is to gather, now or later. Collective."""
-        if self._deferred is None:
-            save_weights(folder, model, self.optimizer)
-        else:
-            self._deferred.together.append(copied_weights(folder, model, self.optimizer))
-
-    def _leaves_weights_in_slices(self) -> bool:
-        """Whether the engine would save its own way instead, since nobody allowed it to gather; adapters are small."""
-        engine = self.model_wrapped
-        if not self.is_deepspeed_enabled or engine.zero_optimization_stage() < 3 or is_peft_model(self.model):
-            return False
-        return not engine.zero_gather_16bit_weights_on_model_save()
-
-    def _save_all_but_weights(self, folder: Path) -> None:
-        """Configuration, tokenizer, arguments."""
-        self._save(str(folder), state_dict={})
-        if self.args.should_save:  # it has made a file of no weights
-            for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-                path.unlink(missing_ok=True)
+    # The end of training, and DeepSpeed -------------------------------------------------------------------------------
 
     def _finalize_training(self, *positional: Any, **named: Any) -> Any:
         """Weights that average end averaged; the best model's are such, and must not be averaged again.
@@ -288,32 +215,6 @@ class CheckpointingMixin:
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         return super()._finalize_training(*positional, **named)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in transformers; FSDP and ZeRO also take whole tensors, and all take what those have saved in pieces."""
-        if (stored := self._read_here(checkpoint)) is not None:
-            optimizer = self.optimizer if self._is_our_engine() else None
-            load_weights(stored, self._model_to_load_into(model), optimizer)
-            return
-        with plain_loads():
-            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
-
-    def _read_here(self, checkpoint: str) -> StoredWeights | None:
-        """Its weights, where transformers would not read them under this strategy."""
-        stored = find_weights(checkpoint) or (
-            stored_adapters(checkpoint, self.model) if self._is_our_engine() else None
-        )
-        is_foreign = self.is_fsdp_enabled or self._is_our_engine() or (stored is not None and stored.folder is not None)
-        return stored if is_foreign else None
-
-    def _model_to_load_into(self, model: nn.Module | None) -> nn.Module:
-        if self._is_our_engine():
-            engine: nn.Module = self.model_wrapped
-            return engine
-        return self.model if model is None or self.is_fsdp_enabled else model
-
-    def _is_our_engine(self) -> bool:
-        return self.is_deepspeed_enabled and self._saves_logically()
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -388,20 +289,6 @@ class CheckpointingMixin:
         """Also the one that DeepSpeed's configuration names, out of accelerate's wrapper, which saves nothing."""
         wraps = type(self.lr_scheduler).__name__ == "DeepSpeedSchedulerWrapper"
         return self.lr_scheduler.scheduler if wraps else self.lr_scheduler
-
-    def _save_fsdp_weights(self, folder: Path) -> None:
-        """In accelerate's format, where `save_model` has not written whole tensors: those load under any strategy."""
-        from accelerate.utils import save_fsdp_model
-        from transformers.trainer import get_fsdp_ckpt_kwargs
-
-        plugin = self.accelerator.state.fsdp_plugin
-        if "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            return
-        if self._deferred is not None:  # a format that is written from a copy
-            self._save_slices(folder, self.model)
-            return
-        save = functools.partial(save_fsdp_model, plugin, self.accelerator, self.model, str(folder))
-        attempt(functools.partial(save, **get_fsdp_ckpt_kwargs()), folder, None)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         is_engines_own = self.is_deepspeed_enabled and not self._is_for_any_engine(checkpoint)
