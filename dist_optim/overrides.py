@@ -87,6 +87,7 @@ TABLE: dict[str, tuple[Override, ...]] = {
             _save_checkpoint=("model", "trial"),
             _save_optimizer_and_scheduler=("output_dir",),
             _save_rng_state=("output_dir",),
+            _load_scaler=("checkpoint",),
             _save_scaler=("output_dir",),
             compute_loss=("model", "inputs", "return_outputs", "num_items_in_batch"),
             create_accelerator_and_postprocess=(),

@@ -6,12 +6,13 @@ import shutil
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dist_optim.checkpoint import wait_for_saves
 from dist_optim.errors import CheckpointError
 from dist_optim.integrations.accelerate import prepare
 from dist_optim.integrations.transformers import Trainer, TrainingArguments
@@ -109,10 +110,23 @@ class ByTrainer(Run):
         return self.trainer.optimizer, self.trainer.lr_scheduler
 
 
+class BesideTraining(ByTrainer):
+    """Its folder is written by a thread, which the user of this waits for."""
+
+    def made(self, steps: int, **options: Any) -> Any:
+        return super().made(steps, asynchronous_saves=True, **options)
+
+    def save(self, home: Path | None = None) -> Path:
+        checkpoint = super().save(home)
+        wait_for_saves()
+        return checkpoint
+
+
 class ByAccelerate(Run):
     """``save_state`` into one folder, or into one by its steps."""
 
     is_numbered = False
+    saving: ClassVar[dict[str, Any]] = {}
 
     def begin(self, steps: int, **options: Any) -> None:
         self.accelerator, self.options = Accelerator(cpu=True), options
@@ -135,7 +149,7 @@ class ByAccelerate(Run):
     def save(self, home: Path | None = None) -> Path:
         self.home = self.home if home is None else home
         name = f"state-{self.optimizer.optimizer.num_steps}" if self.is_numbered else "state"
-        return Path(self.accelerator.save_state(str(self.home / name)))
+        return Path(self.accelerator.save_state(str(self.home / name), **self.saving))
 
     def load(self, checkpoint: Path | None) -> None:
         self.accelerator.load_state(str(checkpoint or self.home / "state"), **self.options)
@@ -156,6 +170,17 @@ class ByAccelerateEach(ByAccelerate):
             with suppress(CheckpointError):
                 return super().load(path)
         return super().load(latest[-1])
+
+
+class BesideAccelerate(ByAccelerateEach):
+    """The same, beside the training."""
+
+    saving: ClassVar[dict[str, Any]] = {"asynchronous": True}
+
+    def save(self, home: Path | None = None) -> Path:
+        state = super().save(home)
+        wait_for_saves()
+        return state
 
 
 DOORS: dict[str, type[Run]] = {"the Trainer": ByTrainer, "accelerate": ByAccelerate}

@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from door_runs import ByAccelerate, ByAccelerateEach, ByTrainer, Run, equal
+from door_runs import BesideAccelerate, BesideTraining, ByAccelerate, ByAccelerateEach, ByTrainer, Run, equal
 
 from dist_optim.errors import CheckpointError
 from dist_optim.testing import faults
@@ -21,8 +21,10 @@ from dist_optim.testing import faults
 KINDS: dict[str, tuple[type[Run], dict[str, int]]] = {
     "Trainer, a new folder": (ByTrainer, {"steps": 2}),
     "Trainer, over an existing one": (ByTrainer, {"steps": 3, "seed": 1}),
+    "Trainer, asynchronous_saves": (BesideTraining, {"steps": 2}),
     "accelerate, a new folder": (ByAccelerateEach, {"steps": 2}),
     "accelerate, over an existing one": (ByAccelerate, {"steps": 2}),
+    "accelerate, asynchronous": (BesideAccelerate, {"steps": 2}),
 }
 """What saves, and the run whose save is there before; what is saved is one of three steps."""
 

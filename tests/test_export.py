@@ -157,12 +157,61 @@ def test_averages_are_to_be_used_and_training_weights_lie_apart(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_upstream_cannot_load_is_refused_and_nothing_is_written(name: str, tmp_path: Path) -> None:
-    saved(CASES[name], tmp_path / "run")
-    with pytest.raises(UnsupportedError, match=REFUSED[name]) as caught:
-        export(tmp_path / "run", tmp_path / "out", optim_args=CASES[name].constructor)
-    assert "--only weights" in str(caught.value) and sorted(one.name for one in tmp_path.iterdir()) == ["run"]
-    assert export(tmp_path / "run", tmp_path / "out", only="weights").files == ["export.json", "model.safetensors"]
+def test_what_upstream_cannot_load_is_left_out_and_said(name: str, tmp_path: Path) -> None:
+    run, out, constructor = tmp_path / "run", tmp_path / "out", CASES[name].constructor
+    saved(CASES[name], run)
+    for source in (run, run / "optimizer"):  # asked for alone, and there alone
+        with pytest.raises(UnsupportedError, match=REFUSED[name]) as caught:
+            export(source, out, only="optimizer" if source == run else None, optim_args=constructor)
+        assert "on the exported weights" in str(caught.value)
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["run"]
+    done = export(run, out, optim_args=constructor)
+    assert done.left_out == str(caught.value) and done.files == ["export.json", "model.safetensors"]
+    assert json.loads((out / "export.json").read_text())["left_out"] == done.left_out
+    alone = export(run, tmp_path / "alone", only="weights")
+    assert (
+        not alone.left_out
+        and (out / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
+    )
+    result = CliRunner().invoke(app, ["export", str(run), str(out)])
+    assert result.exit_code == 1 and "Without the optimizer" in result.output
+    assert CliRunner().invoke(app, ["export", str(run), str(out), "--only", "weights"]).exit_code == 0
+
+
+def test_upstreams_lomo_goes_on_from_the_weights_alone(tmp_path: Path) -> None:
+    lomo_optim = pytest.importorskip("lomo_optim")
+    torch.manual_seed(0)
+    ours = nn.Linear(3, 4)
+    optimizer = dist_optim.build_optimizer(ours, "lomo", lr=0.1, print_audit=False)
+    rows = torch.randn(5, 3)
+
+    def loss_of(layer: nn.Module) -> Tensor:
+        loss: Tensor = layer(rows).square().sum()
+        return loss
+
+    def step() -> None:
+        loss_of(ours).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    dist_optim.save_checkpoint(tmp_path / "run", ours, optimizer)
+    export(tmp_path / "run", tmp_path / "out")
+    upstreams = nn.Linear(3, 4)
+    upstreams.load_state_dict(tensors_in(tmp_path / "out" / "model.safetensors"))
+    with mock.patch.object(Tensor, "cuda", lambda tensor: tensor):
+        theirs = lomo_optim.Lomo(upstreams, lr=0.1)
+    for _ in range(3):
+        step()
+        theirs.fused_backward(loss_of(upstreams), 0.1)
+    assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), upstreams.parameters(), strict=True))
+
+
+def test_a_schedule_is_not_left_beside_no_optimizer(tmp_path: Path) -> None:
+    """transformers would begin both anew without a word."""
+    saved(CASES["lomo"], tmp_path / "run")
+    (tmp_path / "run" / "scheduler.pt").write_bytes(b"")
+    assert "scheduler.pt" not in export(tmp_path / "run", tmp_path / "out").files
 
 
 original = upstream_state.UpstreamInstance.write_encoded_state
@@ -226,8 +275,10 @@ def test_what_a_class_keeps_in_attributes_is_refused(small: nn.Module, tmp_path:
     optimizer = dist_optim.build_optimizer(small, Trailing, counts=True, print_audit=False)
     stepped(small, optimizer)
     dist_optim.save_checkpoint(tmp_path / "run", small, optimizer)
+    given: dict[str, Any] = {"optimizer": Trailing, "optim_args": {"counts": True}}
     with pytest.raises(UnsupportedError, match="in attributes that its own"):
-        export(tmp_path / "run", tmp_path / "out", optimizer=Trailing, optim_args={"counts": True})
+        export(tmp_path / "run", tmp_path / "out", only="optimizer", **given)
+    assert "in attributes that its own" in export(tmp_path / "run", tmp_path / "out", **given).left_out
 
 
 def test_a_folder_of_an_optimizer_alone(small: nn.Module, tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_the_default_arguments_make_the_same_optimizer(tmp_path: Path) -> None:
     with fresh_accelerate():
         given = arguments_of(job, "alone", tmp_path, transformers.TrainingArguments)
         ours = arguments_of(job, "alone", tmp_path)
-        assert ours.allow_changed is None and ours.verify_steps == 0  # which stock has not
-        own = ("logging_dir", "allow_changed", "verify_steps")
+        assert ours.allow_changed is None and ours.verify_steps == 0 and not ours.asynchronous_saves  # stock has none
+        own = ("logging_dir", "allow_changed", "verify_steps", "asynchronous_saves")
         assert {key: value for key, value in ours.to_dict().items() if key not in own} == {
             key: value for key, value in given.to_dict().items() if key != "logging_dir"
         }

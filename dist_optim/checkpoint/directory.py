@@ -25,7 +25,18 @@ from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.ranks.agreement import gather_objects, own_rank
 from dist_optim.ranks.together import together
 
-__all__ = ["attempt", "contents", "opened", "read_json", "recover", "write_json", "written_aside"]
+__all__ = [
+    "attempt",
+    "begin_aside",
+    "contents",
+    "ended_aside",
+    "filled_aside",
+    "opened",
+    "read_json",
+    "recover",
+    "write_json",
+    "written_aside",
+]
 
 Result = TypeVar("Result")
 
@@ -44,20 +55,53 @@ def written_aside(directory: Path, process_group: dist.ProcessGroup | None) -> I
     Raises:
         CheckpointError: On all ranks: the folder cannot be made, written or renamed, or not all ranks see it.
     """
-    aside, is_first = _beside(directory, "partial") / directory.name, own_rank(process_group) == 0
-    try:
-        own = attempt(lambda: _start(directory, aside) if is_first else "", directory, process_group)
+    begin_aside(directory, process_group)
+    with ended_aside(directory, process_group) as aside:
+        yield aside
+
+
+def begin_aside(directory: Path, process_group: dist.ProcessGroup | None) -> None:
+    """Make the folder aside, which ``filled_aside`` and at last ``ended_aside`` write into. Collective.
+
+    Raises:
+        CheckpointError: On all ranks: it cannot be made, or not all ranks see it; nothing is left of it.
+    """
+    aside = _aside(directory)
+    with _removed_in_failure(aside, process_group):
+        own = attempt(
+            lambda: _start(directory, aside) if own_rank(process_group) == 0 else "", directory, process_group
+        )
         word = gather_objects(own, process_group)[0]
         attempt(lambda: _assert_seen(aside, word), directory, process_group)
-        failure: Exception | None = None
+
+
+@contextmanager
+def filled_aside(directory: Path, process_group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """As ``written_aside``, of a folder that ``begin_aside`` has made, and stays aside. Collective."""
+    aside, failure = _aside(directory), None
+    with _removed_in_failure(aside, process_group):
         try:
             yield aside
         except Exception as caught:
             failure = caught
         attempt(lambda: _raise(failure), directory, process_group)
-        attempt(lambda: _replace(directory, aside) if is_first else None, directory, process_group)
+
+
+@contextmanager
+def ended_aside(directory: Path, process_group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """As ``written_aside``, into the folder that ``begin_aside`` has made, maybe over another group. Collective."""
+    with _removed_in_failure(_aside(directory), process_group):
+        with filled_aside(directory, process_group) as aside:
+            yield aside
+        attempt(lambda: _replace(directory, aside) if own_rank(process_group) == 0 else None, directory, process_group)
+
+
+@contextmanager
+def _removed_in_failure(aside: Path, process_group: dist.ProcessGroup | None) -> Iterator[None]:
+    try:
+        yield
     except DistOptimError:
-        if is_first:  # all ranks have stopped writing
+        if own_rank(process_group) == 0:  # all ranks have stopped writing
             shutil.rmtree(aside.parent, ignore_errors=True)
         raise
 
@@ -168,6 +212,10 @@ def _assert_seen(aside: Path, word: str) -> None:
             f"{str(aside)!r} on this rank is not the folder that the first rank has made: the ranks do not share this "
             "disk. Choose a folder on one that they share."
         )
+
+
+def _aside(directory: Path) -> Path:
+    return _beside(directory, "partial") / directory.name
 
 
 def _word_beside(aside: Path) -> Path:

@@ -101,6 +101,9 @@ class EngineView(ABC):
     def take_counters(self, counters: Mapping[str, Any], num_steps: int) -> None:  # noqa: B027
         """Install what ``counters`` returned, perhaps on another engine; most need none of it."""
 
+    def take_loss_scale(self, found: Any) -> None:  # noqa: B027
+        """Go on with the scale of fp16 losses that another strategy had (``loss_scale``), after ``take_counters``."""
+
 
 class PlainView(EngineView):
     """One ``DistributedOptimizer`` that steps the model's own parameters."""

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
-from dist_optim.checkpoint.archive import read_rows
+from dist_optim.checkpoint.archive import looks_kept, read_rows
 from dist_optim.checkpoint.directory import contents
 from dist_optim.errors import CheckpointError
 
@@ -73,11 +73,15 @@ _kept: dict[bytes, Metadata] | None = None
 
 @contextmanager
 def indexes_kept() -> Iterator[None]:
-    """Inside, an index is unpickled once, however often it is read. It takes seconds where thousands of ranks wrote."""
+    """Inside, an index is unpickled once, however often it is read. It takes seconds where thousands of ranks wrote.
+
+    So is what it says of a tensor that was checked (``looks_kept``).
+    """
     global _kept
     before, _kept = _kept, {}
     try:
-        yield
+        with looks_kept():
+            yield
     finally:
         _kept = before
 

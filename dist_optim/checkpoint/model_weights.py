@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_optim.checkpoint.beside_training import own_copies
 from dist_optim.checkpoint.blocks import Pieces, read_pieces, write_pieces
 from dist_optim.checkpoint.directory import attempt
 from dist_optim.checkpoint.engine_view import EngineView, view_of
@@ -34,6 +35,7 @@ __all__ = [
     "FSDP_FOLDER",
     "OWN_FOLDER",
     "StoredWeights",
+    "copied_weights",
     "find_weights",
     "load_weights",
     "pieces_of_model",
@@ -56,6 +58,8 @@ class StoredWeights:
     """Of tensors in blocks."""
     prefix: str = ""
     """Of their names in it."""
+    names: Mapping[Path, Mapping[str, str]] | None = None
+    """By file, what each name in it is in the model: of adapters, beside which the rest of the model is as it was."""
 
 
 def find_weights(directory: str | Path) -> StoredWeights | None:
@@ -85,12 +89,31 @@ def save_weights(directory: Path, model: nn.Module, optimizer: Any) -> None:
         CheckpointError: On all ranks; what is there of it is not whole.
     """
     view = view_of(optimizer)
+    write_pieces(directory / OWN_FOLDER, _weights(directory, model, view), view.ranks)
+
+
+def copied_weights(directory: Path, model: nn.Module, optimizer: Any) -> Callable[[dist.ProcessGroup | None], None]:
+    """A copy of what ``save_weights`` would write now; what is returned writes it. Both are collective.
+
+    Returns:
+        To be called on all ranks with a group of them, when nothing else is to use that.
+
+    Raises:
+        CheckpointError: On all ranks: one has no room for the copy.
+    """
+    view = view_of(optimizer)
+    copied = own_copies(_weights(directory, model, view), directory, view.ranks)
+    return lambda ranks: write_pieces(directory / OWN_FOLDER, copied, ranks)
+
+
+def _weights(directory: Path, model: nn.Module, view: EngineView) -> dict[str, Pieces]:
+    """What this rank holds of them. Collective."""
 
     def look() -> dict[str, Pieces]:
         view.look()
         return pieces_of_model(model, view.model_parameters(model))
 
-    write_pieces(directory / OWN_FOLDER, attempt(look, directory, view.ranks), view.ranks)
+    return attempt(look, directory, view.ranks)
 
 
 def load_weights(stored: StoredWeights, model: nn.Module, optimizer: Any = None) -> None:
@@ -110,7 +133,7 @@ def load_weights(stored: StoredWeights, model: nn.Module, optimizer: Any = None)
     targets = attempt(lambda: _targets(model, view), where, ranks, is_reading=True)
     if stored.folder is None:
         together(
-            lambda: _install_whole(stored.files, model, targets),
+            lambda: _install_whole(stored, model, targets),
             ranks,
             doing=f"Reading the weights in {str(where)!r}",
             remedy="They are damaged, or of another model: resume from another checkpoint.",
@@ -176,14 +199,16 @@ def _install_blocks(
             pieces[name].fill(room)
 
 
-def _install_whole(files: tuple[Path, ...], model: nn.Module, placed: Mapping[str, PlacedParameter]) -> None:
+def _install_whole(stored: StoredWeights, model: nn.Module, placed: Mapping[str, PlacedParameter]) -> None:
     """One tensor at a time is whole in memory."""
     takers = _takers(model, placed)
     with torch.no_grad():
-        for path in files:
-            for name, tensor in _tensors_in(path, takers):
-                takers.pop(name)(tensor)
-    missing = sorted(name for name in takers if name in placed)
+        for path in stored.files:
+            names = {name: name for name in takers} if stored.names is None else stored.names[path]
+            for name, tensor in _tensors_in(path, names):
+                takers.pop(names[name])(tensor)
+    needed = [name for name, one in placed.items() if stored.names is None or one.is_trained]
+    missing = sorted(name for name in takers if name in needed)
     if missing:
         raise KeyError(f"no {missing[0]!r} ({len(missing)} such)")
 

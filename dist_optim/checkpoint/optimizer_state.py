@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from dist_optim.stepping.whole_state import is_cut, shape_of_part
 
 __all__ = [
     "Incoming",
+    "copied_optimizer",
     "install",
     "load_optimizer",
     "look_into",
@@ -83,18 +84,36 @@ def save_optimizer(directory: str | Path, optimizer: Any, *, asynchronous: bool 
     """
     view, directory = view_of(optimizer), Path(directory)
     begin("save_optimizer()", view, {"asynchronous": asynchronous})
+    if asynchronous:
+        write_beside(copied_optimizer(directory, optimizer), directory, view.ranks)
+    else:
+        refuse_half_step(view)
+        _write(directory, content_of(view, directory), view.ranks)
+
+
+def copied_optimizer(directory: Path, optimizer: Any) -> Callable[[dist.ProcessGroup | None], None]:
+    """A copy of what ``save_optimizer`` would write now; what is returned writes it. Both are collective.
+
+    Args:
+        directory: Where it is going to be written.
+        optimizer: As ``save_optimizer`` takes it.
+
+    Returns:
+        To be called on all ranks with a group of them, when nothing else is to use that.
+
+    Raises:
+        CheckpointError: On all ranks: it cannot be saved, or one rank has no room for the copy.
+    """
+    view = view_of(optimizer)
     refuse_half_step(view)
     content = content_of(view, directory)
-
-    def write(content: Content, ranks: dist.ProcessGroup | None) -> None:
-        with written_aside(directory, ranks) as aside:
-            write_optimizer(aside, content, new_word(ranks), ranks)
-
-    if not asynchronous:
-        write(content, view.ranks)
-        return
     copied = replace(content, pieces=own_copies(content.pieces, directory, view.ranks))
-    write_beside(lambda ranks: write(copied, ranks), directory, view.ranks)
+    return lambda ranks: _write(directory, copied, ranks)
+
+
+def _write(directory: Path, content: Content, ranks: dist.ProcessGroup | None) -> None:
+    with written_aside(directory, ranks) as aside:
+        write_optimizer(aside, content, new_word(ranks), ranks)
 
 
 @indexes_kept()

@@ -7,6 +7,7 @@ of its entries, whose own CRC-32 torch has put into the archive's directory: mak
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_optim.checkpoint.archive import Part, Stored, begin_of, look_at_tensor
+from dist_optim.checkpoint.archive import Part, Stored, begin_of, look_into, part_of
 from dist_optim.checkpoint.directory import attempt
 from dist_optim.checkpoint.identity import digest_of
 from dist_optim.checkpoint.index import INDEX, Extent, extents
@@ -29,7 +30,7 @@ from dist_optim.ranks.agreement import gather_objects, num_ranks, own_rank
 __all__ = ["check_files", "seal"]
 
 DIGITS = 8
-PIECE = 1 << 22
+PIECE = 1 << 20
 """Bytes that are read at once."""
 MAX_THREADS = 4
 """Of a rank: reading, and a checksum of a large piece, hold no lock of the interpreter's."""
@@ -72,8 +73,15 @@ def check_files(directory: Path, rank: int, num_ranks: int, sealed: dict[str, An
         for name, every in by_file.items()
         for at, extent in enumerate(every)
     ]
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda one: _check_tensor(*one), expected[rank::num_ranks]):
+    mine, num_threads = expected[rank::num_ranks], min(MAX_THREADS, os.cpu_count() or 1)
+
+    def check(share: int) -> None:
+        room = memoryview(bytearray(PIECE))  # one for all: memory that is new costs as much as the reading
+        for one in mine[share::num_threads]:
+            _check_tensor(*one, room)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in pool.map(check, range(num_threads)):
             pass  # what one raised is raised here
 
 
@@ -87,12 +95,12 @@ def _check_sizes(directory: Path, by_file: dict[str, list[Extent]]) -> None:
             )
 
 
-def _check_tensor(path: Path, extent: Extent, checksum: str | None) -> None:
+def _check_tensor(path: Path, extent: Extent, checksum: str | None, room: memoryview) -> None:
     try:
-        with path.open("rb") as file, zipfile.ZipFile(part := _part(file, extent)) as archive:
+        with path.open("rb", buffering=0) as file, zipfile.ZipFile(part := _part(file, extent)) as archive:
             is_sealed = checksum is not None
             bad = "its checksum is another one" if is_sealed and _checksum(archive, part, extent) != checksum else ""
-            bad = bad or _bad_entry(archive, file, extent, is_sealed) or _misfit(archive, part, extent)
+            bad = bad or _bad_entry(archive, part, extent, is_sealed, room) or _misfit(archive, part, file, extent)
     except Exception as error:  # a damaged archive raises almost anything
         bad = f"{type(error).__name__}: {error}"
     if bad:
@@ -102,32 +110,32 @@ def _check_tensor(path: Path, extent: Extent, checksum: str | None) -> None:
         )
 
 
-def _part(file: BinaryIO, extent: Extent) -> Part:
-    return Part(file, extent.offset, extent.length)
+def _part(file: BinaryIO, extent: Extent) -> io.IOBase:
+    return part_of(file, extent.offset, extent.length)
 
 
-def _bad_entry(archive: zipfile.ZipFile, file: BinaryIO, extent: Extent, is_sealed: bool) -> str:
+def _bad_entry(archive: zipfile.ZipFile, part: Any, extent: Extent, is_sealed: bool, room: memoryview) -> str:
     """As ``ZipFile.testzip``, which reads by small pieces: torch compresses nothing, and large ones will do."""
-    part = _part(file, extent)
     for entry in archive.infolist():
         if not is_sealed:
             archive.open(entry).close()  # looks at what precedes it, which a seal covers
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             return entry.filename
-        begin, checksum = extent.offset + begin_of(entry, part), 0
-        if begin + entry.file_size > extent.offset + extent.length:
+        begin, checksum = begin_of(entry, part), 0
+        if begin + entry.file_size > extent.length:
             return entry.filename
-        file.seek(begin)
+        part.seek(begin)
         for at in range(0, entry.file_size, PIECE):
-            checksum = zlib.crc32(file.read(min(PIECE, entry.file_size - at)), checksum)
+            count = part.readinto(room[: entry.file_size - at])
+            checksum = zlib.crc32(room[:count], checksum)
         if checksum != entry.CRC:
             return entry.filename
     return ""
 
 
-def _misfit(archive: zipfile.ZipFile, part: Part, extent: Extent) -> str:
+def _misfit(archive: zipfile.ZipFile, part: io.IOBase, file: BinaryIO, extent: Extent) -> str:
     """What the archive holds, where that is not what the index says; no content is read."""
-    found: Any = look_at_tensor(archive, part)
+    found: Any = look_into(archive, part, file, extent.offset, extent.length)
     if found is None:  # torch knows more kinds, and takes ten times as long
         part.seek(0)
         with torch.serialization.skip_data():
@@ -147,12 +155,12 @@ def _checksums_of(path: Path, every: Sequence[Extent]) -> str:
     texts = []
     with path.open("rb") as file:
         for extent in every:
-            with zipfile.ZipFile(part := _part(file, extent)) as archive:
+            with zipfile.ZipFile(part := Part(file, extent.offset, extent.length)) as archive:
                 texts.append(_checksum(archive, part, extent))
     return "".join(texts)
 
 
-def _checksum(archive: zipfile.ZipFile, part: Part, extent: Extent) -> str:
+def _checksum(archive: zipfile.ZipFile, part: io.IOBase, extent: Extent) -> str:
     at, checksum = 0, 0
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         begin = begin_of(entry, part)
@@ -161,6 +169,7 @@ def _checksum(archive: zipfile.ZipFile, part: Part, extent: Extent) -> str:
     return f"{zlib.crc32(_between(part, at, extent.length), checksum):0{DIGITS}x}"
 
 
-def _between(part: Part, begin: int, end: int) -> bytes:
+def _between(part: io.IOBase, begin: int, end: int) -> bytes:
     part.seek(begin)
-    return part.read(max(0, end - begin))
+    content: bytes = part.read(max(0, end - begin))
+    return content

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 from dist_optim.errors import DistOptimError, UsageError
 from dist_optim.specs.command_options import OptimArgs, choice_of, targets_of
 from dist_optim.specs.hyperparameters import parse_optim_args
+
+if TYPE_CHECKING:
+    from dist_optim.checkpoint.in_and_out.export import Export
 
 __all__ = ["add_to"]
 
@@ -48,7 +51,8 @@ def export_checkpoint(
     """Write what the unmodified upstream optimizer loads, and the weights as safetensors.
 
     optimizer.pt is for torch.load(weights_only=True) and load_state_dict of upstream's own class, built on the groups
-    that export.json names. In one process, without a model. Nothing is changed in CHECKPOINT.
+    that export.json names. In one process, without a model. Nothing is changed in CHECKPOINT. Where upstream's class
+    loads no state, the weights are written, it says why, and the exit code is 1.
 
     Example: dist-optim export runs/mine/checkpoint-500 exported --dtype bfloat16
     """
@@ -66,7 +70,13 @@ def export_checkpoint(
         )
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done), indent=2, default=str))
-        return
+    else:
+        _show_export(done)
+    if done.left_out:
+        raise typer.Exit(1)
+
+
+def _show_export(done: Export) -> None:
     console = _console()
     console.print(
         f"{done.optimizer} after {done.steps} steps: {len(done.files)} files in {done.directory}", style="bold"
@@ -75,6 +85,8 @@ def export_checkpoint(
         console.print(f"  {file}: {text}")
     for note in done.notes:
         console.print(f"  Note: {note}")
+    if done.left_out:
+        console.print(f"  Without the optimizer: {done.left_out}", style="red")
 
 
 def import_checkpoint(

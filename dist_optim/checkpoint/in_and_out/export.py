@@ -48,6 +48,14 @@ PARTS = ("weights", "optimizer")
 CONFIGURATION = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 """Configuration and tokenizer of a model, as transformers writes them."""
 OF_A_RUN = ("scheduler.pt", "trainer_state.json", "rng_state.pth")
+LOMO = {
+    "lomo": "lomo-optim's steps inside hooks and keeps no moments, so that its load_state_dict has nothing to load. "
+    "Build lomo_optim.Lomo on the exported weights, and go on at the rate that the run had come to.",
+    "adalomo": "lomo-optim's keeps its moments in attributes, which its state_dict() leaves out and its "
+    "load_state_dict does not fill. lomo_optim.AdaLomo on the exported weights begins with new moments; to keep them, "
+    "go on with dist_optim from the checkpoint.",
+}
+"""Why, and what to do."""
 OURS = ("checkpoint.json", "optimizer.json", "export.json", "*.index.json", "run.json")
 
 
@@ -63,6 +71,8 @@ class Export:
     """How each file of an optimizer is loaded, in Python."""
     notes: list[str] = field(default_factory=list)
     """What whoever goes on from it must know."""
+    left_out: str = ""
+    """Why there is no optimizer in it, where both were asked for and upstream loads none."""
 
 
 def export(
@@ -93,7 +103,8 @@ def export(
 
     Raises:
         CheckpointError: It is no checkpoint, or damaged.
-        UnsupportedError: Upstream cannot load such a state: with the reason. Nothing was written.
+        UnsupportedError: Upstream cannot load such a state: with the reason. Nothing was written. (Where weights are
+            there too, and both were asked for, they are written, and ``left_out`` says it.)
         UsageError: The arguments fit no checkpoint.
     """
     if only not in (None, *PARTS):
@@ -109,9 +120,14 @@ def export(
         dicts: Mapping[str, _StateDict] = {}
         if only != "weights":
             arguments = dict(optim_args or {})
-            dicts = attempt(
-                lambda: _state_dicts(folder, optimizer, arguments, done), folder.path, None, is_reading=True
-            )
+            try:
+                dicts = attempt(
+                    lambda: _state_dicts(folder, optimizer, arguments, done), folder.path, None, is_reading=True
+                )
+            except UnsupportedError as error:
+                if only == "optimizer" or folder.weights is None:
+                    raise
+                done.left_out = str(error)
         with written_aside(target, None) as aside:
             attempt(lambda: _write(aside, folder, dicts, only, dtype, config, done), target, None)
     return done
@@ -203,8 +219,7 @@ def _without_tensors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _refuse_own(spec: OptimizerSpec) -> None:
     if spec.package == "dist-optim":
         raise UnsupportedError(
-            f"{spec.name} has no upstream optimizer that loads a state: lomo-optim's class steps inside hooks, and "
-            "keeps none. Export the weights alone: --only weights."
+            f"{spec.name} has no upstream optimizer that loads a state: {LOMO.get(spec.name, 'its class is ours.')}"
         )
 
 
@@ -231,7 +246,7 @@ def _write(
             weights.check()
             write_safetensors(place / WEIGHTS, weights, own_dtype)
             _copy_configuration(folder.path if config is None else Path(config), place, is_given=config is not None)
-    if only is None:
+    if only is None and not done.left_out:  # with a schedule and without an optimizer, a resume would begin it anew
         _copy_run(folder.path, at_optimizer)
     for name, one in dicts.items():
         file = OPTIMIZER if len(dicts) == 1 else f"optimizer-{name}.pt"
@@ -266,6 +281,7 @@ def _about(folder: Folder, dicts: Mapping[str, _StateDict], done: Export) -> dic
         "param_groups": {name: one.names for name, one in dicts.items()},
         "loading": done.loading,
         "notes": done.notes,
+        "left_out": done.left_out,
     }
 
 

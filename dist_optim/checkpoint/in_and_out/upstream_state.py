@@ -117,7 +117,7 @@ def _refuse_extras(optimizer: DistributedOptimizer, instance: UpstreamInstance, 
         raise UnsupportedError(
             f"{optimizer.spec.name} keeps more than the state of its parameters, in attributes that its own "
             "state_dict() leaves out: upstream could not go on from the export. Give in --optim_args what "
-            "it was built with, where that differs from the defaults; or export the weights alone (--only weights)."
+            "it was built with, where that differs from the defaults; or use the weights alone."
         )
 
 
@@ -126,7 +126,8 @@ def _refuse_lost(name: str, found: Mapping[str, Mapping[str, Any]], expected: in
     if kept < expected:
         raise UnsupportedError(
             f"{name}: upstream keeps state where its own state_dict() does not list it by number ({kept} of {expected} "
-            "parameters are there), so that upstream itself cannot resume. Export the weights alone (--only weights)."
+            "parameters are there), so that upstream itself cannot resume: on the exported weights it begins with new "
+            "state; to keep it, go on with dist_optim from the checkpoint."
         )
 
 

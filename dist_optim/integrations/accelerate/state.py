@@ -20,32 +20,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from dist_optim.building.arguments import listed_names
-from dist_optim.checkpoint import exported_weights, save_optimizer
+from dist_optim.checkpoint import exported_weights, save_optimizer, wait_for_saves
+from dist_optim.checkpoint.beside_training import write_beside
 from dist_optim.checkpoint.build_values import RATE, let_follow
 from dist_optim.checkpoint.directory import attempt, opened
 from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.folder_seal import MARK, check_folder, parts_among, seal_folder
+from dist_optim.checkpoint.loss_scale import SCALER_FILE, go_on_with_engines, of_file
 from dist_optim.checkpoint.model_weights import (
     FSDP_FOLDER,
     OWN_FOLDER,
     StoredWeights,
+    copied_weights,
     find_weights,
     load_weights,
     remove_weights,
     save_weights,
 )
-from dist_optim.checkpoint.optimizer_state import Incoming, install, look_into, read_state
+from dist_optim.checkpoint.optimizer_state import Incoming, copied_optimizer, install, look_into, read_state
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.integrations.accelerate.guards import served_optimizers
+from dist_optim.ranks.agreement import assert_ranks_equal
 from dist_optim.ranks.meeting import meet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["serve_state"]
+
+Write = Callable[[dist.ProcessGroup | None], None]
 
 SCHEDULE, ENGINES_OWN = "scheduler.bin", "pytorch_model"
 """accelerate's name of the first schedule; and its folder of what DeepSpeed's engine saves itself."""
@@ -65,48 +72,88 @@ def serve_state(accelerator: Accelerator) -> None:
 
 
 def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str]) -> Callable[..., str]:
-    def save_state(*args: Any, **options: Any) -> str:
+    def save_state(*args: Any, asynchronous: bool = False, **options: Any) -> str:
         meet("save_state()")
+        wait_for_saves()
         ours, is_first = served_optimizers(accelerator), accelerator.is_main_process
+        _check_asynchronous(asynchronous, ours)
         target = _target(accelerator, args[0] if args else options.get("output_dir"))
         is_numbered = accelerator.project_configuration.automatic_checkpoint_naming  # one that is there is refused
         is_new = attempt(lambda: not target.exists(), target, None)
         if not is_new and not is_numbered:
             attempt(lambda: _take_apart(target, len(ours)) if is_first else None, target, None)
-        try:
-            folder = _write_all(accelerator, ours, target, lambda: original(*args, **options))
-        except DistOptimError:
-            if is_new and is_first:  # all ranks have stopped writing
-                shutil.rmtree(target, ignore_errors=True)
-            raise
+        with _removed_in_failure(target, is_new and is_first):
+            folder, writes = _write_theirs(accelerator, ours, target, lambda: original(*args, **options), asynchronous)
+
+        def write_ours(ranks: dist.ProcessGroup | None) -> None:
+            with _removed_in_failure(target, is_new and is_first):
+                for write in writes:
+                    write(ranks)
+                seal_folder(Path(folder), ranks)
+
+        if asynchronous:
+            write_beside(write_ours, target, view_of(ours[0]).ranks)
+        else:
+            write_ours(None)
         return folder
 
     save_state.__doc__ = original.__doc__
     return save_state
 
 
-def _write_all(accelerator: Accelerator, ours: list[Any], target: Path, original: Callable[[], str]) -> str:
-    """accelerate's files, then ours, then the record over both. Collective."""
+@contextmanager
+def _removed_in_failure(folder: Path, may_be: bool) -> Iterator[None]:
+    try:
+        yield
+    except DistOptimError:
+        if may_be:  # all ranks have stopped writing
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_asynchronous(asynchronous: bool, ours: list[Any]) -> None:
+    """Collective.
+
+    Raises:
+        RanksDisagreeError, CheckpointError: On all ranks: they say different, or nothing of ours is saved.
+    """
+    assert_ranks_equal("save_state()", [("asynchronous", asynchronous)], "Give the same on every rank.", None)
+    if asynchronous and not ours:
+        raise CheckpointError(
+            "save_state(asynchronous=True): no optimizer of dist_optim is in this accelerator, and accelerate "
+            "writes its own files before it returns. Leave it out, or prepare the optimizer with dist_optim."
+        )
+
+
+def _write_theirs(
+    accelerator: Accelerator, ours: list[Any], target: Path, original: Callable[[], str], is_copied: bool
+) -> tuple[str, list[Write]]:
+    """Write accelerate's files; where they are, and what is left to do but for the record over all. Collective."""
     is_first = accelerator.is_main_process
+    writes: list[Write] = []
     with ExitStack() as stack:
         stack.enter_context(_left_out(accelerator, ours))
         for optimizer in ours:
             stack.enter_context(exported_weights(optimizer))
             if engine := engine_of(accelerator):
-                stack.enter_context(_weights_alone(engine, optimizer))
+                stack.enter_context(_weights_alone(engine, optimizer, writes if is_copied else None))
         folder = attempt(original, target, None)
-    for number, optimizer in enumerate(ours):
-        save_optimizer(_folder(folder, number), optimizer)
     if (schedule := schedule_inside(accelerator)) is not None:
         path = Path(folder) / SCHEDULE
         attempt(lambda: torch.save(schedule.state_dict(), path) if is_first else None, path, None)
-    seal_folder(Path(folder))
-    return folder
+    for number, optimizer in enumerate(ours):
+        at = _folder(folder, number)
+        if is_copied:
+            writes.append(copied_optimizer(at, optimizer))
+        else:
+            save_optimizer(at, optimizer)
+    return folder, writes
 
 
 def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., None]) -> Callable[..., None]:
     def load_state(input_dir: str | None = None, *args: Any, allow_changed: Iterable[str] = (), **options: Any) -> None:
         meet("load_state()")
+        wait_for_saves()
         named = Path(input_dir or "checkpoints")
         folder = attempt(lambda: _chosen(accelerator, input_dir), named, None, is_reading=True)
         ours = served_optimizers(accelerator)
@@ -127,7 +174,7 @@ def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., No
                 original(str(folder), *args, **options)
 
         weights = attempt(lambda: _foreign_weights(accelerator, folder), folder, None, is_reading=True)
-        with _left_out(accelerator, ours, leaves_models=weights is not None):
+        with _left_out(accelerator, ours, leaves_models=weights is not None), _scaler_left_out(accelerator, folder):
             attempt(load, folder, None, is_reading=True)
         if weights is not None:
             (model,) = accelerator._models
@@ -137,6 +184,7 @@ def _with_optimizers_loaded(accelerator: Accelerator, original: Callable[..., No
         if (schedule := schedule_inside(accelerator)) is not None:
             path = folder / SCHEDULE
             attempt(lambda: _load_schedule(schedule, path), path, None, is_reading=True)
+        attempt(lambda: _go_on_with_scale(accelerator, ours, folder), folder, None, is_reading=True)
         if any(RATE in incoming.changed for incoming in found):
             attempt(lambda: _let_schedules_follow(accelerator), folder, None, is_reading=True)
 
@@ -213,11 +261,17 @@ def _is_native(accelerator: Accelerator, folder: Path) -> bool:
 
 
 @contextmanager
-def _weights_alone(engine: Any, optimizer: Any) -> Iterator[None]:
-    """While accelerate lets the engine save everything its own way, it saves weights that every strategy reads."""
+def _weights_alone(engine: Any, optimizer: Any, later: list[Write] | None) -> Iterator[None]:
+    """While accelerate lets the engine save everything its own way, it saves weights that every strategy reads.
+
+    Where there is a list for what is written later, a copy is.
+    """
 
     def save_checkpoint(folder: str, *args: Any, **options: Any) -> None:
-        save_weights(Path(folder), engine, optimizer)
+        if later is None:
+            save_weights(Path(folder), engine, optimizer)
+        else:
+            later.append(copied_weights(Path(folder), engine, optimizer))
 
     before = engine.save_checkpoint
     engine.save_checkpoint = save_checkpoint
@@ -237,6 +291,27 @@ def _left_out(accelerator: Accelerator, ours: list[Any], *, leaves_models: bool 
         yield
     finally:
         accelerator._optimizers[:], accelerator._models[:] = optimizers, models
+
+
+@contextmanager
+def _scaler_left_out(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Where no ``GradScaler`` was saved, accelerate would look for one, with the weights already loaded."""
+    scaler = accelerator.scaler
+    accelerator.scaler = scaler if (folder / SCALER_FILE).is_file() else None
+    try:
+        yield
+    finally:
+        accelerator.scaler = scaler
+
+
+def _go_on_with_scale(accelerator: Accelerator, ours: list[Any], folder: Path) -> None:
+    """Of fp16 losses, from ZeRO's engine to a ``GradScaler``, and back."""
+    if not ours:
+        return
+    if engine_of(accelerator) and (found := of_file(folder / SCALER_FILE)) is not None:
+        view_of(ours[0]).take_loss_scale(found)
+    elif accelerator.scaler is not None and not (folder / SCALER_FILE).is_file():
+        go_on_with_engines(accelerator.scaler, Path(_folder(folder, 0)))
 
 
 def _look_into(folder: str, ours: list[Any], allow_changed: Iterable[str]) -> list[Incoming]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dist_optim.checkpoint.engine_view import EngineView
+from dist_optim.checkpoint.loss_scale import LossScale
 from dist_optim.integrations.deepspeed.push_weights import push_weights
 from dist_optim.layouts.detect import PlacedParameter, assert_held_by, named_parameters
 from dist_optim.layouts.detect_zero import stored_place
@@ -93,6 +94,10 @@ class ZeroView(EngineView):
             setattr(self._engine, name, counters.get(name, usual[name]))
         for scaler in self._scalers():
             vars(scaler).update(counters.get("loss_scale", {}))
+
+    def take_loss_scale(self, found: LossScale) -> None:
+        for scaler in self._scalers():
+            vars(scaler).update(found.for_engine(scaler, self._engine.global_steps))
 
     def _scalers(self) -> Iterator[Any]:
         """The dynamic loss scaler of fp16, where there is one."""

@@ -36,7 +36,8 @@ class TrainingArguments(transformers.TrainingArguments):
     ``build_optimizer``; JSON and a dict may hold ``params``, groups by pattern. ``optim_target_modules`` may be one
     string too. ``allow_changed`` (also as a list) names hyperparameters that may be others than in the run that is
     resumed, and take the values given here; and parts of its folder that may be of another save
-    (``checkpoint.folder_seal.PARTS``). ``verify_steps`` is that of ``build_optimizer``. All else is unchanged.
+    (``checkpoint.folder_seal.PARTS``). ``verify_steps`` is that of ``build_optimizer``. With ``asynchronous_saves``
+    checkpoints are written while training goes on (``beside_training``). All else is unchanged.
     """
 
     # Redeclared: argparse would offer only transformers' own names, read no dict, and take a single module.
@@ -65,6 +66,14 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={
             "help": "Step the first so many steps a second time by upstream's own class, in one process, and compare "
             "every weight. Rank 0 has the whole model once more until then."
+        },
+    )
+
+    asynchronous_saves: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on while a checkpoint is written: a save waits for a copy on the host, and for the save "
+            "before. What failed is told at the next step."
         },
     )
 

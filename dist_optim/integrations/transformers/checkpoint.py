@@ -7,7 +7,8 @@
     checkpoint-500/dist_optim_weights/   the weights, where ZeRO-3 was not told to gather them for saving
     checkpoint-500/dist_optim_save.json  what binds all of it into one save (``checkpoint.folder_seal``)
 
-What one strategy has saved, every other resumes from. (With adapters of peft, DeepSpeed saves its own way.)
+What one strategy has saved, every other resumes from. Of a model of peft, the adapters are saved in place of the model;
+with those of transformers' ``add_adapter``, DeepSpeed saves its own way.
 
 transformers writes one piece after another, most of them on rank 0 alone, with collectives in between. Each piece that
 such a collective follows is an attempt of all ranks, so that none goes on to wait for one that has failed.
@@ -16,15 +17,18 @@ such a collective follows is an attempt of all ranks, so that none goes on to wa
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_optim.checkpoint import exported_weights, load_optimizer, save_optimizer
+from dist_optim.checkpoint.beside_training import begin, write_beside
 from dist_optim.checkpoint.build_values import RATE, let_follow
-from dist_optim.checkpoint.directory import attempt, recover, written_aside
+from dist_optim.checkpoint.directory import attempt, begin_aside, ended_aside, filled_aside, recover, written_aside
 from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.folder_seal import (
     MARK,
@@ -35,10 +39,20 @@ from dist_optim.checkpoint.folder_seal import (
     seal_alone,
     seal_folder,
 )
-from dist_optim.checkpoint.model_weights import StoredWeights, find_weights, load_weights, save_weights
+from dist_optim.checkpoint.loss_scale import SCALER_FILE, go_on_with_engines, of_file
+from dist_optim.checkpoint.model_weights import find_weights
+from dist_optim.checkpoint.optimizer_state import copied_optimizer
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError
+from dist_optim.integrations.transformers.adapters import stored_adapters
 from dist_optim.integrations.transformers.arguments import listed
+from dist_optim.integrations.transformers.beside_training import (
+    Announcement,
+    DeferredWrites,
+    on_save_kept_back,
+    settle_saves,
+)
+from dist_optim.integrations.transformers.checkpoint_weights import WeightsMixin
 from dist_optim.integrations.transformers.history import checkpoints_in, remove_older
 from dist_optim.ranks.agreement import gather_objects
 
@@ -51,22 +65,15 @@ ENGINES_OWN = "global_step*"
 """Folders of DeepSpeed's own checkpoints."""
 
 
-class CheckpointingMixin:
+class CheckpointingMixin(WeightsMixin):
     """The Trainer's methods that write and read checkpoints. All of them are collective."""
 
-    # transformers' own attributes that are used here and in the mixin; mypy does not follow transformers.
-    args: Any
-    accelerator: Any
-    model: Any
-    model_wrapped: Any
-    optimizer: Any
+    # transformers' own attributes that are used here and in the mixin, as in `WeightsMixin`.
     lr_scheduler: Any
-    state: Any
     control: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
     _saving_into: Path | None = None
     _saved_into: Path | None = None
+    _announcement: Announcement | None = None
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
         """As in transformers, which takes one step too many where a run resumes at its end."""
@@ -84,6 +91,9 @@ class CheckpointingMixin:
         not all of one save is refused, before anything is changed.
         """
         folder = Path(self.args.output_dir)
+        if self._saves_beside():
+            self._announcement = None  # of a training that ended in an error
+            settle_saves(self)
         attempt(lambda: recover(folder, CHECKPOINTS) if self.args.should_save else None, folder, None)
         if resume_from_checkpoint is True:
             latest = [str(path) for path in attempt(lambda: checkpoints_in(folder), folder, None)[-1:]]
@@ -108,28 +118,68 @@ class CheckpointingMixin:
             self.optimizer.eval()  # the engine saves what is in place
         run = Path(self._get_output_dir(trial))
         directory = run / f"checkpoint-{self.state.global_step}"
+        save = functools.partial(super()._save_checkpoint, model, trial)  # type: ignore[misc]
         if self.args.push_to_hub:  # the upload goes on in the background, from where it was written
-            attempt(functools.partial(super()._save_checkpoint, model, trial), directory, None)  # type: ignore[misc]
+            attempt(save, directory, None)
             return
-        with written_aside(directory, None) as aside:
-            self._saving_into = aside.parent  # where transformers makes a folder of the same name
-            try:
-                attempt(functools.partial(super()._save_checkpoint, model, trial), directory, None)  # type: ignore[misc]
-                attempt(lambda: self._name_the_best(aside, directory), directory, None)
+        if self._saves_beside():
+            self._save_beside(save, directory)
+        else:
+            with written_aside(directory, None) as aside:
+                self._fill(aside, directory, save)
                 seal_folder(aside)
-            finally:
-                self._saving_into = None
+            best = self.state.best_model_checkpoint
+            attempt(lambda: self._rotate(run, best) if self.args.should_save else None, directory, None)
         self._saved_into = directory
-        attempt(lambda: self._rotate(run) if self.args.should_save else None, directory, None)
+
+    def _fill(self, aside: Path, directory: Path, save: Callable[[], None]) -> None:
+        self._saving_into = aside.parent  # where transformers makes a folder of the same name
+        try:
+            attempt(save, directory, None)
+            attempt(lambda: self._name_the_best(aside, directory), directory, None)
+        finally:
+            self._saving_into = None
+
+    def _saves_beside(self) -> bool:
+        return bool(getattr(self.args, "asynchronous_saves", False))
+
+    def _save_beside(self, save: Callable[[], None], directory: Path) -> None:
+        """Copy what is large, and let a thread write it (``beside_training``)."""
+        view = view_of(self.optimizer)
+        settle_saves(self)
+        begin("a save beside the training", view)
+        begin_aside(directory, None)
+        self._deferred = deferred = DeferredWrites()
+        try:
+            with filled_aside(directory, None) as aside:
+                self._fill(aside, directory, save)
+        finally:
+            self._deferred = None
+        best, is_first = self.state.best_model_checkpoint, self.args.should_save
+
+        def write(ranks: dist.ProcessGroup | None) -> None:
+            with ended_aside(directory, ranks) as aside:
+                deferred.write(aside, ranks)
+                seal_folder(aside, ranks)
+            attempt(lambda: self._rotate(directory.parent, best) if is_first else None, directory, ranks)
+
+        write_beside(write, directory, view.ranks)
 
     def _maybe_log_save_evaluate(self, *positional: Any, **named: Any) -> None:
         """As in transformers, whose callbacks may change the folder in ``on_save``: some keep the adapters alone."""
-        super()._maybe_log_save_evaluate(*positional, **named)  # type: ignore[misc]
+        do = functools.partial(super()._maybe_log_save_evaluate, *positional, **named)  # type: ignore[misc]
+        if self._saves_beside():
+            with on_save_kept_back(self):
+                do()
+            return
+        do()
         saved, self._saved_into = self._saved_into, None
         if saved is not None:
-            attempt(
-                lambda: seal_again(saved) if self.args.should_save and (saved / MARK).exists() else None, saved, None
-            )
+            self._seal_again(saved)
+
+    def _seal_again(self, saved: Path) -> None:
+        """After callbacks. Collective."""
+        attempt(lambda: seal_again(saved) if self.args.should_save and (saved / MARK).exists() else None, saved, None)
 
     def _name_the_best(self, aside: Path, directory: Path) -> None:
         """The best model's folder, where this is it, by the name that it will have."""
@@ -150,84 +200,21 @@ class CheckpointingMixin:
             seal_alone(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
-    def _rotate(self, run: Path) -> None:
-        remove_older(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+    def _rotate(self, run: Path, best: str | None) -> None:
+        remove_older(run, self.args.save_total_limit, best)
 
-    # Weights ------------------------------------------------------------------------------------------------------
-
-    def _saves_logically(self) -> bool:
-        """Whether a checkpoint is ours, for every strategy: not with adapters, which DeepSpeed's engine saves alone."""
-        return is_ours(self.optimizer) and not (self.is_deepspeed_enabled and self._has_adapters())
-
-    def _has_adapters(self) -> bool:
-        return hasattr(self.model, "peft_config")
-
-    def save_model(self, *positional: Any, **named: Any) -> None:
-        """As in transformers; the averaged weights of an optimizer that averages, then on all ranks together."""
-        if self._saves_logically():
-            with exported_weights(self.optimizer):
-                self._save_weights(*positional, **named)
-            return
-        if self.is_deepspeed_enabled and self.optimizer is not None:
-            self.optimizer.eval()
-        self._save_weights(*positional, **named)
-
-    def _save_weights(self, *positional: Any, **named: Any) -> None:
-        save = functools.partial(super().save_model, *positional, **named)  # type: ignore[misc]
-        if not named.get("_internal_call"):  # scripts call it on rank 0 alone
-            save()
-            return
-        # Of a checkpoint: other ranks go on to its collectives.
-        folder = Path((positional[0] if positional else named.get("output_dir")) or self.args.output_dir)
-        if self._saves_logically() and self._leaves_weights_in_slices():
-            attempt(lambda: self._save_all_but_weights(folder), folder, None)
-            save_weights(folder, self.model_wrapped, self.optimizer)
-        else:
-            attempt(save, folder, None)
-
-    def _leaves_weights_in_slices(self) -> bool:
-        """Whether the engine would save its own way instead, since nobody allowed it to gather."""
-        engine = self.model_wrapped
-        if not self.is_deepspeed_enabled or engine.zero_optimization_stage() < 3:
-            return False
-        return not engine.zero_gather_16bit_weights_on_model_save()
-
-    def _save_all_but_weights(self, folder: Path) -> None:
-        """Configuration, tokenizer, arguments."""
-        self._save(str(folder), state_dict={})  # type: ignore[attr-defined]
-        if self.args.should_save:  # it has made a file of no weights
-            for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-                path.unlink(missing_ok=True)
+    # The end of training, and DeepSpeed -------------------------------------------------------------------------------
 
     def _finalize_training(self, *positional: Any, **named: Any) -> Any:
-        """Weights that average end averaged; the best model's are such, and must not be averaged again."""
+        """Weights that average end averaged; the best model's are such, and must not be averaged again.
+
+        What is saved beside the training is on the disk then.
+        """
+        if self._saves_beside():
+            settle_saves(self)
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         return super()._finalize_training(*positional, **named)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in transformers; FSDP and ZeRO also take whole tensors, and all take what those have saved in pieces."""
-        if (stored := self._read_here(checkpoint)) is not None:
-            optimizer = self.optimizer if self._is_our_engine() else None
-            load_weights(stored, self._model_to_load_into(model), optimizer)
-            return
-        with plain_loads():
-            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
-
-    def _read_here(self, checkpoint: str) -> StoredWeights | None:
-        """Its weights, where transformers would not read them under this strategy."""
-        stored = find_weights(checkpoint)
-        is_foreign = self.is_fsdp_enabled or self._is_our_engine() or (stored is not None and stored.folder is not None)
-        return stored if is_foreign else None
-
-    def _model_to_load_into(self, model: nn.Module | None) -> nn.Module:
-        if self._is_our_engine():
-            engine: nn.Module = self.model_wrapped
-            return engine
-        return self.model if model is None or self.is_fsdp_enabled else model
-
-    def _is_our_engine(self) -> bool:
-        return self.is_deepspeed_enabled and self._saves_logically()
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -240,10 +227,11 @@ class CheckpointingMixin:
 
     def _is_for_any_engine(self, checkpoint: Any) -> bool:
         """Whether a checkpoint that DeepSpeed's engine is to resume from is one of ours, not one of its own."""
-        if not isinstance(checkpoint, str) or not self.is_deepspeed_enabled or self._has_adapters():
+        if not isinstance(checkpoint, str) or not self.is_deepspeed_enabled or self._has_adapters_inside():
             return False
         folder = Path(checkpoint)
-        return not any(folder.glob(ENGINES_OWN)) and find_weights(folder) is not None
+        has_weights = find_weights(folder) is not None or stored_adapters(folder, self.model) is not None
+        return has_weights and not any(folder.glob(ENGINES_OWN))
 
     def _resume_under_deepspeed(self, checkpoint: str) -> None:
         """What transformers does under other engines, after the engine was made without the checkpoint.
@@ -258,6 +246,25 @@ class CheckpointingMixin:
             )
         self._load_from_checkpoint(checkpoint)
         self._load_optimizer_and_scheduler(checkpoint)
+        self._load_scaler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """As in transformers; what ZeRO and a ``GradScaler`` have saved, each takes from the other."""
+        if checkpoint is None:
+            return
+        folder, load = Path(checkpoint), functools.partial(super()._load_scaler, checkpoint)  # type: ignore[misc]
+
+        def act() -> None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            if self._is_our_engine():
+                if (found := of_file(folder / SCALER_FILE)) is not None:
+                    view_of(self.optimizer).take_loss_scale(found)
+            elif scaler is not None and (folder / SCALER_FILE).is_file():
+                load()
+            elif scaler is not None:
+                go_on_with_engines(scaler, folder / OPTIMIZER_FOLDER)
+
+        attempt(act, folder, None, is_reading=True)
 
     # Optimizer and schedule ---------------------------------------------------------------------------------------
 
@@ -268,8 +275,11 @@ class CheckpointingMixin:
             return
         if self.is_fsdp_enabled:
             with exported_weights(self.optimizer):
-                attempt(lambda: self._save_fsdp_weights(output_dir), folder, None)
-        save_optimizer(folder / OPTIMIZER_FOLDER, self.optimizer)
+                self._save_fsdp_weights(folder)
+        if self._deferred is None:
+            save_optimizer(folder / OPTIMIZER_FOLDER, self.optimizer)
+        else:
+            self._deferred.together.append(copied_optimizer(folder / OPTIMIZER_FOLDER, self.optimizer))
         attempt(lambda: self._save_schedule(folder) if self.args.should_save else None, folder, None)
 
     def _save_schedule(self, folder: Path) -> None:
@@ -279,16 +289,6 @@ class CheckpointingMixin:
         """Also the one that DeepSpeed's configuration names, out of accelerate's wrapper, which saves nothing."""
         wraps = type(self.lr_scheduler).__name__ == "DeepSpeedSchedulerWrapper"
         return self.lr_scheduler.scheduler if wraps else self.lr_scheduler
-
-    def _save_fsdp_weights(self, output_dir: str) -> None:
-        """In accelerate's format, where `save_model` has not written whole tensors: those load under any strategy."""
-        from accelerate.utils import save_fsdp_model
-        from transformers.trainer import get_fsdp_ckpt_kwargs
-
-        plugin = self.accelerator.state.fsdp_plugin
-        if "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            return
-        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         is_engines_own = self.is_deepspeed_enabled and not self._is_for_any_engine(checkpoint)

@@ -24,6 +24,7 @@ from dist_optim.integrations import cpu_rehearsal
 from dist_optim.integrations.accelerate.tensor_parallel import left_as_it_is
 from dist_optim.integrations.transformers import deepspeed as trainer_deepspeed
 from dist_optim.integrations.transformers import rehearsal as trainer_rehearsal
+from dist_optim.integrations.transformers.beside_training import refuse_unserved_saves
 from dist_optim.integrations.transformers.checkpoint import CheckpointingMixin
 from dist_optim.integrations.transformers.checks import (
     check_given_optimizer,
@@ -158,6 +159,8 @@ class DistOptimTrainerMixin(CheckpointingMixin, LossOfRanksMixin):
             prepared = super()._prepare_for_training(  # type: ignore[misc]
                 max_steps, train_dataloader, None if is_for_any_engine else resume_from_checkpoint
             )
+        if self._saves_beside():
+            refuse_unserved_saves(self)
         if is_for_any_engine:
             self._resume_under_deepspeed(resume_from_checkpoint)
         return prepared
