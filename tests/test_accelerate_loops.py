@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerated import Training, make_model, prepare_stock, started_by_accelerate
 from placements import full_parameters
 from resuming import train_steps
+from situations_accelerate import Counter
 from torch import nn
 
 from dist_optim.errors import DistOptimError
@@ -104,17 +105,6 @@ def test_control_groups_that_stay_behind_are_refused(two_ranks: RankPool) -> Non
 
 
 # Two models, hooks, registered objects ----------------------------------------------------------------------------
-
-
-class Counter:
-    def __init__(self) -> None:
-        self.value = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.value = state["value"]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from door_runs import BesideAccelerate, ByAccelerateEach, equal
 from fresh import own_libraries
-from test_trainer_resume import IN_PIECES, SCHEDULED, SHARDS
+from test_trainer_resume import BEST_OF_TWO, IN_PIECES, SCHEDULED, SHARDS
 from torch import nn
 from trainers import Job, Outcome, gap_between, train
 from transformers import TrainerCallback
@@ -201,17 +201,7 @@ def test_the_last_save_is_waited_for(two_ranks: RankPool, tmp_path: Path) -> Non
 
 
 def best_and_limit(folder: Path) -> None:
-    settings = {
-        **BESIDE,
-        "save_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        "learning_rate": 0.05,
-    }
-    run = trained(Job("adamw_torch", settings), "ddp", folder)
+    run = trained(Job("adamw_torch", {**BESIDE, **BEST_OF_TWO}), "ddp", folder)
     losses = run.all("eval_loss")
     best = losses.index(min(losses)) + 1
     kept = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))

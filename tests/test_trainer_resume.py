@@ -29,6 +29,15 @@ from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
+BEST_OF_TWO = {
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "learning_rate": 0.05,
+}
 SCHEDULED = {**SAVING, "lr_scheduler_type": "cosine", "max_grad_norm": 0.5, "weight_decay": 0.1}
 
 
@@ -161,17 +170,7 @@ def test_a_checkpoint_holds_the_averaged_weights(two_ranks: RankPool, tmp_path: 
 
 
 def best_and_limit(strategy: str, directory: str) -> None:
-    settings = {
-        **SAVING,
-        "save_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        "learning_rate": 0.05,
-        "per_device_eval_batch_size": 6,
-    }
+    settings = {**SAVING, **BEST_OF_TWO, "per_device_eval_batch_size": 6}
     folder = Path(directory) / strategy
     run = train(Job("schedule_free_adamw", settings), strategy, folder)
     losses = run.all("eval_loss")
