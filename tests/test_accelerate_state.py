@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +18,12 @@ from resuming import gap_after_resume, prepared_for, train_steps
 from test_accelerate_deepspeed import accelerator_of
 from zero import ZeroRun
 
+from dist_optim.checkpoint import wait_for_saves
 from dist_optim.checkpoint.blocks import Pieces, read_pieces
 from dist_optim.checkpoint.engine_view import view_of
 from dist_optim.checkpoint.index import stored_tensors
 from dist_optim.errors import CheckpointError, StateDictError
+from dist_optim.integrations.accelerate import state
 from dist_optim.integrations.accelerate.state import _foreign_weights
 from dist_optim.testing import RankFailure, RankPool, assert_equal
 
@@ -200,3 +202,55 @@ def test_weights_of_several_models_are_not_guessed(tmp_path: Path) -> None:
     two: Any = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"), _models=[object(), object()])
     with pytest.raises(CheckpointError, match="2 models"):
         _foreign_weights(two, tmp_path)
+
+
+# accelerate's own numbers -----------------------------------------------------------------------------------------
+
+
+ADAMW = Training("adamw_torch", {"lr": 1e-2})
+
+
+def states_left(folder: Path, asynchronous: bool) -> list[list[str]]:
+    """With a limit of one: after a save, after one that failed, and after the next."""
+    found = []
+    with started_by_accelerate("ddp", ADAMW) as accelerator:
+        project = accelerator.project_configuration
+        project.set_directories(str(folder))
+        project.automatic_checkpoint_naming, project.total_limit = True, 1
+        model, optimizer, scheduler = prepared_for(accelerator, ADAMW)
+        for step in range(3):
+            train_steps(accelerator, model, optimizer, scheduler, range(step, step + 1))
+            failing = mock.patch.object(state, "seal_folder", side_effect=CheckpointError("the disk is full. Empty it"))
+            try:
+                with failing if step == 1 else nullcontext():
+                    accelerator.save_state(asynchronous=asynchronous)
+                    wait_for_saves()
+            except CheckpointError:
+                assert step == 1
+            dist.barrier()
+            found.append(sorted(path.name for path in (folder / "checkpoints").iterdir()))
+            dist.barrier()
+            assert project.total_limit == 1
+    return found
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_limit_removes_no_state_before_the_next_one_is_whole(
+    asynchronous: bool, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    for found in two_ranks.run(states_left, tmp_path, asynchronous):
+        assert found == [["checkpoint_0"], ["checkpoint_0"], ["checkpoint_2"]]
+
+
+@contextmanager
+def as_accelerate_has_it(accelerator: Any) -> Iterator[None]:
+    yield
+
+
+def left_by_accelerates_own_way(folder: Path) -> list[list[str]]:
+    with mock.patch.object(state, "nothing_removed", as_accelerate_has_it):
+        return states_left(folder, False)
+
+
+def test_control_accelerates_own_way_is_left_with_none(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(left_by_accelerates_own_way, tmp_path)[0][1] == []

@@ -44,6 +44,7 @@ from dist_optim.checkpoint.optimizer_state import Incoming, copied_optimizer, in
 from dist_optim.checkpoint.plain_loads import plain_loads
 from dist_optim.errors import CheckpointError, DistOptimError
 from dist_optim.integrations.accelerate.guards import served_optimizers
+from dist_optim.integrations.accelerate.rotating import nothing_removed, remove_older
 from dist_optim.ranks.agreement import assert_ranks_equal
 from dist_optim.ranks.meeting import meet
 
@@ -82,7 +83,7 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
         is_new = attempt(lambda: not target.exists(), target, None)
         if not is_new and not is_numbered:
             attempt(lambda: _take_apart(target, len(ours)) if is_first else None, target, None)
-        with _removed_in_failure(target, is_new and is_first):
+        with _removed_in_failure(target, is_new and is_first), nothing_removed(accelerator) as limit:
             folder, writes = _write_theirs(accelerator, ours, target, lambda: original(*args, **options), asynchronous)
 
         def write_ours(ranks: dist.ProcessGroup | None) -> None:
@@ -90,6 +91,7 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
                 for write in writes:
                     write(ranks)
                 seal_folder(Path(folder), ranks)
+            attempt(lambda: remove_older(Path(folder), limit) if is_first else None, target, ranks)
 
         if asynchronous:
             write_beside(write_ours, target, view_of(ours[0]).ranks)
