@@ -86,8 +86,8 @@ def test_hsdp_of_accelerate_stays_within_the_noise_floor_of_one_process(four_ran
 
 
 def evaluate_without_resharding(strategy: str) -> float:
-    guard = "dist_optim.stepping.parameter_guard.reshard"
-    with mock.patch(guard, lambda model: None):
+    guard = "dist_optim.stepping.parameter_guard.reshard_units"
+    with mock.patch(guard, lambda units: None):
         found = distances(LOOPS["schedule-free, evaluation every 2 steps"], [strategy])[strategy]
     return found.weights / found.weights_floor
 
