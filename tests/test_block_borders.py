@@ -13,6 +13,7 @@ import torch.distributed as dist
 from placements import full_parameters, inject, own_group, place
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as torch_doors
+from torch.distributed.tensor import distribute_tensor
 
 import dist_optim
 from dist_optim.errors import StateDictError
@@ -105,7 +106,7 @@ def test_four_ranks(placement: str, num_shards: int, four_ranks: RankPool, tmp_p
     four_ranks.run(equals_one_process, placement, "adamw_bnb_8bit", tmp_path, num_shards)
 
 
-def through_torch(folder: Path) -> None:
+def through_torch() -> None:
     """Whole, into upstream's own class; cut and whole, into another of ours; and upstream's own into ours."""
     expected = alone("adamw_bnb_8bit", range(6)).weights()
     run = Run("fsdp2", "adamw_bnb_8bit")
@@ -136,8 +137,6 @@ def through_torch(folder: Path) -> None:
 
 
 def place_like(full: Tensor, one: Any) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(full, one.device_mesh, one.placements, src_data_rank=None)
 
 
@@ -160,8 +159,8 @@ def train_upstream(model: nn.Module, optimizer: torch.optim.Optimizer, steps: ra
         optimizer.step()
 
 
-def test_torchs_doors(two_ranks: RankPool, tmp_path: Path) -> None:
-    two_ranks.run(through_torch, tmp_path)
+def test_torchs_doors(two_ranks: RankPool) -> None:
+    two_ranks.run(through_torch)
 
 
 def test_what_may_be_cut() -> None:
@@ -196,7 +195,7 @@ def test_scales_that_are_not_cut_are_refused(two_ranks: RankPool) -> None:
     two_ranks.run(scales_of_before)
 
 
-def cut_inside_blocks(folder: Path) -> None:
+def cut_inside_blocks() -> None:
     with mock.patch.object(BitsAndBytesDriver, "runs_on_rows", lambda *_: True):
         expected = alone("adamw_bnb_8bit", range(6)).weights()
         run = Run("fsdp2", "adamw_bnb_8bit")
@@ -204,6 +203,6 @@ def cut_inside_blocks(folder: Path) -> None:
         assert_equal(run.weights(), expected)
 
 
-def test_control_blocks_that_are_cut_give_other_bits(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_control_blocks_that_are_cut_give_other_bits(two_ranks: RankPool) -> None:
     with pytest.raises(RankFailure, match="third.weight"):
-        two_ranks.run(cut_inside_blocks, tmp_path)
+        two_ranks.run(cut_inside_blocks)

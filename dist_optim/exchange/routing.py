@@ -43,7 +43,7 @@ def _runs_on_rows(spec: OptimizerSpec, placed: PlacedParameter, values: Mapping[
     if Trait.BLOCKWISE not in spec.traits or placed.member is not None or len(placed.shape) < 2:
         return False
     fewest = placed.layout.fewest_rows(placed.shape[0])
-    return bool(fewest) and spec.driver.runs_on_rows(placed.shape, fewest or 0, values)
+    return fewest is not None and fewest > 0 and spec.driver.runs_on_rows(placed.shape, fewest, values)
 
 
 def refuse_misfits(
