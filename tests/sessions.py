@@ -32,6 +32,8 @@ from dist_optim.layouts.detect import detect, reshard
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
 BATCH = 8
+SIZES = 17, 23, 9
+"""Of what goes in, what lies between, and what comes out."""
 ALWAYS = 0
 """For ``idle_until``: the idle layer takes part from the first step on."""
 
@@ -63,10 +65,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(17, 23)
-        self.idle = nn.Linear(23, 23)
-        self.head = nn.Linear(23, 9, bias=False)
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 23))
+        inner, between, outer = SIZES
+        self.first = nn.Linear(inner, between)
+        self.idle = nn.Linear(between, between)
+        self.head = nn.Linear(between, outer, bias=False)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, between))
 
     def forward(self, inputs: Tensor, targets: Tensor, with_idle: bool) -> Tensor:
         hidden = torch.tanh(self.first(inputs))
@@ -77,7 +80,7 @@ class Net(nn.Module):
 
 def batch(step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * rank + step)
-    return torch.randn(BATCH, 17, generator=generator), torch.randn(BATCH, 9, generator=generator)
+    return torch.randn(BATCH, SIZES[0], generator=generator), torch.randn(BATCH, SIZES[-1], generator=generator)
 
 
 @dataclass(frozen=True)

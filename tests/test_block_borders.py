@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import bitsandbytes
 import pytest
+import sessions
 import torch
 import torch.distributed as dist
+from every_situation import EVERY_ROW
 from placements import full_parameters, inject, own_group, place
+from sessions import ENGINES, Engine
+from situations import REFUSED, RIGHT, Outcome, Situation, cell
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as torch_doors
 from torch.distributed.tensor import distribute_tensor
@@ -161,6 +166,42 @@ def train_upstream(model: nn.Module, optimizer: torch.optim.Optimizer, steps: ra
 
 def test_torchs_doors(two_ranks: RankPool) -> None:
     two_ranks.run(through_torch)
+
+
+HAPPENS = {
+    "evaluated, then saved and resumed": RIGHT,
+    "mixed precision, evaluated, then saved": RIGHT,
+    "loaded from before a layer's first gradient": RIGHT,
+    "two optimizers on one model": RIGHT,
+    "layers are frozen and unfrozen": RIGHT,
+    "resumed through torch's own functions": RIGHT,
+    "one rank fails in the step": REFUSED,
+    "add_param_group between steps, GaLore": REFUSED,
+}
+"""Rows of docs/situations.md, and how they end."""
+
+
+def happens(situation: Situation, engine: Engine) -> Outcome:
+    with mock.patch.object(sessions, "SIZES", (256, 256, 48)):
+        assert stepped_on_rows(engine.session("adamw_bnb_8bit").optimizers[0]) > {"first.weight", "head.weight"}
+        return cell(situation, engine)
+
+
+@pytest.mark.parametrize("title", ["FSDP2", "HSDP"])
+def test_situations(title: str, two_ranks: RankPool, four_ranks: RankPool) -> None:
+    """In which a rank holds rows of 8-bit state."""
+    engine = next(one for one in ENGINES if one.title == title)
+    pool = {2: two_ranks, 4: four_ranks}[engine.num_ranks]
+    rows = [one for one in EVERY_ROW if one.title in HAPPENS]
+    as_one_name = [replace(row, optimizers=(like("adamw_bnb_8bit", row.optimizers[0]),)) for row in rows]
+    chosen = as_one_name if engine.num_ranks == 2 else as_one_name[::3]
+    found = {row.title: pool.run(happens, row, engine)[0] for row in chosen}
+    assert {row: outcome.kind for row, outcome in found.items()} == {row: HAPPENS[row] for row in found}, found
+
+
+def like(name: str, other: str) -> str:
+    """The same name as often as there are names in the other: of one optimizer or of a pair."""
+    return " + ".join([name] * len(other.split(" + ")))
 
 
 def test_what_may_be_cut() -> None:
