@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from multiprocessing import forkserver
 
 import pytest
@@ -26,6 +27,9 @@ torch.set_num_threads(1)
 _proofs = tempfile.TemporaryDirectory(prefix="proofs")
 os.environ[VARIABLE] = _proofs.name
 
+
+collect_ignore = [] if find_spec("peft") else ["test_peft.py"]
+"""It is run by test_with_peft.py, in a process that sees peft."""
 
 IMPORTED_BY_MOST_BODIES = (
     *("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "pytest"),

@@ -19,7 +19,7 @@ from dist_optim.errors import CheckpointError
 from dist_optim.integrations.transformers.adapters import stored_adapters
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
-peft: Any = pytest.importorskip("peft")
+peft: Any = pytest.importorskip("peft", reason="peft is not installed")
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_grad_norm": 0.5}
 MORE: dict[str, dict[str, Any]] = {
