@@ -225,13 +225,16 @@ def build_subject(case: Case, model: nn.Module, **options: Any) -> dist_optim.Di
 
 
 def run_case(case: Case, placement: str, **options: Any) -> list[str]:
-    """The body: problems found on this rank, empty when every parameter is equal after every step."""
-    gaps = run_gaps(case, placement, **options)
+    """The body: problems found on this rank, empty when every parameter is equal after every fourth step and the last.
+
+    What differs in between would stay: in the weights, or in the state that the next steps are made of.
+    """
+    gaps = run_gaps(case, placement, 4, **options)
     return [str(gap) for gap in gaps if not gap.relative <= case.tolerance][:5]  # a NaN is a difference too
 
 
-def run_gaps(case: Case, placement: str, **options: Any) -> list[Gap]:
-    """The distance of every parameter from the reference after every step; zero where the bits are equal."""
+def run_gaps(case: Case, placement: str, every: int = 1, **options: Any) -> list[Gap]:
+    """The distance of every parameter from the reference after so many steps each; zero where the bits are equal."""
     model = place(make_model(case), placement)
     optimizer = build_subject(case, model, **options)  # which refuses what upstream fails on
     expected = reference_history(case)
@@ -240,7 +243,8 @@ def run_gaps(case: Case, placement: str, **options: Any) -> list[Gap]:
     found = []
     for step in range(case.steps):
         take_step(case, model, optimizer, step)
-        found += gaps_between(expected[step], full_parameters(model), f"after step {step}")
+        if step % every == 0 or step == case.steps - 1:
+            found += gaps_between(expected[step], full_parameters(model), f"after step {step}")
     return found
 
 
@@ -268,9 +272,21 @@ def run_second_life(case: Case, placement: str) -> list[str]:
 
 
 def take_step(case: Case, model: nn.Module, optimizer: dist_optim.DistributedOptimizer, step: int) -> None:
-    inject(model, gradients(case, make_model(case), step))
+    inject(model, gradients(case, _template(case), step))
     set_learning_rates(optimizer, case, step)
     optimizer.step()
+
+
+def _template(case: Case) -> Net:
+    """A model that nobody trains, for names and shapes; the same one for all steps of a case."""
+    key = pickle.dumps(case)
+    if key not in _templates:
+        _templates.clear()
+        _templates[key] = make_model(case)
+    return _templates[key]
+
+
+_templates: dict[bytes, Net] = {}
 
 
 @dataclass(frozen=True)

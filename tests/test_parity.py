@@ -16,7 +16,8 @@ from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 CASES = all_cases()
 ONE_A_NAME = list({case.name: case for case in reversed(CASES)}.values())
-"""`make parity` runs every case on every number of ranks; here all on one rank and two, half on three and four."""
+"""`make parity` runs every case in every place; here all on one rank and two, in turn in some of the places there, and
+half of the names on three and four ranks."""
 
 SMALL_ROUNDS = 6000
 """Bytes an owner takes in one round: the cases' matrices then travel in several rounds, two of them in flight."""
@@ -29,9 +30,9 @@ ON_ONE: Placements = (
 )
 ON_TWO: Placements = (
     ("ddp", {}),
+    ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS, "reduce_to_owner": True}),
     ("ddp bucket view", {"bucket_bytes": SMALL_ROUNDS, "replicate": "elementwise"}),
     ("fsdp2", {}),
-    ("fsdp2 units", {"bucket_bytes": SMALL_ROUNDS, "reduce_to_owner": True}),
     ("fsdp1", {"bucket_bytes": SMALL_ROUNDS}),
 )
 ON_THREE: Placements = (
@@ -61,6 +62,11 @@ def every_placement(case: Case, placements: Placements) -> None:
     assert_no_problems_on_any_rank(problems)
 
 
+def in_turn(case: Case, always: int, placements: Placements) -> Placements:
+    """The first ones, and one of the others: cases of one name follow each other, and get different ones."""
+    return (*placements[:always], placements[always + CASES.index(case) % (len(placements) - always)])
+
+
 def every_second_life(case: Case) -> None:
     problems = []
     for placement in ("ddp", "fsdp2", "fsdp1"):
@@ -70,12 +76,12 @@ def every_second_life(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_upstream_on_one_rank(case: Case, one_rank: RankPool) -> None:
-    one_rank.run(every_placement, case, ON_ONE)
+    one_rank.run(every_placement, case, in_turn(case, 1, ON_ONE))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_upstream_on_two_ranks(case: Case, two_ranks: RankPool) -> None:
-    two_ranks.run(every_placement, case, ON_TWO)
+    two_ranks.run(every_placement, case, in_turn(case, 2, ON_TWO))
 
 
 @pytest.mark.parametrize("case", ONE_A_NAME[::2], ids=str)
