@@ -204,9 +204,17 @@ TABLE: dict[str, tuple[Override, ...]] = {
     "FSDP2": (
         *_rows("torch", "torch.distributed.fsdp:FSDPModule", _get_fsdp_state=(), reshard=()),
         *_rows("torch", f"{_FSDP2}_state:FSDPState", "_fsdp_param_group"),
-        *_rows("torch", f"{_FSDP2}_param_group:FSDPParamGroup", "fsdp_params"),
+        *_rows("torch", f"{_FSDP2}_param_group:FSDPParamGroup", "fsdp_params", "is_sharded"),
         *_rows("torch", f"{_FSDP2}_param:FSDPParam", "_unsharded_param", "sharded_param", "sharded_state"),
-        *_rows("torch", "torch.distributed.tensor:DTensor", "_local_tensor", "device_mesh", "placements", "to_local"),
+        *_rows(
+            "torch",
+            "torch.distributed.tensor:DTensor",
+            "_local_tensor",
+            "_spec",
+            "device_mesh",
+            "placements",
+            "to_local",
+        ),
         *_rows("torch", "torch.distributed.device_mesh:DeviceMesh", _get_root_mesh=()),
     ),
     "FSDP2, to owners": (

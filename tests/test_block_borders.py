@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from every_situation import EVERY_ROW
 from placements import full_parameters, inject, own_group, place
-from sessions import ENGINES, Engine
+from sessions import ENGINES, Engine, TorchSession
 from situations import REFUSED, RIGHT, Outcome, Situation, cell
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as torch_doors
@@ -183,7 +183,9 @@ HAPPENS = {
 
 def happens(situation: Situation, engine: Engine) -> Outcome:
     with mock.patch.object(sessions, "SIZES", (256, 256, 48)):
-        assert stepped_on_rows(engine.session("adamw_bnb_8bit").optimizers[0]) > {"first.weight", "head.weight"}
+        session = engine.session("adamw_bnb_8bit")
+        assert isinstance(session, TorchSession)
+        assert stepped_on_rows(session.optimizers[0]) > {"first.weight", "head.weight"}
         return cell(situation, engine)
 
 

@@ -12,8 +12,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from dist_optim.errors import ParameterError, UnsupportedLayoutError
-from dist_optim.layouts import detect_fsdp1, detect_mesh
-from dist_optim.layouts.freezing_fsdp2 import keep_freezing
+from dist_optim.layouts import detect_fsdp1, detect_mesh, freezing_fsdp2
 from dist_optim.layouts.layout import Layout, Replicated
 from dist_optim.layouts.stack import Filters, Member, filters_of, layer_of
 from dist_optim.ranks.agreement import own_rank
@@ -108,7 +107,7 @@ class PlacedParameter:
 
         Such are those of embeddings under tensor parallelism.
         """
-        if isinstance(gradient, DTensor) and self._is_repeated(gradient):
+        if isinstance(gradient, DTensor) and not self._is_alike(gradient) and self._is_repeated(gradient):
             full = local_of(gradient)
             return self.layout.view_of(full if self.member is None else self.member.out_of(full), self._rank)
         return self._own(local_of(gradient))
@@ -123,17 +122,10 @@ class PlacedParameter:
 
     def takes(self, gradient: Tensor) -> bool:
         """Whether it is dense, of the parameter's dtype, and placed like it, as most are: what takes little to see."""
-        parameter = self.parameter
-        if gradient.dtype is not parameter.dtype or gradient.layout is not torch.strided:
+        if not (self.layout.is_replicated if type(gradient) is Tensor else self._is_alike(gradient)):
             return False
-        if type(gradient) is Tensor:
-            return self.layout.is_replicated
-        return (
-            isinstance(gradient, DTensor)
-            and isinstance(parameter, DTensor)
-            and gradient.placements == parameter.placements
-            and gradient.device_mesh is parameter.device_mesh
-        )
+        part = local_of(gradient)
+        return part.dtype is local_of(self.parameter).dtype and part.layout is torch.strided
 
     def why_misplaced(self, gradient: Tensor) -> str:
         """Why no part of this gradient can be stepped by as it lies, and what to do; empty where one can."""
@@ -148,6 +140,14 @@ class PlacedParameter:
             f"is placed {gradient.placements}, and the parameter {parameter.placements}{what}. Before step(), on all "
             "ranks: parameter.grad = parameter.grad.redistribute(parameter.device_mesh, parameter.placements)."
         )
+
+    def _is_alike(self, gradient: Tensor) -> bool:
+        """Whether it is placed as the parameter is; an engine gives both the same object that says how."""
+        parameter = self.parameter
+        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+            return False
+        one, other = gradient._spec, parameter._spec
+        return one is other or one.placements == other.placements and one.mesh is other.mesh
 
     def _is_repeated(self, gradient: DTensor) -> bool:
         parameter = self.parameter
@@ -237,8 +237,7 @@ def reshard_units(units: Iterable[nn.Module]) -> None:
     """``reshard`` of a model whose units are known."""
     for unit in units:
         if isinstance(unit, FSDPModule):
-            keep_freezing(unit)
-            unit.reshard()
+            freezing_fsdp2.reshard(unit)
         else:
             detect_fsdp1.reshard(unit)
 

@@ -8,33 +8,45 @@ forward pass, and then no longer (torch 2.13).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["GatheredFreezing", "keep_freezing", "param_groups_of", "units_of"]
+__all__ = ["GatheredFreezing", "param_groups_of", "reshard", "units_of"]
 
 
-def keep_freezing(module: FSDPModule) -> None:
-    """Before a unit is resharded: if it is gathered now, its shards get the ``requires_grad`` that it shows."""
-    for one in _params_of(module):
+def reshard(module: FSDPModule) -> None:
+    """Free the full copies that a unit has, if any: its shards get the ``requires_grad`` that it shows."""
+    gathered = [unit for unit in param_groups_of(module) if not unit.is_sharded]
+    for one in (one for unit in gathered for one in unit.fsdp_params):
         if one.sharded_state.name == "UNSHARDED":
             one.sharded_param.requires_grad_(one._unsharded_param.requires_grad)
+    if gathered:
+        module.reshard()
 
 
 class GatheredFreezing:
-    """Remembers what shards and gathered tensors said, to tell who was changed. Local.
+    """Remembers what shards and gathered tensors said, to tell who was changed; and knows the units. Local.
 
     Args:
         model: It is not kept alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        modules = [one for one in model.modules() if isinstance(one, FSDPModule)]
+        self._units: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = [
+            (weakref.ref(module), weakref.ref(unit)) for module in modules for unit in param_groups_of(module)
+        ]
         self._params = [weakref.ref(one) for unit in units_of(model) for one in unit.fsdp_params]
         self._known: list[tuple[bool, bool] | None] = [None] * len(self._params)
         self.carry_over()
+
+    def gathered(self) -> list[nn.Module]:
+        """The modules that have full copies now: none, as a rule, and then this takes little."""
+        there = [(module, unit) for module, reference in self._units if (unit := reference()) is not None]
+        modules = [module() for module, unit in there if not unit.is_sharded]
+        return [module for module in modules if module is not None]
 
     def carry_over(self) -> None:
         """Give shards the ``requires_grad`` that was set on their gathered tensors since the last call."""
@@ -43,8 +55,12 @@ class GatheredFreezing:
             if one is None:
                 continue
             shard, gathered = one.sharded_param, getattr(one, "_unsharded_param", None)
-            now = shard.requires_grad, shard.requires_grad if gathered is None else gathered.requires_grad
-            before = self._known[at] or now
+            of_shard = shard.requires_grad
+            now = of_shard, of_shard if gathered is None else gathered.requires_grad
+            known = self._known[at]
+            if now == known:
+                continue
+            before = known or now
             if now[0] == before[0] and now[1] != before[1]:  # else it was set on the shard, or came from there
                 shard.requires_grad_(now[1])
                 now = now[1], now[1]
@@ -61,8 +77,3 @@ def param_groups_of(module: FSDPModule) -> list[Any]:
 def units_of(model: nn.Module) -> list[Any]:
     """The same of all of its modules."""
     return [unit for one in model.modules() if isinstance(one, FSDPModule) for unit in param_groups_of(one)]
-
-
-def _params_of(module: FSDPModule) -> Iterator[Any]:
-    for group in param_groups_of(module):
-        yield from group.fsdp_params

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
+from torch.distributed.fsdp import FSDPModule
 
 from dist_optim.errors import ParameterError, UnsupportedError
-from dist_optim.layouts.detect import PlacedParameter, reshard_units, sharded_modules
+from dist_optim.layouts.detect import PlacedParameter, local_of, reshard_units, sharded_modules
 from dist_optim.layouts.freezing_fsdp2 import GatheredFreezing
 
 __all__ = ["NO_JOIN", "ParameterGuard"]
@@ -46,9 +47,11 @@ class ParameterGuard:
         self._placed = list(placed)
         self._ids = {id(one.parameter) for one in self._placed}
         self._as_built = [_look_of(one.parameter) for one in self._placed]
+        self._memory = _memory_of(self._placed)
         self._freezing = GatheredFreezing(model)
-        self._units = [weakref.ref(unit) for unit in sharded_modules(model)]
-        self._tree = _tree_of(model)
+        self._fsdp1 = [weakref.ref(unit) for unit in sharded_modules(model) if not isinstance(unit, FSDPModule)]
+        self._modules = [weakref.ref(one) for one in model.modules()]
+        self._members = _members_of(self._modules)
         self._left_join: object = None
         self._joinable = [weakref.ref(module) for module in model.modules() if isinstance(module, Joinable)]
 
@@ -59,9 +62,9 @@ class ParameterGuard:
 
     def reshard(self) -> None:
         """Free the full copies of sharded parameters that the engine may have left after a forward pass."""
-        if units := [unit for reference in self._units if (unit := reference()) is not None]:
-            self._freezing.carry_over()
-            reshard_units(units)
+        self._freezing.carry_over()
+        reshard_units(self._freezing.gathered())
+        reshard_units(unit for reference in self._fsdp1 if (unit := reference()) is not None)
 
     def problem(self) -> ParameterError | None:
         """The first parameter that is not what it was, if any. Local; call ``reshard`` before: a unit that is gathered
@@ -75,12 +78,16 @@ class ParameterGuard:
         model = self._model()
         if model is None:
             return None
-        looks = [_look_of(one.parameter) for one in self._placed]
-        if looks == self._as_built and _is_same(self._tree):
-            return None
+        memory = _memory_of(self._placed)
+        is_as_built = memory == self._memory or [_look_of(one.parameter) for one in self._placed] == self._as_built
+        if is_as_built:
+            self._memory = memory
+            if _members_of(self._modules) == self._members:
+                return None
         current = {id(parameter) for parameter in model.parameters()}
-        if looks == self._as_built and current.issuperset(self._ids):
-            self._tree = _tree_of(model)
+        if is_as_built and current.issuperset(self._ids):
+            self._modules = [weakref.ref(one) for one in model.modules()]
+            self._members = _members_of(self._modules)
             return None
         for one, as_built in zip(self._placed, self._as_built, strict=True):
             if id(one.parameter) not in current:
@@ -107,29 +114,16 @@ class ParameterGuard:
             self._left_join = config  # torch leaves it as it was inside: who evaluates so goes on training after it
 
 
-_Tree = list[tuple[weakref.ref[nn.Module], tuple[int, ...], tuple[int, ...]]]
-"""Modules, each with the ids of its own parameters and children."""
+def _members_of(modules: Iterable[weakref.ref[nn.Module]]) -> list[int]:
+    """The ids of all parameters and children, module by module: told in a fraction of the time of walking them."""
+    there = [one for reference in modules if (one := reference()) is not None]
+    return [id(member) for one in there for held in (one._parameters, one._modules) for member in held.values()]
 
 
-def _tree_of(model: nn.Module) -> _Tree:
-    return [
-        (weakref.ref(one), tuple(map(id, one._parameters.values())), tuple(map(id, one._modules.values())))
-        for one in model.modules()
-    ]
-
-
-def _is_same(tree: _Tree) -> bool:
-    """Whether every module has the parameters and children that it had: a fraction of the time of walking them."""
-    for reference, parameters, children in tree:
-        one = reference()
-        if (
-            one is None
-            or tuple(map(id, one._parameters.values())) != parameters
-            or (one._modules or children)
-            and tuple(map(id, one._modules.values())) != children
-        ):
-            return False
-    return True
+def _memory_of(placed: Iterable[PlacedParameter]) -> tuple[list[int], list[torch.Size], list[torch.dtype]]:
+    """Of each part here: while all of it stays, so do the parameter's shape and device, which are slower to ask for."""
+    parts = [local_of(one.parameter) for one in placed]
+    return [part.data_ptr() for part in parts], [part.shape for part in parts], [part.dtype for part in parts]
 
 
 Look = tuple[torch.Size, torch.dtype, torch.device]
