@@ -34,6 +34,7 @@ __all__ = [
     "opened",
     "read_json",
     "recover",
+    "removed_in_failure",
     "write_json",
     "written_aside",
 ]
@@ -67,7 +68,7 @@ def begin_aside(directory: Path, process_group: dist.ProcessGroup | None) -> Non
         CheckpointError: On all ranks: it cannot be made, or not all ranks see it; nothing is left of it.
     """
     aside = _aside(directory)
-    with _removed_in_failure(aside, process_group):
+    with removed_in_failure(aside.parent, own_rank(process_group) == 0):
         own = attempt(
             lambda: _start(directory, aside) if own_rank(process_group) == 0 else "", directory, process_group
         )
@@ -79,7 +80,7 @@ def begin_aside(directory: Path, process_group: dist.ProcessGroup | None) -> Non
 def filled_aside(directory: Path, process_group: dist.ProcessGroup | None) -> Iterator[Path]:
     """As ``written_aside``, of a folder that ``begin_aside`` has made, and stays aside. Collective."""
     aside, failure = _aside(directory), None
-    with _removed_in_failure(aside, process_group):
+    with removed_in_failure(aside.parent, own_rank(process_group) == 0):
         try:
             yield aside
         except Exception as caught:
@@ -90,19 +91,20 @@ def filled_aside(directory: Path, process_group: dist.ProcessGroup | None) -> It
 @contextmanager
 def ended_aside(directory: Path, process_group: dist.ProcessGroup | None) -> Iterator[Path]:
     """As ``written_aside``, into the folder that ``begin_aside`` has made, maybe over another group. Collective."""
-    with _removed_in_failure(_aside(directory), process_group):
+    with removed_in_failure(_aside(directory).parent, own_rank(process_group) == 0):
         with filled_aside(directory, process_group) as aside:
             yield aside
         attempt(lambda: _replace(directory, aside) if own_rank(process_group) == 0 else None, directory, process_group)
 
 
 @contextmanager
-def _removed_in_failure(aside: Path, process_group: dist.ProcessGroup | None) -> Iterator[None]:
+def removed_in_failure(folder: Path, is_mine: bool) -> Iterator[None]:
+    """Where the block fails together, so that all ranks have stopped writing, remove the folder, on one of them."""
     try:
         yield
     except DistOptimError:
-        if own_rank(process_group) == 0:  # all ranks have stopped writing
-            shutil.rmtree(aside.parent, ignore_errors=True)
+        if is_mine:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

@@ -97,7 +97,10 @@ def _check_sizes(directory: Path, by_file: dict[str, list[Extent]]) -> None:
 
 def _check_tensor(path: Path, extent: Extent, checksum: str | None, room: memoryview) -> None:
     try:
-        with path.open("rb", buffering=0) as file, zipfile.ZipFile(part := _part(file, extent)) as archive:
+        with (
+            path.open("rb", buffering=0) as file,
+            zipfile.ZipFile(part := part_of(file, extent.offset, extent.length)) as archive,
+        ):
             is_sealed = checksum is not None
             bad = "its checksum is another one" if is_sealed and _checksum(archive, part, extent) != checksum else ""
             bad = bad or _bad_entry(archive, part, extent, is_sealed, room) or _misfit(archive, part, file, extent)
@@ -108,10 +111,6 @@ def _check_tensor(path: Path, extent: Extent, checksum: str | None, room: memory
             f"{str(path)!r} is damaged: the tensor at byte {extent.offset} is not what was saved ({bad}). Resume from "
             "another checkpoint."
         )
-
-
-def _part(file: BinaryIO, extent: Extent) -> io.IOBase:
-    return part_of(file, extent.offset, extent.length)
 
 
 def _bad_entry(archive: zipfile.ZipFile, part: Any, extent: Extent, is_sealed: bool, room: memoryview) -> str:

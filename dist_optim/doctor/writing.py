@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from dist_optim.doctor.reading import IN_ARGUMENTS
 from dist_optim.doctor.subject import Subject
 from dist_optim.errors import UsageError
+from dist_optim.files import written_whole
 
 __all__ = ["flags_of", "patch_of", "write"]
 
@@ -38,10 +38,9 @@ def write(before: Subject, after: Subject) -> list[Path]:
     """
     written = []
     for path, _, new in _texts(before, after):
-        aside = path.with_name(f".{path.name}.partial")
         try:
-            aside.write_text(new, encoding="utf-8")
-            os.replace(aside, path)
+            with written_whole(path) as draft:
+                draft.write_text(new, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{str(path)!r} cannot be written: {error}") from error
         written.append(path)

@@ -6,12 +6,11 @@ In a wheel they lie in ``dist_optim/shipped``; in a source tree they are ``confi
 from __future__ import annotations
 
 import difflib
-import os
 import shutil
-import uuid
 from pathlib import Path
 
 from dist_optim.errors import UsageError
+from dist_optim.files import written_whole
 
 __all__ = ["KINDS", "copy", "find", "find_model_config", "listed", "root"]
 
@@ -90,7 +89,8 @@ def copy(name: str, directory: Path) -> list[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for source, target in zip(sources, targets, strict=True):
-            _copy_whole(source, target)
+            with written_whole(target) as draft:
+                shutil.copy(source, draft)
     except OSError as error:
         raise UsageError(f"{str(directory)!r} cannot be written: {error}.") from error
     return targets
@@ -106,13 +106,3 @@ def find_model_config(name: str) -> Path | None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    """All of the file or none of it."""
-    half = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        shutil.copy(source, half)
-        os.replace(half, target)
-    finally:
-        half.unlink(missing_ok=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_optim.errors import UsageError
+from dist_optim.files import written_whole
 from dist_optim.planning import shipped
 from dist_optim.planning.engines import replicas_of
 from dist_optim.planning.forecast import Forecast
@@ -51,7 +50,8 @@ def write_launch(found: Forecast, asked: Launch, directory: Path) -> list[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _write_whole(directory / name, text)
+            with written_whole(directory / name) as draft:
+                draft.write_text(text, encoding="utf-8")
         (directory / "launch.sh").chmod(0o755)
     except OSError as error:
         raise UsageError(f"{str(directory)!r} cannot be written: {error}.") from error
@@ -134,12 +134,3 @@ def _with_values(text: str, values: Mapping[str, Any]) -> str:
                 f"The packaged file has {key} {count} times, not once: it was edited. Install dist-optim again."
             )
     return text
-
-
-def _write_whole(path: Path, text: str) -> None:
-    half = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        half.write_text(text, encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dist_optim.errors import UsageError
+from dist_optim.files import written_whole
 from dist_optim.planning.shipped_commands import one_line_errors
 
 __all__ = ["add_to"]
@@ -69,13 +68,10 @@ def _write(out: Path, text: str) -> None:
     """
     from dist_optim.reporting.page import GENERATOR
 
-    unfinished = out.parent / f".{out.name}.{os.getpid()}.unfinished"
     try:
         if out.exists() and GENERATOR.encode() not in out.read_bytes()[:1000]:
             raise UsageError(f"--out {str(out)!r} is there, and not a page of this command. Give another file.")
-        unfinished.write_bytes(text.encode("utf-8", "replace"))
-        unfinished.replace(out)
+        with written_whole(out) as draft:
+            draft.write_bytes(text.encode("utf-8", "replace"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         raise UsageError(f"--out {str(out)!r} cannot be written: {error}. Give another file.") from error

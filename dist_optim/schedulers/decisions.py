@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_optim.errors import ScheduleError
+from dist_optim.files import written_whole
 from dist_optim.schedulers.metric import Reduced
 
 __all__ = ["DecisionLog", "Row", "describe_decision", "make_row"]
@@ -85,11 +86,10 @@ class DecisionLog:
 
     def _write_all(self) -> None:
         assert self.path is not None
-        unfinished = self.path.with_name(f".{self.path.name}.unfinished")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
-            unfinished.replace(self.path)
+            with written_whole(self.path) as draft:
+                draft.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
         except OSError as error:
             raise self._cannot_write(error) from error
         self._is_ours = True

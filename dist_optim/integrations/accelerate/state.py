@@ -26,7 +26,7 @@ from dist_optim.building.arguments import listed_names
 from dist_optim.checkpoint import exported_weights, save_optimizer, wait_for_saves
 from dist_optim.checkpoint.beside_training import write_beside
 from dist_optim.checkpoint.build_values import RATE, let_follow
-from dist_optim.checkpoint.directory import attempt, opened
+from dist_optim.checkpoint.directory import attempt, opened, removed_in_failure
 from dist_optim.checkpoint.engine_view import is_ours, view_of
 from dist_optim.checkpoint.folder_seal import MARK, check_folder, parts_among, seal_folder
 from dist_optim.checkpoint.loss_scale import SCALER_FILE, go_on_with_engines, of_file
@@ -42,7 +42,7 @@ from dist_optim.checkpoint.model_weights import (
 )
 from dist_optim.checkpoint.optimizer_state import Incoming, copied_optimizer, install, look_into, read_state
 from dist_optim.checkpoint.plain_loads import plain_loads
-from dist_optim.errors import CheckpointError, DistOptimError
+from dist_optim.errors import CheckpointError
 from dist_optim.integrations.accelerate.guards import served_optimizers
 from dist_optim.integrations.accelerate.rotating import nothing_removed, remove_older
 from dist_optim.ranks.agreement import assert_ranks_equal
@@ -83,11 +83,11 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
         is_new = attempt(lambda: not target.exists(), target, None)
         if not is_new and not is_numbered:
             attempt(lambda: _take_apart(target, len(ours)) if is_first else None, target, None)
-        with _removed_in_failure(target, is_new and is_first), nothing_removed(accelerator) as limit:
+        with removed_in_failure(target, is_new and is_first), nothing_removed(accelerator) as limit:
             folder, writes = _write_theirs(accelerator, ours, target, lambda: original(*args, **options), asynchronous)
 
         def write_ours(ranks: dist.ProcessGroup | None) -> None:
-            with _removed_in_failure(target, is_new and is_first):
+            with removed_in_failure(target, is_new and is_first):
                 for write in writes:
                     write(ranks)
                 seal_folder(Path(folder), ranks)
@@ -101,16 +101,6 @@ def _with_optimizers_saved(accelerator: Accelerator, original: Callable[..., str
 
     save_state.__doc__ = original.__doc__
     return save_state
-
-
-@contextmanager
-def _removed_in_failure(folder: Path, may_be: bool) -> Iterator[None]:
-    try:
-        yield
-    except DistOptimError:
-        if may_be:  # all ranks have stopped writing
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _check_asynchronous(asynchronous: bool, ours: list[Any]) -> None:

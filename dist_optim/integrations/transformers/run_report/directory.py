@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_optim.errors import UsageError
+from dist_optim.files import written_whole
 from dist_optim.integrations.transformers.history import checkpoints_in
 from dist_optim.integrations.transformers.run_report.measures import headline
 from dist_optim.integrations.transformers.run_report.plots import plot_losses, plot_rates
@@ -122,9 +123,8 @@ class RunDirectory:
         self._move_into_place()
 
     def _write_whole(self, name: str, text: str) -> None:
-        draft = self.unfinished / f".{name}"
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self.unfinished / name)
+        with written_whole(self.unfinished / name) as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
 
     def _move_into_place(self) -> None:
         """Move whole results, if there are any; what a kill leaves undone here, the next call does."""
