@@ -17,7 +17,7 @@ import torch
 from dist_optim.proving.cache import VARIABLE
 from dist_optim.testing import RankPool
 
-BODY_TIMEOUT_S = 150.0  # for a machine that others use too; below pytest's own, so that the ranks' stacks are told
+BODY_TIMEOUT_S = 300.0  # for a machine that others use too; below pytest's own, so that the ranks' stacks are told
 _pools: dict[int, RankPool] = {}
 
 # One thread, as in the ranks: a reference computed here then sums in the same order as the subject does there.

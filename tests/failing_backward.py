@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_S
 from sessions import Engine, Session
 from situations import DEFECT, REFUSED, Outcome, without_paths
 from torch import Tensor
@@ -28,7 +29,6 @@ HAS_WATCH = importlib.util.find_spec("dist_optim.ranks.liveness") is not None
 TITLE = "one rank fails in backward"
 WATCH_S = "60"
 """The watch's own patience: much longer than it takes, as the failing rank tells the others itself."""
-PATIENCE_S = 120.0
 """For all processes to end; the engine's own timeout is longer."""
 
 

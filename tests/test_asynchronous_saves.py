@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity import build_subject, make_model, take_step
+from patience import PATIENCE_S
 from placements import full_parameters, place
 from test_checkpoint import BREAK, BY_NAME
 from torch import Tensor, nn
@@ -343,7 +344,7 @@ print("done")
 @pytest.mark.parametrize(("how", "code"), [([], 0), (["fails"], 1), (["fails", "asks"], 0)])
 def test_a_program_whose_last_save_failed_has_failed(how: list[str], code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", ENDS, str(tmp_path / "run"), *how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout.split("\n")[:2]) == (code, ["done", "others' hooks run"])
     assert ("No space left on device" in done.stderr) == bool(code)
 

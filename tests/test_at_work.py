@@ -10,6 +10,8 @@ import subprocess
 import sys
 import termios
 
+from patience import PATIENCE_S
+
 PROGRAM = """
 import sys, time
 from dist_optim.ranks import at_work
@@ -79,7 +81,11 @@ def test_without_tqdm_no_thread_is_started_again_and_again() -> None:
 
 def test_where_nobody_watches_nothing_is_said() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(delay=0.1)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", PROGRAM.format(delay=0.1)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
     )
     assert (done.stdout, done.stderr) == ("", "at its end\n")
 

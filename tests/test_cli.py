@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from typer.testing import CliRunner, Result
 
 import dist_optim
@@ -158,5 +159,5 @@ def test_listing_imports_no_upstream_package() -> None:
         "            'optimi', 'bitsandbytes', 'torchao', 'transformers', 'accelerate']\n"
         "print([module for module in upstream if module in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

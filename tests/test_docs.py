@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from dist_optim import errors
 from train_arguments import read_arguments
@@ -131,7 +132,7 @@ def test_the_quick_starts_of_the_readme_run_as_they_stand(tmp_path: Path) -> Non
     given = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     program = f"BLOCKS = {blocks!r}\n{QUICK_STARTS}"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=given, capture_output=True, text=True, timeout=150
+        [sys.executable, "-c", program], cwd=tmp_path, env=given, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("block done") == len(blocks) >= 3
@@ -168,5 +169,5 @@ def test_example_of_adding_an_optimizer_runs(tmp_path: Path) -> None:
     (tmp_path / "test_independence.py").write_text(_as_test("from sign_norm import SignNorm\n" + proof))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, cwd=tmp_path)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from patience import PATIENCE_S
 from scripts import elastic_loop
 from train_runs import REPOSITORY, environment
 
 from dist_optim.testing import RankPool, assert_equal
 
-TIMEOUT_S = 150
 SCRIPT = REPOSITORY / "tests" / "scripts" / "elastic_loop.py"
 STOPS_AT = 3
 
@@ -61,7 +61,7 @@ def test_a_killed_worker_costs_nothing_but_time(two_ranks: RankPool, tmp_path: P
     output_dir = tmp_path / "run"
     output_dir.mkdir()
     with two_agents(output_dir) as agents:
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while not (output_dir / "last").exists():
             assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), logs(tmp_path)
             time.sleep(0.05)

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_runs import REPOSITORY, START_AND_RUN_S, environment
+from patience import PATIENCE_S
+from train_runs import REPOSITORY, environment
 
 EXAMPLES = REPOSITORY / "launch" / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -30,7 +31,7 @@ def test_an_example_learns_and_leaves_a_checkpoint(name: str, tmp_path: Path) ->
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=START_AND_RUN_S,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [float(value) for value in re.findall(r"loss (\d+\.\d+)$", done.stdout, flags=re.MULTILINE)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerated import Training, alone, make_model, started_by_accelerate, through_accelerate
+from patience import PATIENCE_S
 from placements import full_parameters, own_group
 from test_training_loops import NOISE, STEPS, Regression, offloaded_fsdp2
 from test_training_loops import make_model as make_regression
@@ -139,7 +140,7 @@ def test_train_script_fuses_and_clips_in_a_backward_of_its_own(
     out = tmp_path / "run"
     flags = ("--optim", "lomo", "--learning_rate", "0.1", "--max_steps", "4", "--logging_steps", "1")
     line = command(launcher, *flags, "--max_grad_norm", str(max_grad_norm), "--output_dir", out)
-    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "updates are made inside backward" in done.stdout
     (log,) = [path for path in out.rglob("*.jsonl")]

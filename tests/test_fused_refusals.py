@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from placements import place
 from torch import nn
 from torch.distributed.algorithms.join import Join
@@ -254,5 +255,5 @@ def test_registering_imports_no_upstream_package() -> None:
         "packages = {module.partition('.')[0] for module in sys.modules}; "
         "print(sorted(packages & {'lomo_optim', 'galore_torch', 'apollo_torch', 'bitsandbytes', 'transformers'}))"
     )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_S
 from placements import own_group, two_by_half
 
 from dist_optim.testing import RankPool
@@ -29,7 +30,7 @@ for _ in range(1000):
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=150)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_a_process_with_many_gathers_in_flight_lives() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases.grokadamw import CASES
 from parity import Case, build_subject, differences, gradients, make_model, param_groups, set_learning_rates, take_step
+from patience import PATIENCE_S
 from placements import full_parameters, place
 from redeclared import run_on_local_slices, run_with_spec
 from torch import Tensor, nn
@@ -69,7 +70,9 @@ def test_state_counts_towards_the_bytes_that_a_rank_holds() -> None:
 def level_of_root_logger_after(statement: str) -> tuple[int, int]:
     """Handlers and level of the root logger in a fresh process."""
     code = f"import logging; {statement}; root = logging.getLogger(); print(len(root.handlers), root.level)"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     handlers, level = printed.stdout.split()
     return int(handlers), int(level)
 

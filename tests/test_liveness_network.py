@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from train_runs import REPOSITORY, environment
-
-PATIENCE_S = 300.0  # for everything; no assertion is about time
 
 pytestmark = pytest.mark.timeout(PATIENCE_S + 100)
 

@@ -13,13 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from patience import PATIENCE_S
 from test_elastic import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HARNESS = [REPOSITORY / "tests_multigpu" / name for name in ("conftest.py", "rank_agreement.py")]
 SHORT_TIMEOUT_S = 3.0  # for the runs that must reach it
 LONG_TIMEOUT_S = 1000.0  # for those that must not: whoever waits for it here is ended after PATIENCE_S, and fails
-PATIENCE_S = 150.0  # below the limit of a test
 HEADER = """
 import os, sys, time
 import pytest, torch

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_S
 from placements import full_parameters, inject, own_group
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -48,7 +49,7 @@ def rank_0_has_one_more() -> None:
 
 
 def test_all_ranks_make_groups_whatever_else_they_are_in() -> None:
-    with RankPool(2, timeout_s=60) as pool:
+    with RankPool(2, timeout_s=PATIENCE_S) as pool:
         pool.run(rank_0_has_one_more)
 
 
@@ -70,7 +71,7 @@ def rank_0_has_one_more_of_two_in_three() -> None:
 
 
 def test_some_ranks_make_groups_whatever_else_they_are_in() -> None:
-    with RankPool(3, timeout_s=60) as pool:
+    with RankPool(3, timeout_s=PATIENCE_S) as pool:
         pool.run(rank_0_has_one_more_of_two_in_three)
 
 
@@ -105,7 +106,7 @@ def halves_of_a_job_step() -> None:
 
 
 def test_meshes_over_parts_of_a_job() -> None:
-    with RankPool(8, timeout_s=120) as pool:
+    with RankPool(8, timeout_s=PATIENCE_S) as pool:
         pool.run(halves_of_a_job_step)
 
 

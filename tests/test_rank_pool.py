@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_S
 
 from dist_optim.testing import RankFailure, RankPool, assert_equal
 from dist_optim.testing.native import OUT_OF_TIME
@@ -148,7 +149,7 @@ def _gdb_can_attach() -> bool:
         return False
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         line = ["gdb", "-nx", "-batch", "-p", str(child.pid)]
-        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S)
         child.kill()
     return "ptrace" not in done.stderr
 

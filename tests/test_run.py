@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from patience import PATIENCE_S
 from safetensors.torch import load_file
 from trainers import fresh_accelerate
 
@@ -45,7 +46,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def launch(*command: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+def launch(*command: str, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
@@ -248,7 +249,9 @@ def test_interrupted_while_it_is_imported(program: list[str], is_ours: bool, tmp
     """One line from our programs; who imports the package keeps Python's own answer."""
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IN_AN_IMPORT)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([*PYTHON, *program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*PYTHON, *program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     if is_ours:
         assert (done.returncode, done.stderr, done.stdout) == (130, "\ninterrupted\n", "")
     else:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 CONFTEST = Path(__file__).with_name("conftest.py")
 TESTS = """
 import os, signal, time
@@ -43,7 +45,7 @@ def test_dead_ranks_fail_the_test_that_left_them_and_skips_are_counted(tmp_path:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=PATIENCE_S,
     )
     assert run.returncode == 1, run.stdout + run.stderr
     assert "ERROR at teardown of test_leaves_a_dead_rank" in run.stdout

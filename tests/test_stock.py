@@ -9,6 +9,7 @@ import pytest
 import stock_outcomes
 import torch
 from measure_situations import titles
+from patience import PATIENCE_S
 from sessions import HAS_DEEPSPEED
 from stock_outcomes import (
     DIES,
@@ -76,7 +77,7 @@ def test_a_stock_optimizer_ends_as_recorded(title: str) -> None:
         pytest.skip("deepspeed is not installed")
     recorded = load()
     with (
-        RankPool(engine.num_ranks, timeout_s=120) as pool,  # no test of ours was in its ranks
+        RankPool(engine.num_ranks, timeout_s=PATIENCE_S) as pool,  # no test of ours was in its ranks
         mock.patch.object(stock_outcomes, "HANGS_AFTER_S", HANGS_AFTER_S / 2),
         mock.patch.object(stock_outcomes, "OTHERS_S", 1.0),
     ):

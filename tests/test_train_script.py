@@ -21,11 +21,11 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from patience import PATIENCE_S
 from torch import nn
 from train_runs import (
     GALORE,
     REPOSITORY,
-    START_AND_RUN_S,
     SUMMARY_KEYS,
     TWO_RANKS,
     FinishedRun,
@@ -267,9 +267,9 @@ class TestInterruption:
         metrics = tmp_path / "run" / ".unfinished" / "metrics.jsonl"
         flags = ("--max_steps", "100000", "--logging_steps", "1", "--output_dir", tmp_path / "run")
         with started(*command(TWO_RANKS, *flags)) as process:
-            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, START_AND_RUN_S)
+            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, PATIENCE_S)
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=START_AND_RUN_S)
+            _, errors = process.communicate(timeout=PATIENCE_S)
         assert errors.count("interrupted at step ") == 1, errors
         assert 'launch/train.py", line' not in errors
         assert list((tmp_path / "run").iterdir()) == []
@@ -291,7 +291,7 @@ class TestInterruption:
         with started(sys.executable, "-c", program, *([program] if is_agent else []), mark) as process:
             wait_until(lambda: mark.exists() and mark.read_text() != "", 60)
             process.send_signal(sent)
-            _, errors = process.communicate(timeout=60)  # the rank holds the pipe as long as it lives
+            _, errors = process.communicate(timeout=PATIENCE_S)  # the rank holds the pipe as long as it lives
         assert (process.returncode, errors) == (exit_code, "\ninterrupted at step 7\n")
         assert not mark.exists()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from patience import PATIENCE_S
 
 import dist_optim
 from dist_optim.planning import shipped
@@ -49,7 +50,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / part, source / part)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(built)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
@@ -59,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_site(site: Path, program: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "200"}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -156,7 +157,7 @@ def test_each_extra_is_all_that_its_optimizers_need(site: Path, tmp_path: Path) 
     }
     job["control"] = (["lion"], [], job["flash"][2])  # whose package that extra does not bring
     command = [sys.executable, "-I", "-S", "-c", EXTRAS, str(site), install(tmp_path / "none", wheel)]
-    done = subprocess.run(command, input=json.dumps(job), cwd=site, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, input=json.dumps(job), cwd=site, capture_output=True, text=True, timeout=PATIENCE_S)
     said = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines() if line.startswith(("good", "bad"))}
     assert said.pop("control", None) == "bad" and "dist-optim[pytorch-optimizer]" in done.stderr
     assert said == {extra: "good" for extra in of_extra}, done.stderr

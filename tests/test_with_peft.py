@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 APART = Path(sys.prefix) / "apart"
 """Where ``.ci/environment`` puts peft."""
 
 
 @pytest.mark.skipif(find_spec("peft") is not None, reason="peft is everywhere here: test_peft.py runs by itself")
-@pytest.mark.timeout(400)
 def test_all_of_it_passes() -> None:
     if not (APART / "peft").is_dir():
         pytest.skip("peft is not installed apart, as .ci/environment does")
@@ -30,6 +30,8 @@ def test_all_of_it_passes() -> None:
         "no:cacheprovider",
         str(Path(__file__).with_name("test_peft.py")),
     ]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=390)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stdout[-8000:]
     assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1]), done.stdout

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from patience import PATIENCE_S
 from trainers import fresh_accelerate
 
 import train
@@ -38,7 +39,6 @@ ONE_RANK = [sys.executable]
 LOW_RANK = ("--optim_target_modules", "attn", "mlp", "--optim_args", "rank=16,update_proj_gap=2")
 GALORE = ("--optim", "galore_adamw", *LOW_RANK)
 SMALL = ("--use_cpu", "--per_device_train_batch_size", "2", "--max_eval_samples", "6", "--block_size", "64")
-START_AND_RUN_S = 120
 
 SUMMARY_KEYS = {
     *("optim", "strategy", "world_size", "steps", "tokens_per_second"),
@@ -62,7 +62,7 @@ def run_script(launcher: list[str], *flags: str | Path, folder: Path | None = No
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=START_AND_RUN_S,
+        timeout=PATIENCE_S,
     )
 
 

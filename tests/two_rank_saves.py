@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from door_runs import Run, equal
 from fresh import forget
+from patience import PATIENCE_S
 
 from dist_optim.ranks.liveness import VARIABLE
 from dist_optim.testing import faults
 
 TIMEOUT_S = 20
 """The user's: a rank that is not heard from for so long ends the job."""
-PATIENCE_S = 3 * TIMEOUT_S
 
 
 @dataclass(frozen=True)
