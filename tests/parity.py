@@ -2,7 +2,7 @@
 
 A ``Case`` is data. ``run_case`` runs on every rank of a pool: it builds the reference with the upstream class alone
 (no code of dist_optim), builds the subject with ``build_optimizer`` on a placed model, gives both the same full
-gradients (the subject's cut by its layout), and compares every parameter after every step, bit for bit.
+gradients (the subject's cut by its layout), and compares every parameter after steps, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -19,6 +19,8 @@ from placements import full_parameters, inject, place
 from torch import Tensor, nn
 
 import dist_optim
+
+Kept = TypeVar("Kept")
 
 
 class Net(nn.Module):
@@ -187,11 +189,16 @@ _histories: dict[bytes, list[dict[str, Tensor]]] = {}
 
 def reference_history(case: Case) -> list[dict[str, Tensor]]:
     """``reference_run``, computed once for all placements of the same case in this process."""
+    return _last(_histories, case, reference_run)
+
+
+def _last(kept: dict[bytes, Kept], case: Case, make: Callable[[Case], Kept]) -> Kept:
+    """What was made of the case, while it is the last one that was asked for."""
     key = pickle.dumps(case)
-    if key not in _histories:
-        _histories.clear()
-        _histories[key] = reference_run(case)
-    return _histories[key]
+    if key not in kept:
+        kept.clear()
+        kept[key] = make(case)
+    return kept[key]
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:
@@ -279,11 +286,7 @@ def take_step(case: Case, model: nn.Module, optimizer: dist_optim.DistributedOpt
 
 def _template(case: Case) -> Net:
     """A model that nobody trains, for names and shapes; the same one for all steps of a case."""
-    key = pickle.dumps(case)
-    if key not in _templates:
-        _templates.clear()
-        _templates[key] = make_model(case)
-    return _templates[key]
+    return _last(_templates, case, make_model)
 
 
 _templates: dict[bytes, Net] = {}

@@ -19,9 +19,10 @@ __all__ = ["GatheredFreezing", "param_groups_of", "reshard", "units_of"]
 def reshard(module: FSDPModule) -> None:
     """Free the full copies that a unit has, if any: its shards get the ``requires_grad`` that it shows."""
     gathered = [unit for unit in param_groups_of(module) if not unit.is_sharded]
-    for one in (one for unit in gathered for one in unit.fsdp_params):
-        if one.sharded_state.name == "UNSHARDED":
-            one.sharded_param.requires_grad_(one._unsharded_param.requires_grad)
+    for unit in gathered:
+        for one in unit.fsdp_params:
+            if one.sharded_state.name == "UNSHARDED":
+                one.sharded_param.requires_grad_(one._unsharded_param.requires_grad)
     if gathered:
         module.reshard()
 
@@ -35,10 +36,9 @@ class GatheredFreezing:
 
     def __init__(self, model: nn.Module) -> None:
         modules = [one for one in model.modules() if isinstance(one, FSDPModule)]
-        self._units: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = [
-            (weakref.ref(module), weakref.ref(unit)) for module in modules for unit in param_groups_of(module)
-        ]
-        self._params = [weakref.ref(one) for unit in units_of(model) for one in unit.fsdp_params]
+        units: list[tuple[Any, Any]] = [(module, unit) for module in modules for unit in param_groups_of(module)]
+        self._units = [(weakref.ref(module), weakref.ref(unit)) for module, unit in units]
+        self._params = [weakref.ref(one) for _, unit in units for one in unit.fsdp_params]
         self._known: list[tuple[bool, bool] | None] = [None] * len(self._params)
         self.carry_over()
 

@@ -32,7 +32,7 @@ def why_edited(built: Sequence[Sequence[PlacedParameter]], groups: Sequence[Any]
         built: The parameters of each group when the optimizer was built.
         groups: As the user has them now, whatever they are.
     """
-    before = [list(dict.fromkeys(id(one.parameter) for one in group)) for group in built]
+    before = [[id(one) for one in parameters_of(group)] for group in built]
     now = [_ids_of(group) for group in groups]
     if now == before:
         return None
