@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -124,10 +125,10 @@ class ClipsLate(Trap):
 
 
 class DrawsNoise(Trap):
-    """Adds noise from the global generators of torch and of Python."""
+    """Adds noise from the global generators of torch, of Python and of numpy."""
 
     def direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        return super().direction(parameter, group) + torch.randn_like(parameter) * random.random()
+        return super().direction(parameter, group) + torch.randn_like(parameter) * random.random() * np.random.rand()
 
 
 class TakesMissingAsZero(Trap):

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import io
 import math
-import random
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import dist_optim
+from dist_optim.generators import generators_kept, seed_generators
 from dist_optim.layouts import detect
 from dist_optim.ranks.agreement import own_rank
 
@@ -75,11 +75,6 @@ class Reference:
     losses: list[float]
 
 
-def draw_alike() -> None:
-    torch.manual_seed(5)
-    random.seed(5)
-
-
 def shown(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Groups without what is no plain value."""
     return [
@@ -108,7 +103,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def reference_run(case: Case, choice: Choice, has_two_groups: bool = True) -> Reference:
     """Raises what the class raises."""
     model = make_model(case)
-    draw_alike()
+    seed_generators(5)
     parameters = list(model.parameters())
     groups = [{"params": [one for one in parameters if one.ndim > 1], **_rate(choice), **choice.of_matrices}]
     groups += [{"params": [one for one in parameters if one.ndim <= 1], **choice.of_others}]
@@ -150,10 +145,9 @@ def run_given_gradients(
         )
 
     template, model = make_model(case), place(make_model(case), placement)
-    draw_alike()
+    seed_generators(5)
     if own_rank():  # the first rank draws as one process does
-        torch.manual_seed(50 + own_rank())
-        random.seed(50 + own_rank())
+        seed_generators(50 + own_rank())
     optimizer = build(model)
     problems = []
     for step in range(case.steps):
@@ -179,15 +173,13 @@ def _again(
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    states = torch.get_rng_state(), random.getstate()
-    second = make()
-    resumed = build(second)
-    with torch.no_grad():
-        for old, new in zip(model.parameters(), second.parameters(), strict=True):
-            new.copy_(old)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
+    with generators_kept():
+        second = make()
+        resumed = build(second)
+        with torch.no_grad():
+            for old, new in zip(model.parameters(), second.parameters(), strict=True):
+                new.copy_(old)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
     return second, resumed
 
 
@@ -235,7 +227,7 @@ def train_with_closure(model: nn.Module, optimizer: Optimizer, is_second: bool =
 def reference_with_closure(choice: Choice, is_second: bool = False) -> Reference:
     """Raises what the class raises."""
     model = Regression()
-    draw_alike()
+    seed_generators(5)
     optimizer = choice.alone(list(model.parameters()))
     losses = train_with_closure(model, optimizer, is_second)
     return Reference([weights_of(model)], shown(optimizer), losses)
@@ -246,7 +238,7 @@ def run_with_closure(
 ) -> tuple[list[str], dist_optim.DistributedOptimizer]:
     """As ``run_given_gradients``; the engine reduces the gradients of every evaluation."""
     model = place(Regression(), placement)
-    draw_alike()
+    seed_generators(5)
     optimizer = dist_optim.build_optimizer(  # in several rounds
         model, choice.load(), print_audit=False, bucket_bytes=64, **choice.arguments
     )
@@ -275,7 +267,7 @@ def _groups_for_engine(choice: Choice, model: nn.Module, has_two_groups: bool) -
 def reference_of_engine(choice: Choice, has_two_groups: bool = False) -> Reference:
     """The network of the closures, trained by its own gradients. Raises what the class raises."""
     model = Regression()
-    draw_alike()
+    seed_generators(5)
     optimizer = choice.alone(_groups_for_engine(choice, model, has_two_groups))
     _call(optimizer, "train")
     for step in range(STEPS_OF_CLOSURE):
@@ -318,14 +310,12 @@ def run_under_zero(
 
     package = deepspeed()
     engine, client = engine_of()
-    draw_alike()
+    seed_generators(5)
     train(engine, range(STEPS_OF_CLOSURE // 2))
     engine.save_checkpoint(directory)
-    states = torch.get_rng_state(), random.getstate()
-    engine, client = engine_of()
-    engine.load_checkpoint(directory)
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
+    with generators_kept():
+        engine, client = engine_of()
+        engine.load_checkpoint(directory)
     train(engine, range(STEPS_OF_CLOSURE // 2, STEPS_OF_CLOSURE))
     with package.zero.GatheredParameters(list(engine.module.parameters())):
         weights = weights_of(engine.module)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import numpy
 import torch
 from placements import full_parameters, inject, place
 from torch import Tensor, nn
 
 import dist_optim
+from dist_optim.generators import seed_generators
 
 Kept = TypeVar("Kept")
 
@@ -204,8 +204,7 @@ def _last(kept: dict[bytes, Kept], case: Case, make: Callable[[Case], Kept]) -> 
 def set_learning_rates(optimizer: torch.optim.Optimizer, case: Case, step: int) -> None:
     """A rate that changes at every step, and differs between groups."""
     if case.draws:
-        torch.manual_seed(step)
-        numpy.random.seed(step)
+        seed_generators(step)
     for number, group in enumerate(optimizer.param_groups):
         if group["lr"] is None:  # computed by the optimizer itself
             continue

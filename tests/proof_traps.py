@@ -123,6 +123,13 @@ class DrawsInPython(Plain):
         return 1.0 if self.count < 200 else random.random()
 
 
+class DrawsInNumpy(Plain):
+    """Numpy's."""
+
+    def scale(self) -> float:
+        return 1.0 if self.count < 200 else np.random.random()
+
+
 class ReadsAbsentAsZero(Plain):
     """Momentum also for what has no gradient."""
 

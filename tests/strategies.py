@@ -16,9 +16,10 @@ from fused import injected_loss
 from placements import full_parameters, inject, place
 from torch import Tensor, nn
 from zero import ZeroRun, engine_of
-from zero_names import NAMES_OF_BOTH, run_of_name, seed
+from zero_names import NAMES_OF_BOTH, run_of_name
 
 import dist_optim
+from dist_optim.generators import seed_generators
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.testing import RankPool
@@ -156,7 +157,7 @@ class _UnderTorch(Side):
 
     def step(self, at: int) -> None:
         given = self.recipe.gradients(at)
-        seed(at)
+        seed_generators(at)
         if self.is_inside:  # the first rank's alone, so that the average is it whatever the order of summation
             share = num_ranks() if own_rank() == 0 else 0
             self.model({name: one * share for name, one in given.items()}).backward()
@@ -214,7 +215,7 @@ class _UnderZero(Side):
         self.given = self.recipe.gradients(at)
         tokens = batch(at)
         self.engine.backward(self.engine(input_ids=tokens, labels=tokens).loss)
-        seed(at)
+        seed_generators(at)
         self.engine.step()
         self.schedule.step()
 

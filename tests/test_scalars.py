@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dist_optim
 from dist_optim.errors import UnsupportedError
+from dist_optim.generators import seed_generators
 from dist_optim.testing import RankPool
 
 SERVED = [name for name in dist_optim.names() if not dist_optim.get_spec(name).refusal]
@@ -35,6 +36,7 @@ class Scaled(nn.Module):
 
 def train(name: str, placement: str) -> dict[str, Tensor]:
     model = Scaled()
+    seed_generators(0)  # Kron draws from torch's and from numpy's
     placed = place(model, placement)
     options: dict[str, Any] = LOW_RANK if dist_optim.Trait.LOW_RANK in dist_optim.get_spec(name).traits else {}
     options = PLAIN_FLASH if name.startswith("flash_") else options  # what runs without CUDA

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dist_optim"
-AT_THE_ROOT = {"__init__", "errors", "files", "overrides", "run", "cli"}
+AT_THE_ROOT = {"__init__", "errors", "files", "generators", "overrides", "run", "cli"}
 Graph = dict[str, set[str]]
 
 

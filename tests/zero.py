@@ -18,7 +18,6 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import numpy
 import torch
 import torch.distributed as dist
 from end_to_end import BATCH, batch, make_llama
@@ -26,6 +25,7 @@ from placements import own_group
 from torch import Tensor, nn
 
 import dist_optim
+from dist_optim.generators import seed_generators
 from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.testing import relative_distance
@@ -230,12 +230,6 @@ class Reference:
         return [p.detach().to(self.run.dtype).float().clone() for p in self.model.parameters()]
 
 
-def seed(step: int) -> None:
-    """Before each of the runs that are compared takes a step: some optimizers draw."""
-    torch.manual_seed(step)
-    numpy.random.seed(step)
-
-
 class Recorder:
     """Notes the full gradients that the engine hands to the optimizer, put together from all ranks' slices."""
 
@@ -278,10 +272,10 @@ def distance_given_gradients(run: ZeroRun) -> float:
     engine = engine_of(run)
     recorder, taken = Recorder(engine), 0
     for step in range(STEPS):
-        seed(step)
+        seed_generators(step)
         train_engine(engine, run, range(step, step + 1))
         if engine.basic_optimizer.num_steps > taken:  # else fp16 overflowed, and the step was skipped
-            seed(step)
+            seed_generators(step)
             reference.follow(recorder.gradients)
             taken += 1
     assert engine.basic_optimizer.num_steps == taken == STEPS - engine.skipped_steps > 0

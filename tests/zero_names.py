@@ -9,11 +9,12 @@ import torch.distributed as dist
 import zero
 from end_to_end import RUNS
 from torch import Tensor
-from zero import NO_DECAY, Recorder, Reference, ZeroRun, seed
+from zero import NO_DECAY, Recorder, Reference, ZeroRun
 
 import dist_optim
 from dist_optim.building.choice import resolve
 from dist_optim.errors import UnsupportedError
+from dist_optim.generators import seed_generators
 
 STEPS = 10
 STAGES = (0, 1, 2, 3)
@@ -75,7 +76,7 @@ def gaps_of(name: str, stage: int) -> tuple[float, float]:
             lambda _: given.follow(recorder.gradients),
             own.train_step,
         ):
-            seed(step)
+            seed_generators(step)
             take(step)
         weights = zero.weights_of(engine, run)
         found = (max(found[0], largest_gap(weights, given)), max(found[1], largest_gap(weights, own)))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from dist_optim.generators import Generators, read_generators
 from dist_optim.proving.scenario import Scenario
 from dist_optim.proving.subject import Context, Snapshot, StepFailed, Subject, copied
 from dist_optim.proving.trace import Found, Perturb, Trace, is_mixed, numbers
@@ -18,7 +16,7 @@ from dist_optim.specs.driver import tensors_in
 from dist_optim.specs.registry import OptimizerSpec
 from dist_optim.specs.same_bits import same
 
-__all__ = ["Flow", "flow_of", "random_state", "same_state", "set_random_state"]
+__all__ = ["Flow", "flow_of"]
 
 LOOK_CLOSELY = 60
 """Steps whose writes are all compared with what the trace saw; after them every tenth."""
@@ -29,7 +27,7 @@ class Flow:
     """What a traced run has seen."""
 
     found: Found
-    random_state: list[Any]
+    generators: Generators
     """As it was left by the last step."""
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     steps_absent: bool = False
@@ -60,12 +58,12 @@ def flow_of(
         StepFailed: Its constructor fails.
     """
     trace = Trace(perturb)
-    state = random_state()
+    generators = read_generators()
     try:
         subject = Subject(spec, scenario, arguments, trace=trace, around_step=around_step)
     except Exception as error:
         raise StepFailed(-1, error) from error
-    flow = Flow(trace.found, state)
+    flow = Flow(trace.found, generators)
     _note_draws(flow, "its constructor")
     for at in range(max(checkpoints) + 1):
         try:
@@ -115,36 +113,6 @@ def _couple(found: Found, trace: Trace, index: int, tensors: Any, where: str) ->
 
 
 def _note_draws(flow: Flow, where: str) -> None:
-    before, flow.random_state = flow.random_state, random_state()
-    if not flow.found.draws and not same_state(before, flow.random_state):
+    before, flow.generators = flow.generators, read_generators()
+    if not flow.found.draws and before != flow.generators:
         flow.found.draws = f"a generator of Python, numpy or torch in {where}"
-
-
-def random_state() -> list[Any]:
-    """The global random states of Python, torch and, where it is there, numpy."""
-    numpy = sys.modules.get("numpy")
-    state = [random.getstate(), torch.get_rng_state(), numpy.random.get_state() if numpy is not None else None]
-    return state + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
-
-
-def set_random_state(state: list[Any]) -> None:
-    """Put back what ``random_state`` returned."""
-    random.setstate(state[0])
-    torch.set_rng_state(state[1])
-    if state[2] is not None:
-        sys.modules["numpy"].random.set_state(state[2])
-    if state[3:]:
-        torch.cuda.set_rng_state_all(state[3:])
-
-
-def same_state(ours: list[Any], theirs: list[Any]) -> bool:
-    """Whether two results of ``random_state`` are equal."""
-    if len(ours) != len(theirs) or ours[0] != theirs[0]:
-        return False
-    if any(not torch.equal(a, b) for a, b in zip([ours[1], *ours[3:]], [theirs[1], *theirs[3:]], strict=True)):
-        return False
-    return ours[2] is None or all(_equal(a, b) for a, b in zip(ours[2], theirs[2], strict=True))
-
-
-def _equal(ours: Any, theirs: Any) -> bool:
-    return bool((ours == theirs).all()) if hasattr(ours, "all") else bool(ours == theirs)

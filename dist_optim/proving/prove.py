@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
+from dist_optim.generators import generators_kept, seed_generators
 from dist_optim.proving.apart import checkpoints_of, first_difference_apart, who_sees_other_gradients
 from dist_optim.proving.cache import remembered
 from dist_optim.proving.closures import Closures, closures_of
-from dist_optim.proving.flow import Flow, flow_of, random_state, set_random_state
+from dist_optim.proving.flow import Flow, flow_of
 from dist_optim.proving.reached import Reached
 from dist_optim.proving.reads import who_follows
 from dist_optim.proving.saving import why_not_saved
@@ -88,15 +89,12 @@ def _undisturbed() -> Iterator[None]:
 
     Nor is anything compiled: what a class lets ``torch.compile`` do takes minutes, and is traced as it is written.
     """
-    before = random_state()
     eager = torch.compiler.set_stance("force_eager")
-    try:
-        with eager, warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            yield
-    finally:
-        set_random_state(before)
+    shown = io.StringIO()
+    with generators_kept(), eager, warnings.catch_warnings(), redirect_stdout(shown), redirect_stderr(shown):
+        warnings.simplefilter("ignore")
+        seed_generators(0)
+        yield
 
 
 @dataclass

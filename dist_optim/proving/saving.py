@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_optim.proving.flow import random_state, set_random_state
+from dist_optim.generators import generators_kept
 from dist_optim.proving.scenario import Scenario
 from dist_optim.proving.subject import Context, Subject, copied, run
 from dist_optim.specs.registry import OptimizerSpec
@@ -30,9 +30,8 @@ def why_not_saved(spec: OptimizerSpec, scenario: Scenario, arguments: Mapping[st
         resumed = _moved(subject, spec, scenario, arguments, around_step)
     except Exception as error:
         return f"its state after step {at} cannot be moved: {type(error).__name__}: {error}"
-    before = random_state()
-    expected = run(subject, later, start=at + 1)
-    set_random_state(before)
+    with generators_kept():
+        expected = run(subject, later, start=at + 1)
     try:
         goes_on = run(resumed, later, start=at + 1)
     except Exception as error:

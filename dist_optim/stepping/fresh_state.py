@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 
+from dist_optim.generators import generators_kept
 from dist_optim.specs.driver import UpstreamDriver
 from dist_optim.stepping.holdings import Holdings
 from dist_optim.stepping.upstream_instance import UpstreamInstance
@@ -20,7 +19,7 @@ def state_after_a_step(held: Holdings) -> StateByName:
     New instances of upstream step tensors of their own: no parameter, no state and no random generator is touched.
     """
     state: StateByName = {}
-    with _generators_kept(held), torch.no_grad():
+    with generators_kept(), torch.no_grad():
         for instance in instances_aside(held):
             _step(instance, held.spec.driver, len(held.placed), held.needs_total_norm)
             found = {held.placed[index].fqn: instance.encoded_state(index) for index in instance.shadows}
@@ -35,15 +34,9 @@ def instances_aside(held: Holdings) -> list[UpstreamInstance]:
         values = {
             index: one.detach().clone() for instance, index in held.stepped_here() for one in [instance.shadows[index]]
         }
-    with _generators_kept(held), torch.no_grad():
+    with generators_kept(), torch.no_grad():
         local, owners = held.division.build_instances(values)
     return list({id(one): one for one in [*([local] if local else []), *owners]}.values())
-
-
-def _generators_kept(held: Holdings) -> AbstractContextManager[None]:
-    devices = {one.device.index or 0 for one in held.placed if one.device.type == "cuda"}
-    kept: AbstractContextManager[None] = torch.random.fork_rng(devices=list(devices))
-    return kept
 
 
 def _step(instance: UpstreamInstance, driver: UpstreamDriver, num_parameters: int, needs_total_norm: bool) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
-import sys
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_optim.errors import StateDictError
+from dist_optim.generators import Generators, digest_of_generators, read_generators, write_generators
 from dist_optim.ranks.agreement import gather_objects, host_group, num_ranks, own_rank
 from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.specs.driver import STRUCTURE
@@ -38,7 +36,7 @@ class OwnersWord:
         self._held = held
         self._is_needed = held.division.is_together and num_ranks(held.process_group) > 1
         self._before = ""
-        self._own: dict[str, Any] | None = None
+        self._own: Generators | None = None
         """This replica's generators, while it draws as the first one does."""
 
     def note_generators(self) -> None:
@@ -50,9 +48,9 @@ class OwnersWord:
                 _generators() if own_rank(self._held.all_ranks) == 0 else None, self._held.all_ranks
             )[0]
             own = _generators()
-            self._own = None if _digest(own) == _digest(first) else own
-            _set_generators(first)
-        self._before = _digest(_generators())
+            self._own = None if digest_of_generators(own) == digest_of_generators(first) else own
+            write_generators(first)
+        self._before = digest_of_generators(_generators())
 
     def spread(self) -> None:
         """After it. Collective on the ranks that share the work."""
@@ -62,7 +60,7 @@ class OwnersWord:
         said: Any = None
         if not isinstance(instance, Bystander):
             after = _generators() if self._before else None
-            moved = after if after and _digest(after) != self._before else None
+            moved = after if after and digest_of_generators(after) != self._before else None
             upstream = instance.optimizer
             groups = [(list(group), _plain(group)) for group in upstream.param_groups]
             said = groups, _plain(upstream.defaults), _plain(vars(upstream)), self._before, moved
@@ -70,9 +68,9 @@ class OwnersWord:
         if isinstance(instance, Bystander):
             instance.show_as(groups, defaults, values)
             if moved and before == self._before:
-                _set_generators(moved)
+                write_generators(moved)
         if self._own is not None:
-            _set_generators(self._own)
+            write_generators(self._own)
         self._before, self._own = "", None
 
 
@@ -153,26 +151,5 @@ def _copied(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def _generators() -> dict[str, Any]:
-    """The states of the generators that code may draw from."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state().numpy().tobytes(), "python": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
-    if "numpy" in sys.modules:
-        states["numpy"] = sys.modules["numpy"].random.get_state()
-    return states
-
-
-def _set_generators(states: dict[str, Any]) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(states["torch"]), dtype=torch.uint8))
-    random.setstate(states["python"])
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(states["cuda"]), dtype=torch.uint8))
-    if "numpy" in states:
-        import numpy
-
-        numpy.random.set_state(states["numpy"])
-
-
-def _digest(states: dict[str, Any]) -> str:
-    return hashlib.blake2b(repr(sorted(states.items())).encode(), digest_size=16).hexdigest()
+def _generators() -> Generators:
+    return read_generators(of_every_device=False)

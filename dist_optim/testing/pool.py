@@ -110,7 +110,8 @@ class RankPool:
         """Run ``body(*args, **kwargs)`` on every rank and return one result per rank, in rank order.
 
         On each rank the process group is initialised, ``RANK`` and its kin are set, torch uses one thread, and the
-        random seed is 0 at the start of each body. Other process-wide state stays as the previous body left it.
+        global random generators are seeded with 0 at the start of each body. Other process-wide state stays as the
+        previous body left it.
 
         Args:
             body: A function at the top of an importable module: it is pickled by reference.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dist_optim.building.groups import arrange
+from dist_optim.generators import generators_kept
 from dist_optim.layouts.detect import detect
 from dist_optim.proving.prove import prove as prove_groups
 from dist_optim.specs.registry import spec_of_class
@@ -38,5 +38,5 @@ def prove(cls: type[Optimizer], *, model: nn.Module | None = None, **arguments: 
 
 
 def _small_model() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept():
         return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 11))

@@ -7,7 +7,6 @@ import gc
 import io
 import os
 import pickle
-import random
 import signal
 import sys
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_optim.generators import seed_generators
 from dist_optim.ranks.gloo import use_one_worker_each
 from dist_optim.testing.native import allow_tracing_by
 
@@ -149,8 +149,7 @@ def _run_job(job: bytes) -> bytes:
         sys_path, call = pickle.loads(job)
         sys.path.extend(entry for entry in sys_path if entry not in sys.path)
         body, args, kwargs = unpack(call)
-        random.seed(0)
-        torch.manual_seed(0)
+        seed_generators(0)
         return pack(Reply(value=body(*args, **kwargs)))
     except BaseException as error:  # SystemExit and a test framework's outcomes must reach the report too
         return pack(Reply(traceback=_format(error)))

@@ -7,14 +7,14 @@ itself is not touched: random states are as without it, and upstream's second co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dist_optim.errors import UnsupportedError
+from dist_optim.generators import Generators, generators_kept, read_generators, write_generators
 from dist_optim.layouts.layout import Elsewhere
-from dist_optim.proving.flow import random_state, set_random_state
 from dist_optim.ranks.agreement import gather_objects, own_rank
 from dist_optim.ranks.together import together
 from dist_optim.specs.registry import OptimizerSpec
@@ -65,7 +65,7 @@ class VerifiedSteps:
         self._name, self._num_parameters = parts[0].spec.name, len(parts[0].holdings.placed)
         self._parts, self._look = list(parts), look
         self._gradients: dict[str, Tensor] = {}
-        self._random: list[Any] = []
+        self._generators: Generators = {}
         self._reference = self._built()
 
     @property
@@ -89,7 +89,7 @@ class VerifiedSteps:
             self._end(reason)
             return
         weights, shadow = self._weights(), self._reference
-        self._random = random_state()
+        self._generators = read_generators()
         self._together(lambda: shadow.show(weights) if shadow else None, "copying the weights")
 
     def take_gradients(self, part: int, gradients: Mapping[int, Tensor]) -> None:
@@ -112,7 +112,7 @@ class VerifiedSteps:
         def step_and_compare() -> Difference | None:
             if shadow is None:
                 return None
-            expected = shadow.step(self._gradients, self._random)
+            expected = shadow.step(self._gradients, self._generators)
             return largest_difference(weights, {name: expected[name] for name in weights}, number)
 
         found = self._together(step_and_compare, f"step {number}")
@@ -152,7 +152,7 @@ class VerifiedSteps:
     def _end(self, reason: str = "") -> None:
         self.ended_by, is_first = reason, self._is_first
         self._parts, self._reference, self._look = [], None, _see_nothing
-        self._gradients, self._random = {}, []
+        self._gradients, self._generators = {}, {}
         if is_first:
             print(self.report(), flush=True)
 
@@ -204,14 +204,11 @@ class _Shadow:
             is_same = parameter.data.to(given.dtype) == given
             parameter.data.copy_(torch.where(is_same, parameter.data, given.to(parameter.dtype)))
 
-    def step(self, gradients: Mapping[str, Tensor], random: list[Any]) -> dict[str, Tensor]:
+    def step(self, gradients: Mapping[str, Tensor], generators: Generators) -> dict[str, Tensor]:
         """The weights after one step, in the model's precision; random numbers are drawn as the run drew them."""
         self._values.push(self._groups, self._keys)
-        now = random_state()
-        set_random_state(random)
-        try:
+        with generators_kept():
+            write_generators(generators)
             self.reference.step(gradients)
-        finally:
-            set_random_state(now)
         self._values.published()
         return {name: one.data.to(self._dtypes[name]) for name, one in self.reference.parameters.items()}

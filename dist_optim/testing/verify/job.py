@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_optim.errors import UsageError
 
-__all__ = ["STRATEGIES", "Job", "gradients", "make_model", "seed"]
+__all__ = ["STRATEGIES", "Job", "gradients", "make_model"]
 
 STRATEGIES = ("ddp", "fsdp1", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 GROWTH = 1.3
@@ -108,11 +106,3 @@ def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
     }
     like = dict(model.named_parameters())
     return {name: one.bfloat16().to(like[name].device, like[name].dtype) for name, one in drawn.items()}
-
-
-def seed(step: int) -> None:
-    """Before each side takes a step: some optimizers draw."""
-    torch.manual_seed(step)
-    random.seed(step)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(step)

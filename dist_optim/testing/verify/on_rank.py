@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from dist_optim.errors import DistOptimError, UnsupportedError
+from dist_optim.generators import seed_generators
 from dist_optim.integrations.quiet import libraries_silenced
 from dist_optim.ranks.agreement import own_rank
 from dist_optim.ranks.together import together
 from dist_optim.specs.verdict import Verdict
 from dist_optim.testing.verify.alone import one_process
-from dist_optim.testing.verify.job import Job, gradients, make_model, seed
+from dist_optim.testing.verify.job import Job, gradients, make_model
 from dist_optim.testing.verify.sides import make_side, rates_of, set_rates
 from dist_optim.verifying.difference import Difference, largest_difference
 from dist_optim.verifying.reference import Reference
@@ -62,10 +63,10 @@ def verify_on_rank(job: Job) -> Outcome:
 
 def _verified(job: Job) -> Outcome:
     is_first = own_rank() == 0
-    seed(0)
+    seed_generators(0)
     side = make_side(job)
     _refuse_closures(job, side.verdict)
-    seed(0)
+    seed_generators(0)
     reference = together(lambda: one_process(job) if is_first else None, doing="Building the reference")
     rates = None if reference is None else rates_of(reference.optimizer.param_groups, reference.spec)
     start = None if reference is None else reference.weights()
@@ -73,10 +74,10 @@ def _verified(job: Job) -> Outcome:
     differences: list[Difference] = []
     for at in range(job.steps):
         given = gradients(shapes, at)
-        seed(at)
+        seed_generators(at)
         side.step(given, at)
         found = side.weights()
-        seed(at)
+        seed_generators(at)
 
         def compare(at: int = at, found: dict[str, torch.Tensor] = found) -> Difference | None:
             if reference is None or rates is None:
