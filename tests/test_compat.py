@@ -15,6 +15,7 @@ import measure_compat
 import pytest
 from compat import AS_PINNED, CHOSEN, ROOT, ROWS, Row, lower_bounds, project
 from packaging.requirements import Requirement
+from patience import PATIENCE_S
 
 MEASURE = "run `make compat` and commit what it writes"
 SERVED = ("3.10", "3.11", "3.12", "3.13")
@@ -118,7 +119,8 @@ def prepare(folder: Path, *versions: str, **environment: str) -> subprocess.Comp
             (folder / "bin").mkdir(exist_ok=True)
             (folder / "bin" / tool).symlink_to(str(shutil.which(tool)))
     given = {"PATH": str(folder / "bin"), **environment}
-    return subprocess.run([str(folder / ".ci" / "environment")], env=given, capture_output=True, text=True, timeout=30)
+    script = [str(folder / ".ci" / "environment")]
+    return subprocess.run(script, env=given, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("version", SERVED)

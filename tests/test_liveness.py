@@ -200,7 +200,7 @@ def test_a_rank_that_holds_the_interpreter_for_too_long_is_named(tmp_path: Path)
 
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_killed_rank_is_named(tmp_path: Path, rank: int) -> None:
-    with job(tmp_path, 2, is_killed, rank, timeout_s=60) as started:
+    with job(tmp_path, 2, is_killed, rank, timeout_s=PATIENCE_S) as started:
         assert started.wait(0, 1) == ([1, -9] if rank == 1 else [-9, 1])
         said = started.output(1 - rank)
         assert f"RankLostError: {started.name(rank)} has " in said, said
@@ -210,7 +210,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_failed_rank_is_named_with_its_error(tmp_path: Path, rank: int) -> None:
-    with job(tmp_path, 2, raises, rank, timeout_s=60) as started:
+    with job(tmp_path, 2, raises, rank, timeout_s=PATIENCE_S) as started:
         assert started.wait(0, 1) == [1, 1]
         said = started.output(1 - rank)
         assert f"{started.name(rank)} failed: ValueError: bad luck" in said, said
@@ -220,7 +220,7 @@ def test_a_failed_rank_is_named_with_its_error(tmp_path: Path, rank: int) -> Non
 
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_rank_that_left_too_early_is_named(tmp_path: Path, rank: int) -> None:
-    with job(tmp_path, 2, leaves, rank, timeout_s=60) as started:
+    with job(tmp_path, 2, leaves, rank, timeout_s=PATIENCE_S) as started:
         assert started.wait(0, 1) == ([1, 0] if rank == 1 else [0, 1])
         assert f"{started.name(rank)} left in good order, while others still waited" in started.output(1 - rank)
 

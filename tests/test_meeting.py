@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_S
 from placements import place
 from sessions import OPTIONS, Net, batch
 from torch import nn
@@ -37,7 +38,7 @@ IN_STEP = ("clip_grad_norm_()", "step()")
 
 def trained(placement: str, name: str) -> tuple[nn.Module, Any]:
     model = place(Net(), placement)
-    optimizer = dist_optim.build_optimizer(model, name, print_audit=False, rank_timeout_s=60, **OPTIONS[name])
+    optimizer = dist_optim.build_optimizer(model, name, print_audit=False, rank_timeout_s=PATIENCE_S, **OPTIONS[name])
     optimizer.train()
     model(*batch(0), True).backward()
     optimizer.step()

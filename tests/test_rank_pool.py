@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 
 from dist_optim.testing import RankFailure, RankPool, assert_equal
 from dist_optim.testing.native import OUT_OF_TIME
@@ -26,7 +26,7 @@ from dist_optim.testing.native import OUT_OF_TIME
 @pytest.fixture
 def doomed_pool() -> Iterator[RankPool]:
     """Three ranks of a test's own, to break."""
-    with RankPool(world_size=3, timeout_s=30.0) as pool:
+    with RankPool(world_size=3, timeout_s=PATIENCE_S) as pool:
         yield pool
 
 
@@ -129,7 +129,7 @@ def test_a_crash_is_reported_with_its_python_stack_and_all_native_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the report looks for a core dump, if the kernel writes them beside the process
-    with RankPool(2, timeout_s=30.0) as pool, pytest.raises(RankFailure, match="rank 1 died; rank 0 ") as caught:
+    with RankPool(2, timeout_s=PATIENCE_S) as pool, pytest.raises(RankFailure, match="rank 1 died; rank 0 ") as caught:
         pool.run(_crash_on_rank, 1, tmp_path)
     report = caught.value
     assert list(report.crashes) == [1]
@@ -165,7 +165,7 @@ def _crash_on_rank(crashing_rank: int, directory: Path) -> None:
 
 def test_a_crash_between_bodies_is_reported_with_its_stack(doomed_pool: RankPool) -> None:
     os.kill(doomed_pool.run(_process_id_without_core_dump)[1], signal.SIGABRT)
-    _wait_until(lambda: bool(doomed_pool.dead_ranks))
+    wait_until(lambda: bool(doomed_pool.dead_ranks))
     with pytest.raises(RankFailure, match="rank 1 died") as caught:
         doomed_pool.run(dist.get_rank)
     assert "in worker_main" in caught.value.crashes[1]
@@ -178,7 +178,7 @@ def _process_id_without_core_dump() -> int:
 
 def test_a_rank_that_died_between_bodies_is_named(doomed_pool: RankPool) -> None:
     os.kill(doomed_pool.run(os.getpid)[1], signal.SIGKILL)
-    _wait_until(lambda: bool(doomed_pool.dead_ranks))
+    wait_until(lambda: bool(doomed_pool.dead_ranks))
     with pytest.raises(RankFailure, match="after the previous body had returned: rank 1 died"):
         doomed_pool.run(dist.get_rank)
 
@@ -237,7 +237,7 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     parent.wait(60)
     parent.stdout.close()
     assert len(process_ids) == 2
-    _wait_until(lambda: not any(_is_running(process_id) for process_id in process_ids))
+    wait_until(lambda: not any(_is_running(process_id) for process_id in process_ids))
 
 
 def _is_running(process_id: int) -> bool:
@@ -247,10 +247,3 @@ def _is_running(process_id: int) -> bool:
         return False
     state = Path(f"/proc/{process_id}/stat")  # an ended process nobody has waited for still takes signals
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def _wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {timeout_s:g} s"
-        time.sleep(0.02)

@@ -217,7 +217,7 @@ def outcome_of(case: str) -> tuple[str, str, float]:
     ],
 )
 def test_ranks_refuse_together(case: str, kind: type, said: str, two_ranks: RankPool) -> None:
-    outcomes = two_ranks.run(outcome_of, case, timeout_s=30)
+    outcomes = two_ranks.run(outcome_of, case)
     for error, text, _ in outcomes:
         assert error == kind.__name__ and said in text
     if case == "no number":

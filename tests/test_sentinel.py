@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity import Net
+from patience import PATIENCE_S
 from placements import inject, place
 
 import dist_optim
@@ -107,7 +108,7 @@ def die_in_the_middle_of_a_step() -> None:
 
 
 def test_rank_killed_in_the_middle_of_a_step_leaves_none_hanging() -> None:
-    with RankPool(2, timeout_s=20) as pool, pytest.raises(RankFailure, match="rank 1 .*7|exit"):
+    with RankPool(2, timeout_s=PATIENCE_S) as pool, pytest.raises(RankFailure, match="rank 1 .*7|exit"):
         pool.run(die_in_the_middle_of_a_step)
 
 

@@ -8,9 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 from torch import nn
 from train_runs import (
     GALORE,
@@ -267,13 +266,13 @@ class TestInterruption:
         metrics = tmp_path / "run" / ".unfinished" / "metrics.jsonl"
         flags = ("--max_steps", "100000", "--logging_steps", "1", "--output_dir", tmp_path / "run")
         with started(*command(TWO_RANKS, *flags)) as process:
-            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, PATIENCE_S)
+            wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=PATIENCE_S)
         assert errors.count("interrupted at step ") == 1, errors
         assert 'launch/train.py", line' not in errors
         assert list((tmp_path / "run").iterdir()) == []
-        wait_until(lambda: not processes_naming(str(tmp_path)), 60)
+        wait_until(lambda: not processes_naming(str(tmp_path)))
 
     @pytest.mark.parametrize(
         ("sent", "is_agent", "exit_code"),
@@ -289,7 +288,7 @@ class TestInterruption:
         program = WATCHED.replace("SIGNALS", repr(signals.__file__))
         mark = tmp_path / "mark"
         with started(sys.executable, "-c", program, *([program] if is_agent else []), mark) as process:
-            wait_until(lambda: mark.exists() and mark.read_text() != "", 60)
+            wait_until(lambda: mark.exists() and mark.read_text() != "")
             process.send_signal(sent)
             _, errors = process.communicate(timeout=PATIENCE_S)  # the rank holds the pipe as long as it lives
         assert (process.returncode, errors) == (exit_code, "\ninterrupted at step 7\n")
@@ -306,13 +305,6 @@ def started(*words: str | Path) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.wait()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not reached within {timeout_s} s"
-        time.sleep(0.1)
 
 
 def processes_naming(text: str) -> list[int]:

@@ -232,6 +232,7 @@ def build_optimizer(
             bucket_bytes=prepared.bucket_bytes,
             master_weights=master_weights,
             replicates=replicate == "elementwise",
+            by_stored_gradients=not prepared.is_fused,
         ),
         process_group,
         doing=doing,

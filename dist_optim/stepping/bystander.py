@@ -39,8 +39,8 @@ class Bystander(UpstreamInstance):
     def __init__(self, spec: OptimizerSpec, groups: Sequence[ParamGroup], arguments: Mapping[str, Any]) -> None:
         self.driver, self.extras = spec.driver, None
         self.shadows, self.ghosts = {}, {}
-        self._group_of, self._of_model, self._model_dtypes = {}, set(), {}
-        self._keeps_tensors, self._ghosts = True, []
+        self._group_of, self._model_dtypes, self._ghosts = {}, {}, []
+        self.of_model, self._own_storage = set(), set()
         shown = [{**spec.values_in(group, arguments), "params": []} for group in groups]
         self.optimizer = _Shown(shown, dict(arguments))
         self.group_values = GroupValues(self.optimizer, [spec.is_undescribed_in(group) for group in groups])

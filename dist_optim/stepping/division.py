@@ -62,6 +62,8 @@ class Division:
     bucket_bytes: int
     replicates: bool
     """Whether all ranks step alike what they hold whole, where it is elementwise."""
+    lends_model: bool
+    """Whether upstream may be given the model's own parameters: one process, which steps by stored gradients."""
     process_group: dist.ProcessGroup | None
     """The ranks that share the work."""
     all_ranks: dist.ProcessGroup | None
@@ -138,6 +140,7 @@ def divide(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     master_weights: bool = False,
     replicates: bool = False,
+    by_stored_gradients: bool = False,
 ) -> Division:
     """Decide who steps what. Not a collective: ranks that describe the same model decide alike.
 
@@ -150,6 +153,7 @@ def divide(
         bucket_bytes: The most that a rank's buffer for one field of a round takes.
         master_weights: Whether upstream steps fp32 copies of what the model holds in half precision.
         replicates: Whether all ranks step alike what they hold whole, where it is elementwise.
+        by_stored_gradients: Whether gradients are found in ``parameter.grad`` of the model, all of them, at a step.
 
     Raises:
         UnsupportedError: Upstream cannot step a parameter, or not in this way.
@@ -176,6 +180,7 @@ def divide(
         has_masters=master_weights and any(is_half(one.dtype) for one, _ in members.values()),
         bucket_bytes=bucket_bytes,
         replicates=replicates,
+        lends_model=by_stored_gradients and num_ranks(all_ranks) == 1,
         process_group=process_group,
         all_ranks=all_ranks,
     )
@@ -198,10 +203,11 @@ def starting_values(division: Division) -> dict[int, Tensor] | None:
     One process hands upstream the model's own parameters where those are plain tensors.
 
     Returns:
-        Tensors by index, on storage that nobody else writes to; None for an optimizer that reads none.
+        Tensors by index, on storage that nobody else writes to, or the model's own parameters; None for an optimizer
+        that reads none.
     """
     if not division.keeps_tensors:
-        return None
+        return _lent(division) if division.lends_model else None
     values = _true_values(division)
     if division.has_masters:
         return {index: one.detach().float() if is_half(one.dtype) else one for index, one in values.items()}
@@ -211,6 +217,11 @@ def starting_values(division: Division) -> dict[int, Tensor] | None:
 def is_half(dtype: torch.dtype) -> bool:
     """Whether a dtype is too coarse for small updates."""
     return dtype in (torch.bfloat16, torch.float16)
+
+
+def _lent(division: Division) -> dict[int, Tensor]:
+    every = enumerate(division.placed)
+    return {index: one.parameter for index, one in every if one.is_trained and _is_plain(one)}
 
 
 def _true_values(division: Division) -> dict[int, Tensor]:

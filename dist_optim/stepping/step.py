@@ -189,7 +189,7 @@ class TrainingStep:
 
     def _update_in_place(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
         """Upstream on what the model has here: this rank's slices, or all of it in one process."""
-        parameters = {index: self._held.placed[index].local() for index in gradients}
+        parameters = {index: self._held.placed[index].local() for index in gradients if index not in instance.of_model}
         updated = self._stepped(instance, parameters, gradients)
         write_back(updated, parameters)
         if self._is_one_by_one:

@@ -6,8 +6,11 @@ are set right before the step, so the user's own parameters are never rebound an
 **Ghost**: an empty parameter in the place of a tensor that is stepped elsewhere. It keeps positions (APOLLO's seeds,
 GrokAdamW's decay by layer) and group counters (StableAdamW, schedule-free) what they are in one process.
 
+In one process, which steps by stored gradients, shadows are the model's own parameters where those are plain: upstream
+does there what it does alone, and nothing is set before a step or after it.
+
 A class that nobody described gets shadows with values and storage of their own, from before its constructor on: it may
-read them there, keep them, or change one that has no gradient. In one process its shadows are the model's parameters.
+read them there, keep them, or change one that has no gradient.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ class UpstreamInstance:
         groups: Hyperparameters of each param group; ``params`` holds the ``PlacedParameter`` of the group, in order.
         shapes: Shape of each tensor that is stepped here, by its position among all parameters.
         arguments: Constructor keywords.
-        values: For a class that nobody described, what is stepped here and frozen tensors that it may see: storage that
-            is the instance's from now on, or the model's own parameters where it may step those themselves.
+        values: The model's own parameters where upstream may step those themselves; for a class that nobody described,
+            else, what is stepped here and frozen tensors that it may see: storage that is the instance's from now on.
     """
 
     returned: Any = None
@@ -65,9 +68,10 @@ class UpstreamInstance:
         self.ghosts: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, int] = {}
         self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._keeps_tensors = values is not None
         is_two_way = [spec.is_undescribed_in(group) for group in groups]
-        self._of_model = {index for index, value in (values or {}).items() if isinstance(value, nn.Parameter)}
+        self.of_model: set[int] = set()
+        """Which of what it sees are the model's own parameters."""
+        self._own_storage: set[int] = set()
         self._ghosts: list[Ghosts] = [spec.ghosts_in(group) for group in groups for _ in group["params"]]
         self._watch: AbstractContextManager[object] = nullcontext()
         if spec.verdict is not None and spec.verdict.is_independent:
@@ -124,7 +128,6 @@ class UpstreamInstance:
         """
         values = values or {}
         self._ghosts += [spec.ghosts_in(group)] * len(group["params"])
-        self._of_model |= {index for index, value in values.items() if isinstance(value, nn.Parameter)}
         parameters: list[nn.Parameter] = []
         names: list[str] = []
         for index, placed in enumerate(group["params"], start=first):
@@ -147,6 +150,8 @@ class UpstreamInstance:
         for known in (self.shadows, self.ghosts, self._group_of, self._model_dtypes):
             for index in [index for index in known if index >= num_parameters]:
                 del known[index]
+        for some in (self.of_model, self._own_storage):
+            some -= {index for index in some if index >= num_parameters}
 
     def _make_parameter(
         self, index: int, placed: PlacedParameter, shapes: Mapping[int, torch.Size], values: Mapping[int, Tensor]
@@ -154,7 +159,10 @@ class UpstreamInstance:
         """What stands for a parameter in upstream's group: itself, a shadow, a ghost, or nothing."""
         if index in values:
             value, is_stepped = values[index], index in shapes
-            if not isinstance(value, nn.Parameter):
+            if isinstance(value, nn.Parameter):
+                self.of_model.add(index)
+            else:
+                self._own_storage.add(index)
                 value = nn.Parameter(value, requires_grad=placed.parameter.requires_grad)
             if is_stepped and value.dtype != placed.dtype:
                 self._model_dtypes[index] = placed.dtype
@@ -183,6 +191,7 @@ class UpstreamInstance:
 
         Args:
             parameters: Tensors to update, by position; upstream may update them in place or put others in their stead.
+                The model's own parameters need not be among them.
             gradients: Their gradients, in the same shapes.
             present: For every position, whether that parameter has a gradient anywhere in this step.
             closure: Handed on to upstream, where there is one.
@@ -207,31 +216,29 @@ class UpstreamInstance:
                 else:
                     self.returned = self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
-            self.take_gradients(self.shadows if self._keeps_tensors else gradients)
+            self.take_gradients(self.shadows)
         return self._outgoing_of(parameters)
 
     def _outgoing_of(self, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """These tensors as the model is to have them: the very same where upstream has left them in place."""
-        if self._keeps_tensors:
-            return self.outgoing(parameters)
         shadows = self.shadows
         return {
-            index: tensor if shadows[index].data_ptr() == tensor.data_ptr() else shadows[index].data
+            index: tensor if shadows[index].data_ptr() == tensor.data_ptr() else self._outgoing(index)
             for index, tensor in parameters.items()
         }
 
     def outgoing(self, indices: Collection[int] | None = None) -> dict[int, Tensor]:
         """These tensors, or all that are stepped here, as the model is to have them."""
-        found = {index: self.shadows[index].data for index in (self.shadows if indices is None else indices)}
-        return {
-            index: tensor.to(self._model_dtypes[index]) if index in self._model_dtypes else tensor
-            for index, tensor in found.items()
-        }
+        return {index: self._outgoing(index) for index in (self.shadows if indices is None else indices)}
+
+    def _outgoing(self, index: int) -> Tensor:
+        value = self.shadows[index].data
+        return value.to(self._model_dtypes[index]) if index in self._model_dtypes else value
 
     def give(self, gradients: Mapping[int, Tensor]) -> None:
         """Let upstream see these gradients; parameters that are the model's own have theirs."""
         for index, gradient in gradients.items():
-            if index not in self._of_model:
+            if index not in self.of_model:
                 shadow = self.shadows[index]
                 if not shadow.requires_grad:  # it was frozen when this was built
                     shadow.requires_grad_(True)
@@ -240,7 +247,7 @@ class UpstreamInstance:
     def take_gradients(self, indices: Collection[int]) -> None:
         """Let upstream see none any more."""
         for index in indices:
-            if index not in self._of_model:
+            if index not in self.of_model:
                 self.shadows[index].grad = None
 
     def _places(self, gradients: Mapping[int, Tensor], present: Sequence[bool]) -> list[list[int]]:
@@ -305,7 +312,7 @@ class UpstreamInstance:
         self.give(gradients)
         try:
             result = getattr(self.optimizer, name)(*args, **keywords)
-            after = {index: self.shadows[index].grad for index in gradients if index not in self._of_model}
+            after = {index: self.shadows[index].grad for index in gradients if index not in self.of_model}
             is_cleared = bool(after) and all(gradient is None for gradient in after.values())
             if not is_cleared:
                 _refuse_changed_gradients(name, {index: before[index] for index in after}, after)
@@ -315,11 +322,10 @@ class UpstreamInstance:
 
     def release(self, indices: Collection[int]) -> None:
         """Drop the full tensors, so that between steps only the shards hold the parameters."""
-        if self._keeps_tensors:
-            return
         for index in indices:
-            shadow = self.shadows[index]
-            shadow.data = self._zero_like(shadow).expand(shadow.shape)
+            if index not in self.of_model and index not in self._own_storage:
+                shadow = self.shadows[index]
+                shadow.data = self._zero_like(shadow).expand(shadow.shape)
 
     def _zero_like(self, tensor: Tensor) -> Tensor:
         """One element for all that is stepped elsewhere or not now: nobody may write to what many share."""
@@ -331,8 +337,10 @@ class UpstreamInstance:
     def show(self, parameters: Mapping[int, Tensor]) -> None:
         """Let upstream's parameters be these tensors: on their storage, or copied where upstream keeps its own."""
         for index, tensor in parameters.items():
+            if index in self.of_model:
+                continue
             shadow = self.shadows[index]
-            if not self._keeps_tensors:
+            if index not in self._own_storage:
                 shadow.data = tensor
             elif index in self._model_dtypes:
                 # The master stands, but for elements that somebody changed in the model: weights were loaded, say.
