@@ -49,14 +49,16 @@ class Net(nn.Module):
 class Run:
     """A model and its optimizer, stepped by the same gradients under every engine."""
 
-    def __init__(self, placement: str, name: str, group: Any = None) -> None:
-        self.model = place(Net(), placement)
+    def __init__(self, placement: str, name: str, group: Any = None, dtype: torch.dtype = torch.float32) -> None:
+        self.model = place(Net().to(dtype), placement)
         options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "process_group": group, "print_audit": False}
+        options["master_weights"] = dtype is not torch.float32
         self.optimizer = dist_optim.build_optimizer(self.model, name, **options)
 
     def train(self, steps: range) -> None:
         for step in steps:
-            inject(self.model, {**gradients(step)})
+            dtype = next(self.model.parameters()).dtype
+            inject(self.model, {name: one.to(dtype) for name, one in gradients(step).items()})
             self.optimizer.step()
 
     def weights(self) -> dict[str, Tensor]:
@@ -68,8 +70,8 @@ def gradients(step: int) -> dict[str, Tensor]:
     return {name: torch.randn(one.shape, generator=generator) for name, one in Net().named_parameters()}
 
 
-def alone(name: str, steps: range) -> Run:
-    run = Run("none", name, own_group())
+def alone(name: str, steps: range, dtype: torch.dtype = torch.float32) -> Run:
+    run = Run("none", name, own_group(), dtype)
     run.train(steps)
     return run
 
@@ -78,24 +80,26 @@ def stepped_on_rows(optimizer: dist_optim.DistributedOptimizer) -> set[str]:
     return {optimizer.holdings.placed[index].fqn for index in optimizer.holdings.local_indices}
 
 
-def equals_one_process(placement: str, name: str, folder: Path, num_shards: int) -> None:
+def equals_one_process(
+    placement: str, name: str, folder: Path, num_shards: int, dtype: torch.dtype = torch.float32
+) -> None:
     """And is resumed from its checkpoint under other engines, and there from theirs."""
-    expected = alone(name, range(6)).weights()
-    run = Run(placement, name)
+    expected = alone(name, range(6), dtype).weights()
+    run = Run(placement, name, None, dtype)
     assert stepped_on_rows(run.optimizer) == ON_ROWS[num_shards]
     run.train(range(3))
     dist_optim.save_checkpoint(folder / "cut", run.model, run.optimizer)
     run.train(range(3, 6))
     assert_equal(run.weights(), expected)
     for place_, group in (("none", own_group()), ("ddp", None), (placement, None)):
-        resumed = Run(place_, name, group)
+        resumed = Run(place_, name, group, dtype)
         dist_optim.load_checkpoint(folder / "cut", resumed.model, resumed.optimizer)
         resumed.train(range(3, 6))
         assert_equal(resumed.weights(), expected)
-    whole = Run("ddp", name)
+    whole = Run("ddp", name, None, dtype)
     whole.train(range(3))
     dist_optim.save_checkpoint(folder / "whole", whole.model, whole.optimizer)
-    resumed = Run(placement, name)
+    resumed = Run(placement, name, None, dtype)
     dist_optim.load_checkpoint(folder / "whole", resumed.model, resumed.optimizer)
     resumed.train(range(3, 6))
     assert_equal(resumed.weights(), expected)
@@ -104,6 +108,10 @@ def equals_one_process(placement: str, name: str, folder: Path, num_shards: int)
 @pytest.mark.parametrize("name", ["adamw_bnb_8bit", "lion_8bit"])
 def test_two_ranks(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(equals_one_process, "fsdp2", name, tmp_path, 2)
+
+
+def test_masters_of_half_precision_too(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(equals_one_process, "fsdp2", "adamw_bnb_8bit", tmp_path, 2, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("placement", "num_shards"), [("fsdp2 units", 4), ("hsdp", 2)])

@@ -20,7 +20,11 @@ MAX_NAMES = 8
 
 
 def runs_on_local_slices(
-    spec: OptimizerSpec, placed: PlacedParameter, values: Mapping[str, Any], replicates: bool = False
+    spec: OptimizerSpec,
+    placed: PlacedParameter,
+    values: Mapping[str, Any],
+    replicates: bool = False,
+    master_weights: bool = False,
 ) -> bool:
     """Whether this rank steps its slice of the parameter by itself, with these hyperparameters.
 
@@ -29,13 +33,14 @@ def runs_on_local_slices(
         placed: The parameter.
         values: Its hyperparameters.
         replicates: Whether all ranks that hold a parameter whole step it alike.
+        master_weights: Whether an fp32 copy is stepped in place of half precision.
     """
     is_elementwise = Trait.ELEMENTWISE in spec.traits and spec.driver.runs_on_slices(values, placed.device)
     if placed.layout.is_replicated:
         return replicates and is_elementwise
     # torch's CPU kernels round half precision once in a full SIMD vector, but after each operation in the tail: an
     # element's result depends on where a slice ends.
-    rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4
+    rounds_by_position = placed.device.type == "cpu" and placed.dtype.itemsize < 4 and not master_weights
     return not rounds_by_position and (is_elementwise or _runs_on_rows(spec, placed, values))
 
 

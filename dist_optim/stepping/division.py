@@ -165,7 +165,8 @@ def divide(
     is_together = _steps_together(spec, process_group)
     here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
     replicates = replicates and num_ranks(process_group) > 1
-    local = [index for index, member in here.items() if runs_on_local_slices(spec, *member, replicates)]
+    asked = replicates, master_weights
+    local = [index for index, member in here.items() if runs_on_local_slices(spec, *member, *asked)]
     slices = [] if is_together else local
     owned = {index: member for index, member in here.items() if index not in slices}
     plan = plan_owners(spec, owned, bucket_bytes, process_group, SOLE_OWNER if is_together else None)

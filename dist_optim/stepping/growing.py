@@ -123,6 +123,7 @@ def _divided(division: Division, group: ParamGroup) -> Division:
         all_ranks=division.all_ranks,
         bucket_bytes=division.bucket_bytes,
         replicates=division.replicates,
+        master_weights=division.has_masters,
         by_stored_gradients=division.lends_model,
     )
     return replace(made, has_masters=division.has_masters)
