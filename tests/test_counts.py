@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from placements import inject, place
+from placements import inject, own_group, place
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +33,7 @@ COLLECTIVES = (
     "isend",
     "irecv",
 )
+OURS = str(Path(dist_optim.__file__).parent)
 LOW_RANK: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
 AGREEMENTS = 2
 """Before a step and after it: small, and over the host."""
@@ -209,3 +213,35 @@ def agreements_under_zero(sub_group_size: int) -> tuple[int, int]:
 def test_zero_agrees_once_a_step_however_many_parts_it_steps(two_ranks: RankPool) -> None:
     for num_parts, counted in two_ranks.run(agreements_under_zero, 1000):
         assert num_parts > 2 and counted == AGREEMENTS
+
+
+def own_calls(placement: str, num_layers: int) -> int:
+    """Calls of functions of dist_optim in a steady step, whose gradients come from a backward pass."""
+    model = place(net(num_layers), placement)
+    group = own_group() if placement == "none" else None
+    optimizer = dist_optim.build_optimizer(model, "adamw_torch", lr=1e-3, process_group=group, print_audit=False)
+    calls: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        calls[event] += event == "call" and OURS in frame.f_code.co_filename
+
+    for step in range(4):
+        model(torch.ones(2, 8)).square().mean().backward()
+        sys.setprofile(note if step == 3 else None)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        optimizer.zero_grad()
+    return calls["call"]
+
+
+def calls_for_each_parameter(placement: str) -> float:
+    return (own_calls(placement, 30) - own_calls(placement, 10)) / 40
+
+
+@pytest.mark.parametrize(("placement", "most"), [("none", 4), ("fsdp2", 7)])
+def test_a_step_makes_few_calls_for_each_parameter(two_ranks: RankPool, placement: str, most: int) -> None:
+    """Upstream's foreach makes none: what a wrapper costs on many small tensors are these."""
+    calls = two_ranks.run(calls_for_each_parameter, placement)
+    assert max(calls) <= most and min(calls) > 0, calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,10 +98,14 @@ class PlacedParameter:
 
     def local_gradient(self) -> Tensor | None:
         """This rank's part of the gradient, as a plain tensor on its storage; None where there is none."""
-        gradient = self.parameter.grad
-        if gradient is None:
-            return None
-        return self._own(gradient) if type(gradient) is Tensor else self.part_of(gradient)
+        parameter: Any = self.parameter
+        gradient: Any = parameter.grad
+        if self.member is None:  # as most are, in few calls
+            if gradient is None or type(gradient) is Tensor:
+                return gradient
+            if type(parameter) is type(gradient) is DTensor and gradient._spec is parameter._spec:
+                return gradient._local_tensor
+        return None if gradient is None else self.part_of(gradient)
 
     def part_of(self, gradient: Tensor) -> Tensor:
         """This rank's part of it: one that every rank has whole, of a sharded parameter, is cut as the parameter is.
@@ -122,10 +127,16 @@ class PlacedParameter:
 
     def takes(self, gradient: Tensor) -> bool:
         """Whether it is dense, of the parameter's dtype, and placed like it, as most are: what takes little to see."""
-        if not (self.layout.is_replicated if type(gradient) is Tensor else self._is_alike(gradient)):
-            return False
-        part = local_of(gradient)
-        return part.dtype is local_of(self.parameter).dtype and part.layout is torch.strided
+        parameter: Any = self.parameter
+        if type(parameter) is DTensor:
+            if not self._is_alike(gradient):
+                return False
+            part, own = gradient._local_tensor, parameter._local_tensor  # type: ignore[attr-defined]
+        else:
+            if type(gradient) is not Tensor or not self.layout.is_replicated:
+                return False
+            part, own = gradient, parameter
+        return part.dtype is own.dtype and part.layout is torch.strided
 
     def why_misplaced(self, gradient: Tensor) -> str:
         """Why no part of this gradient can be stepped by as it lies, and what to do; empty where one can."""

@@ -73,7 +73,7 @@ class BeforeStep:
         *present, is_changed = self._agreement.before(
             [*self._names[: len(has)], "weights"],
             [*has, is_changed],
-            [*(not is_there and one.local().numel() > 0 for one, is_there in zip(placed, has, strict=True)), False],
+            [not is_there and one.local().numel() > 0 for one, is_there in zip(placed, has, strict=True)] + [False],
             self._values,
             self._samples.take(self._progress.num_steps) if has else (),
             problem,
