@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from any_classes import DrawsNoise
+from every_name import SERVED, options_of
+from placements import place
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -75,3 +81,39 @@ def generators_after_a_look(name: str) -> bool:
 @pytest.mark.parametrize("name", ["kron", "DrawsNoise"])
 def test_state_before_the_first_step_draws_nothing(two_ranks: RankPool, name: str) -> None:
     assert two_ranks.run(generators_after_a_look, name) == [True, True]
+
+
+DRAWING = {"kron": {"step"}}
+"""Whose upstream class draws, and where."""
+
+
+def who_draws(names: list[str], folder: Path) -> list[str]:
+    """What of building, stepping, clipping, saving and loading moves a generator: a model's dropout would see it."""
+    torch.compiler.set_stance("force_eager")
+    found: dict[str, set[str]] = {}
+    for name in names:
+        model = place(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), "ddp")
+
+        def watched(what: str, act: Callable[[], Any], name: str = name) -> Any:
+            before = read_generators()
+            result = act()
+            if read_generators() != before:
+                found.setdefault(name, set()).add(what)
+            return result
+
+        built = partial(dist_optim.build_optimizer, model, name, lr=1e-2, fused_backward=None, print_audit=False)
+        optimizer = watched("build", partial(built, **options_of(name)))
+        for _ in range(2):
+            model(torch.ones(2, 6)).square().mean().backward()
+            if optimizer.inside_backward is None:
+                watched("clip", partial(optimizer.clip_grad_norm_, 1.0))
+            watched("step", optimizer.step)
+            optimizer.zero_grad()
+        watched("save", partial(dist_optim.save_checkpoint, folder / name, model, optimizer))
+        watched("load", partial(dist_optim.load_checkpoint, folder / name, model, optimizer))
+        watched("load_state_dict", partial(optimizer.load_state_dict, watched("state_dict", optimizer.state_dict)))
+    return [f"{name} in {sorted(calls)}" for name, calls in found.items() if calls != DRAWING.get(name)]
+
+
+def test_nothing_draws_but_what_upstream_draws(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(who_draws, SERVED, tmp_path) == [[], []]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from every_name import SERVED, options_of
 from placements import own_group, place
 from torch import Tensor, nn
 
@@ -14,11 +13,8 @@ from dist_optim.errors import UnsupportedError
 from dist_optim.generators import seed_generators
 from dist_optim.testing import RankPool
 
-SERVED = [name for name in dist_optim.names() if not dist_optim.get_spec(name).refusal]
 REFUSED = {"adalomo"}
 """Its class fails on such a tensor itself."""
-PLAIN_FLASH: dict[str, Any] = {"quantize": False, "fused": False, "master_weight_bits": None}
-LOW_RANK: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
 
 
 class Scaled(nn.Module):
@@ -38,11 +34,9 @@ def train(name: str, placement: str) -> dict[str, Tensor]:
     model = Scaled()
     seed_generators(0)  # Kron draws from torch's and from numpy's
     placed = place(model, placement)
-    options: dict[str, Any] = LOW_RANK if dist_optim.Trait.LOW_RANK in dist_optim.get_spec(name).traits else {}
-    options = PLAIN_FLASH if name.startswith("flash_") else options  # what runs without CUDA
     group = own_group() if placement == "none" else None
     optimizer = dist_optim.build_optimizer(
-        placed, name, lr=1e-2, process_group=group, fused_backward=None, print_audit=False, **options
+        placed, name, lr=1e-2, process_group=group, fused_backward=None, print_audit=False, **options_of(name)
     )
     for step in range(8):  # schedule_free_radam leaves the weights alone in the first five
         placed(torch.ones(2, 6) * (1 + step)).square().mean().backward()
