@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from any_classes import DrawsNoise
+from every_name import SERVED, options_of
 from placements import own_group, place
 from torch import nn
 
@@ -82,6 +83,34 @@ def test_gradients_stay_with_the_model() -> None:
     assert all(one.grad is gradient for one, gradient in zip(model.parameters(), gradients, strict=True))
     optimizer.zero_grad()
     assert all(one.grad is None for one in model.parameters())
+
+
+REBINDS = {"galore_adamw_8bit"}
+ONLY_IN_BACKWARD = [name for name in SERVED if name.endswith("_layerwise")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_storage_and_gradient_stay_with_every_name(dtype: torch.dtype) -> None:
+    problems = []
+    with torch.compiler.set_stance("force_eager"):
+        for name in sorted(set(SERVED) - set(ONLY_IN_BACKWARD)):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(80, 96), nn.LayerNorm(96), nn.Linear(96, 4)).to(dtype)
+            options = options_of(name)
+            optimizer = dist_optim.build_optimizer(
+                model, name, lr=1e-2, print_audit=False, fused_backward=False, **options
+            )
+            for _ in range(2):
+                model(torch.ones(2, 80, dtype=dtype)).square().mean().backward()
+                before = [(one.data_ptr(), one.grad) for one in model.parameters()]
+                optimizer.step()
+                after = [(one.data_ptr(), one.grad) for one in model.parameters()]
+                is_same = [old[0] == new[0] and old[1] is new[1] for old, new in zip(before, after, strict=True)]
+                problems += [] if all(is_same) and not any(map(vars, model.parameters())) else [name]
+                optimizer.zero_grad()
+            is_lent = all(instance.of_model for instance in optimizer.holdings.instances)
+            problems += [] if is_lent == (name not in REBINDS) else [f"{name} is lent: {is_lent}"]
+    assert problems == []
 
 
 def test_some_are_lent_and_some_are_not() -> None:

@@ -69,6 +69,8 @@ class GaLoreAdafactorDriver(GaLoreDriver):
 class GaLoreAdamW8bitDriver(GaLoreDriver):
     """galore-torch's 8-bit AdamW, as it was meant before bitsandbytes changed its arguments."""
 
+    rebinds_parameters = True  # galore-torch 1.0 steps in p.data, which holds the projection meanwhile, and in p.grad
+
     def construct(
         self, optimizer_class: type[Optimizer], param_groups: list[ParamGroup], arguments: Mapping[str, Any]
     ) -> Optimizer:

@@ -135,7 +135,7 @@ class ComposedDriver(UpstreamDriver):
     specs: Mapping[str, OptimizerSpec]
 
     def __post_init__(self) -> None:
-        for name in ("wants_names", "counts_places"):
+        for name in ("wants_names", "counts_places", "rebinds_parameters"):
             object.__setattr__(self, name, any(getattr(spec.driver, name) for spec in self.specs.values()))
 
     def _of(self, values: Mapping[str, Any]) -> UpstreamDriver:

@@ -38,6 +38,9 @@ class UpstreamDriver:
     counts_places: bool = False
     """Upstream goes by a parameter's place among those of its group that have a gradient: ``take_places`` is called."""
 
+    rebinds_parameters: bool = False
+    """Upstream lets what it steps have other storage, or another gradient: it is not given the model's parameters."""
+
     takes_groups_later: bool | None = None
     """Whether upstream's own ``add_param_group`` adds a group as ``construct`` would have; None: where that is not
     overridden."""

@@ -181,7 +181,7 @@ def divide(
         has_masters=master_weights and any(is_half(one.dtype) for one, _ in members.values()),
         bucket_bytes=bucket_bytes,
         replicates=replicates,
-        lends_model=by_stored_gradients and num_ranks(all_ranks) == 1,
+        lends_model=by_stored_gradients and num_ranks(all_ranks) == 1 and not spec.driver.rebinds_parameters,
         process_group=process_group,
         all_ranks=all_ranks,
     )
