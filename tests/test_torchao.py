@@ -83,7 +83,7 @@ def test_quantization_is_decided_on_the_whole_tensor(case: Case, two_ranks: Rank
 def shards_stepped_alone(case: Case) -> list[str]:
     """Negative control: every rank steps its own slice, as if the optimizer were elementwise."""
 
-    def runs_locally(spec: Any, placed: Any, values: Any, replicates: bool) -> bool:
+    def runs_locally(spec: Any, placed: Any, *_: Any) -> bool:
         return not placed.layout.is_replicated
 
     with mock.patch.object(dist_optim.stepping.division, "runs_on_local_slices", runs_locally):
