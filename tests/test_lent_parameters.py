@@ -66,7 +66,7 @@ def of_model(model: nn.Module) -> set[int]:
 @pytest.mark.parametrize("choice", ["adamw_torch", "adafactor", "stable_adamw", "muon", "galore_adamw", DrawsNoise])
 def test_upstream_has_the_models_own_parameters(choice: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    options: dict[str, Any] = {"target_modules": "all-linear", "rank": 2} if choice == "galore_adamw" else {}
+    options = options_of(choice) if isinstance(choice, str) else {}
     optimizer = dist_optim.build_optimizer(model, choice, lr=1e-2, print_audit=False, **options)
     before = [one.data_ptr() for one in model.parameters()]
     train(model, optimizer)
@@ -96,9 +96,8 @@ def test_storage_and_gradient_stay_with_every_name(dtype: torch.dtype) -> None:
         for name in sorted(set(SERVED) - set(ONLY_IN_BACKWARD)):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(80, 96), nn.LayerNorm(96), nn.Linear(96, 4)).to(dtype)
-            options = options_of(name)
             optimizer = dist_optim.build_optimizer(
-                model, name, lr=1e-2, print_audit=False, fused_backward=False, **options
+                model, name, lr=1e-2, print_audit=False, fused_backward=False, **options_of(name)
             )
             for _ in range(2):
                 model(torch.ones(2, 80, dtype=dtype)).square().mean().backward()

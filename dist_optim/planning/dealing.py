@@ -166,7 +166,7 @@ def deal_out(
             for index, (number, one, values) in trained.items()
             if (name := one.whole().fqn) in call
         }
-        _add_call(loads, spec, rehearsal, here, bucket_bytes, copies, (replicates, master_weights), machine)
+        _add_call(loads, spec, rehearsal, here, bucket_bytes, copies, replicates, master_weights, machine)
     return loads
 
 
@@ -185,14 +185,15 @@ def _add_call(
     here: Mapping[int, Stepped],
     bucket_bytes: int,
     copies: int,
-    asked: tuple[bool, bool],
+    replicates: bool,
+    master_weights: bool,
     machine: Machine,
 ) -> None:
     ranks = len(loads.state)
     slices = {
         index: (number, one)
         for index, (number, one, values) in here.items()
-        if not loads.is_together and ranks > 1 and runs_on_local_slices(spec, one, values, *asked)
+        if not loads.is_together and ranks > 1 and runs_on_local_slices(spec, one, values, replicates, master_weights)
     }
     owned = {index: (one, values) for index, (_, one, values) in here.items() if index not in slices}
     plan = plan_owners(spec, owned, bucket_bytes, None, SOLE_OWNER if loads.is_together else None, world_size=ranks)

@@ -62,8 +62,8 @@ class Division:
     bucket_bytes: int
     replicates: bool
     """Whether all ranks step alike what they hold whole, where it is elementwise."""
-    lends_model: bool
-    """Whether upstream may be given the model's own parameters: one process, which steps by stored gradients."""
+    by_stored_gradients: bool
+    """Whether gradients are found in ``parameter.grad`` of the model, all of them, at a step."""
     process_group: dist.ProcessGroup | None
     """The ranks that share the work."""
     all_ranks: dist.ProcessGroup | None
@@ -99,6 +99,12 @@ class Division:
     def keeps_tensors(self) -> bool:
         """Whether upstream's parameters have storage of their own, from before its constructor on."""
         return self.spec.keeps_tensors or self.has_masters
+
+    @property
+    def lends_model(self) -> bool:
+        """Whether upstream is given the model's own parameters: in one process, which has their gradients there too."""
+        is_alone = num_ranks(self.all_ranks) == 1
+        return is_alone and self.by_stored_gradients and not self.spec.driver.rebinds_parameters
 
     def names_by_group(self) -> list[list[str]]:
         """Logical names of the parameters of each group."""
@@ -165,8 +171,7 @@ def divide(
     is_together = _steps_together(spec, process_group)
     here = {index: member for index, member in members.items() if not isinstance(member[0].layout, Elsewhere)}
     replicates = replicates and num_ranks(process_group) > 1
-    asked = replicates, master_weights
-    local = [index for index, member in here.items() if runs_on_local_slices(spec, *member, *asked)]
+    local = [index for index, member in here.items() if runs_on_local_slices(spec, *member, replicates, master_weights)]
     slices = [] if is_together else local
     owned = {index: member for index, member in here.items() if index not in slices}
     plan = plan_owners(spec, owned, bucket_bytes, process_group, SOLE_OWNER if is_together else None)
@@ -181,7 +186,7 @@ def divide(
         has_masters=master_weights and any(is_half(one.dtype) for one, _ in members.values()),
         bucket_bytes=bucket_bytes,
         replicates=replicates,
-        lends_model=by_stored_gradients and num_ranks(all_ranks) == 1 and not spec.driver.rebinds_parameters,
+        by_stored_gradients=by_stored_gradients,
         process_group=process_group,
         all_ranks=all_ranks,
     )

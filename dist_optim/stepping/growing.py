@@ -124,7 +124,7 @@ def _divided(division: Division, group: ParamGroup) -> Division:
         bucket_bytes=division.bucket_bytes,
         replicates=division.replicates,
         master_weights=division.has_masters,
-        by_stored_gradients=division.lends_model,
+        by_stored_gradients=division.by_stored_gradients,
     )
     return replace(made, has_masters=division.has_masters)
 
