@@ -28,9 +28,9 @@ class Override:
     package: str
     """The distribution, as pip names it."""
     owner: str
-    """``module:Class``, or a module."""
+    """``module:Class``, a module, or ``module:function``."""
     attribute: str
-    """A method, a function, or an attribute of instances that the class assigns or annotates."""
+    """A method, a function, or an attribute that the class assigns or annotates, or that the function assigns."""
     parameters: tuple[str, ...] | None = None
     """Names in order, without ``self``, where ours takes or passes them; None where being there is enough."""
 
@@ -176,6 +176,9 @@ TABLE: dict[str, tuple[Override, ...]] = {
     ),
     "FSDP1": (
         *_rows("torch", _FSDP1, "_handle", "_state_dict_config", "_use_orig_params"),
+        *_rows(
+            "torch", "torch.distributed.fsdp._init_utils:_init_process_group_state_for_hybrid_shard", "_inter_node_pg"
+        ),
         *_rows(
             "torch",
             f"{_FLAT}:FlatParamHandle",
@@ -332,9 +335,11 @@ def _listed(parameters: tuple[str, ...]) -> str:
 
 
 def _has(owner: Any, attribute: str) -> bool:
-    """Whether the module or class has it, or the class gives it to its instances."""
+    """Whether the module or class has it, or the class gives it to its instances, or the function to an argument."""
     if hasattr(owner, attribute):
         return True
+    if inspect.isfunction(owner):
+        return attribute in _stored_by(owner)
     kinds = [kind for kind in getattr(owner, "__mro__", ()) if kind is not object]
     return any(attribute in kind.__dict__.get("__annotations__", {}) or attribute in _assigned(kind) for kind in kinds)
 
@@ -342,13 +347,12 @@ def _has(owner: Any, attribute: str) -> bool:
 @functools.cache
 def _assigned(kind: type) -> frozenset[str]:
     """Names of attributes that the methods of a class assign, on ``self`` or on what they are given."""
-    codes = [code for member in vars(kind).values() for code in _codes_of(member)]
-    return frozenset(
-        instruction.argval
-        for code in codes
-        for instruction in dis.get_instructions(code)
-        if instruction.opname == "STORE_ATTR"
-    )
+    return frozenset(name for member in vars(kind).values() for name in _stored_by(member))
+
+
+def _stored_by(member: Any) -> Iterator[str]:
+    for code in _codes_of(member):
+        yield from (one.argval for one in dis.get_instructions(code) if one.opname == "STORE_ATTR")
 
 
 def _codes_of(member: Any) -> Iterator[CodeType]:

@@ -288,7 +288,7 @@ class TorchSession(Session):
         if not self.mixed or self.engine.placement == "none":
             return {}
         half, full = torch.bfloat16, torch.float32
-        if self.engine.placement == "fsdp1":
+        if self.engine.placement.startswith("fsdp1"):
             return {"mixed_precision": MixedPrecision(param_dtype=half, reduce_dtype=full)}
         return {"mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full)}
 

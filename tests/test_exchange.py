@@ -17,6 +17,7 @@ from dist_optim.exchange.rooms import Room, Rooms
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
 from dist_optim.layouts import BoxShard, DimShard, FlatRange, Layout, Replicated
+from dist_optim.layouts.holders import Holders
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
 
@@ -258,9 +259,13 @@ def test_the_plan_tells_every_byte_that_travels() -> None:
     assert_told(make_plan([item(i, (10, 6), layouts[i % 2]) for i in range(7)], 3, bucket_bytes=400), 3)
 
 
-def test_of_parts_that_several_ranks_hold_one_copy_goes_to_the_owner() -> None:
+@pytest.mark.parametrize(
+    "replicas",
+    [BoxShard(((0, 2),), ((0,), (1,), (0,), (1,))), FlatRange((0, 30, 60), Holders((0, 1, 0, 1)))],
+    ids=["rows", "ranges"],
+)
+def test_of_parts_that_several_ranks_hold_one_copy_goes_to_the_owner(replicas: Layout) -> None:
     """Two replicas of two shards: the owner reads its own replica, and writes both."""
-    replicas = BoxShard(((0, 2),), ((0,), (1,), (0,), (1,)))
     plan = make_plan([item(i, (10, 6), replicas) for i in range(7)], 4, bucket_bytes=400)
     assert_told(plan, 4)
     assert len(set(plan.owners.values())) == 4

@@ -19,6 +19,7 @@ from dist_optim.errors import HyperparameterError, ParameterError
 from dist_optim.exchange.plan import Item, make_plan
 from dist_optim.integrations.deepspeed.engine import build_optimizer_for_engine
 from dist_optim.layouts import BoxShard, DimShard, FlatRange, Layout, Replicated
+from dist_optim.layouts.holders import Holders
 from dist_optim.layouts.stack import Member, layer_of
 from dist_optim.testing import RankPool, assert_equal, assert_no_problems_on_any_rank
 
@@ -136,6 +137,7 @@ def test_a_stack_of_experts_equals_upstream_on_separate_parameters(
         DimShard(0, 3),
         DimShard(2, 2),
         FlatRange((0, 5, 5, 31, 60)),
+        FlatRange((0, 31, 60), Holders((0, 1, 0, 1))),
         BoxShard(((0, 2), (1, 2), (0, 2)), tuple((a, b, c) for a in range(2) for b in range(2) for c in range(2))),
         BoxShard(((1, 2),), ((0,), (1,), (0,), (1,))),
     ],

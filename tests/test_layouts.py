@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_optim.errors import ParameterError
+import dist_optim
+from dist_optim.errors import ParameterError, UnsupportedLayoutError
 from dist_optim.layouts import DimShard, FlatRange, Layout, Replicated, detect
 from dist_optim.layouts.detect import assert_held_by
+from dist_optim.layouts.holders import Holders
 from dist_optim.layouts.layout import boxes_on
 from dist_optim.testing import RankPool, assert_equal, assert_no_problems_on_any_rank
 
@@ -98,7 +102,7 @@ def test_names_are_those_of_the_plain_model_under_every_wrapper(two_ranks: RankP
 
 def detected_layout_gives_the_stored_shard() -> None:
     problems = []
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for dim in (0, 1):
         model = nn.Sequential(nn.Linear(9, 7, bias=False), nn.Linear(7, 6, bias=False))
         expected = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -112,7 +116,7 @@ def detected_layout_gives_the_stored_shard() -> None:
         fully_shard(model, mesh=mesh, shard_placement_fn=partial(lambda chosen, _: Shard(chosen), dim))
         for name, placed in detect(model).items():
             layout: Layout = placed.layout
-            if not torch.equal(placed.local(), layout.view_of(expected[name], torch.distributed.get_rank())):
+            if not torch.equal(placed.local(), layout.view_of(expected[name], dist.get_rank())):
                 problems.append(f"dim {dim}, {name}: {placed.layout}")
     assert_no_problems_on_any_rank(problems)
 
@@ -136,3 +140,68 @@ def another_model_is_told_from_a_wrapped_one() -> None:
 
 def test_another_model_is_told_from_a_wrapped_one(two_ranks: RankPool) -> None:
     two_ranks.run(another_model_is_told_from_a_wrapped_one)
+
+
+def hybrid(groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None) -> nn.Module:
+    """A layer under FSDP1's hybrid sharding, over a pair of groups, or over those that FSDP1 makes."""
+    torch.manual_seed(0)
+    return FullyShardedDataParallel(
+        nn.Sequential(nn.Linear(6, 5)),
+        process_group=groups,
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+
+
+def groups_of(shards: list[list[int]], replicas: list[list[int]]) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's of each list."""
+    made = [[dist.new_group(ranks) for ranks in several] for several in (shards, replicas)]
+    own = [next(group for group in several if dist.get_rank(group) >= 0) for several in made]
+    return own[0], own[1]
+
+
+def replicas_of_fsdp1_are_found() -> None:
+    rising = groups_of([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+    weight = detect(hybrid(rising))["0.weight"]
+    layout: Any = weight.layout
+    assert weight.process_group is None
+    assert layout == FlatRange(layout.bounds, Holders((0, 1, 0, 1))) and layout.copies == 2
+    assert [list(layout.holders(rank)) for rank in range(4)] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert_equal(weight.local(), layout.view_of(plain_weight(), dist.get_rank()))
+
+    apart = detect(hybrid(rising), shares_replicas=False)["0.weight"]
+    assert apart.layout == FlatRange(layout.bounds) and apart.process_group is rising[0]
+
+    other = groups_of([[0, 2], [1, 3]], [[0, 1], [2, 3]])
+    crossed = detect(hybrid(other))["0.weight"]
+    assert crossed.layout == FlatRange(layout.bounds) and crossed.process_group is other[0]
+
+
+def plain_weight() -> torch.Tensor:
+    torch.manual_seed(0)
+    return nn.Linear(6, 5).weight.detach()
+
+
+def test_replicas_of_fsdp1s_hybrid_sharding_share_the_work_in_rising_order(four_ranks: RankPool) -> None:
+    """In another order each replica does all of it: a pair of groups says nothing of the other ranks'."""
+    four_ranks.run(replicas_of_fsdp1_are_found)
+
+
+def hybrid_of_lone_shards() -> tuple[list[float], str]:
+    """What FSDP1 makes of ranks on CPUs: a gradient, and what we say."""
+    model = hybrid(None)
+    model(torch.full((1, 6), float(dist.get_rank()))).sum().backward()
+    gradient = next(model.parameters()).grad
+    assert gradient is not None
+    with pytest.raises(UnsupportedLayoutError) as caught:
+        dist_optim.build_optimizer(model, "sgd", lr=0.1, print_audit=False)
+    return gradient.flatten()[:1].tolist(), str(caught.value)
+
+
+def test_replicas_of_nothing_sharded_are_refused(two_ranks: RankPool) -> None:
+    """The control: plain torch reduces no gradient between them."""
+    (first, said), (second, _) = two_ranks.run(hybrid_of_lone_shards)
+    assert first != second
+    assert "one rank in each shard group" in said and "DistributedDataParallel" in said

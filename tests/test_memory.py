@@ -54,6 +54,7 @@ def state_bytes(placement: str, name: str, options: dict[str, Any]) -> int:
     [
         *((placement, pool) for placement in ("ddp", "fsdp2", "fsdp1") for pool in ("two_ranks", "four_ranks")),
         ("hsdp", "four_ranks"),
+        ("fsdp1 hybrid", "four_ranks"),
     ],
 )
 def test_state_of_every_rank_is_its_share(
@@ -63,7 +64,7 @@ def test_state_of_every_rank_is_its_share(
     held = request.getfixturevalue(pool).run(state_bytes, placement, name, options)
     assert sum(held) >= total > 0
     # Replicas share what is stepped whole; what is stepped on slices, each of the two has.
-    is_halved = placement == "hsdp" and name == "adamw_torch"
+    is_halved = placement in ("hsdp", "fsdp1 hybrid") and name == "adamw_torch"
     assert max(held) <= 1.1 * total / (2 if is_halved else len(held))
 
 

@@ -66,9 +66,10 @@ def test_changed_learning_rate_is_refused_in_the_same_step(placement: str, two_r
     assert_all_raise(two_ranks, message, placement, "lr", {})
 
 
-def test_changed_state_of_a_replica_is_named(four_ranks: RankPool) -> None:
+@pytest.mark.parametrize("placement", ["hsdp", "fsdp1 hybrid"])
+def test_changed_state_of_a_replica_is_named(placement: str, four_ranks: RankPool) -> None:
     message = r"RanksDisagreeError: After step 3, (parameter|state) .* on rank \d and .* on rank 3"
-    assert_all_raise(four_ranks, message, "hsdp", "state", {"check_ranks_every": 1})
+    assert_all_raise(four_ranks, message, placement, "state", {"check_ranks_every": 1})
 
 
 def element_changed(check_every: int) -> int:

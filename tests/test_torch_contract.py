@@ -135,7 +135,8 @@ def resumed_by(placement: str, folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp1", "fsdp1")]
+    ("first", "then"),
+    [("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp1", "fsdp1"), ("fsdp1", "fsdp1 hybrid")],
 )
 def test_another_world_size_and_plain_torch_go_on(
     two_ranks: RankPool, four_ranks: RankPool, first: str, then: str, tmp_path: Any
@@ -144,9 +145,9 @@ def test_another_world_size_and_plain_torch_go_on(
     assert four_ranks.run(resumed_by, then, str(tmp_path / "saved")) == [[]] * 4
 
 
-def through_fsdp1() -> list[str]:
+def through_fsdp1(placement: str) -> list[str]:
     expected = train(*made("none", "galore_adamw"), range(4))
-    model, optimizer = made("fsdp1", "galore_adamw")
+    model, optimizer = made(placement, "galore_adamw")
     train(model, optimizer, range(2))
     fsdp = FullyShardedDataParallel
     kinds = (
@@ -156,15 +157,16 @@ def through_fsdp1() -> list[str]:
     )
     with fsdp.state_dict_type(model, *kinds):
         saved = fsdp.optim_state_dict(model, optimizer)
-        fresh, resumed = made("fsdp1", "galore_adamw")
+        fresh, resumed = made(placement, "galore_adamw")
         copied(model, fresh)
     with fsdp.state_dict_type(fresh, *kinds):
         resumed.load_state_dict(fsdp.optim_state_dict_to_load(fresh, resumed, saved))
     return differing(train(fresh, resumed, range(2, 4)), expected)
 
 
-def test_fsdp1s_own_methods_serve_it(two_ranks: RankPool) -> None:
-    assert two_ranks.run(through_fsdp1) == [[], []]
+def test_fsdp1s_own_methods_serve_it(two_ranks: RankPool, four_ranks: RankPool) -> None:
+    assert two_ranks.run(through_fsdp1, "fsdp1") == [[]] * 2
+    assert four_ranks.run(through_fsdp1, "fsdp1 hybrid") == [[]] * 4
 
 
 def whole_under_ddp() -> list[str]:

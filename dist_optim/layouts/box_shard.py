@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dist_optim.layouts.holders import Holders
 from dist_optim.layouts.layout import chunk_of
 
 __all__ = ["BoxShard"]
-
-MOST_SHOWN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +26,11 @@ class BoxShard:
     """The dim and the number of chunks of each cut, in the order of cutting."""
     chunks: tuple[tuple[int, ...], ...]
     """For each rank of the process group, which chunk of each cut it holds."""
-    _holders: dict[tuple[int, ...], list[int]] = field(init=False, repr=False, compare=False)
-    copy: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    """For each rank, how many before it hold the same box: ranks of one replica have the same number."""
+    held: Holders = field(init=False, repr=False, compare=False)
+    """By whom."""
 
     def __post_init__(self) -> None:
-        holders: dict[tuple[int, ...], list[int]] = {}
-        copy = []
-        for rank, chunks in enumerate(self.chunks):
-            alike = holders.setdefault(chunks, [])
-            copy.append(len(alike))
-            alike.append(rank)
-        object.__setattr__(self, "_holders", holders)
-        object.__setattr__(self, "copy", tuple(copy))
+        object.__setattr__(self, "held", Holders(self.chunks))
 
     @property
     def is_replicated(self) -> bool:
@@ -76,16 +67,14 @@ class BoxShard:
 
     def first_with(self, chunks: tuple[int, ...]) -> int:
         """The first rank that holds this chunk of each cut."""
-        return self._holders[chunks][0]
+        return self.held.of_part[chunks][0]
 
     def holders(self, rank: int) -> Sequence[int]:
-        return self._holders[self.chunks[rank]]
+        return self.held.alike(rank)
 
     def is_read(self, holder: int, owner: int) -> bool:
-        return self.copy[holder] == self.copy[owner]
+        return self.held.are_of_one_copy(holder, owner)
 
     def __repr__(self) -> str:
         """Short for many ranks: ranks compare layouts by this text."""
-        few = len(self.chunks) <= MOST_SHOWN
-        shown = self.chunks if few else f"{len(self.chunks)} ranks, {hash(self.chunks):x}"
-        return f"BoxShard(cuts={self.cuts}, chunks={shown})"
+        return f"BoxShard(cuts={self.cuts}, chunks={self.held})"

@@ -194,7 +194,7 @@ def detect(
     """
     _refuse_unserved_wrappers(model)
     reshard(model)
-    flat_places = detect_fsdp1.places_by_parameter(model)
+    flat_places = detect_fsdp1.places_by_parameter(model, process_group, shares_replicas)
     mesh_places = detect_mesh.places_by_parameter(named_parameters(model), process_group, shares_replicas)
     placed: dict[str, PlacedParameter] = {}
     for name, parameter in named_parameters(model):

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dist_optim.layouts.holders import Holders
+
 __all__ = ["Box", "DimShard", "Elsewhere", "FlatRange", "Layout", "Replicated", "boxes_on", "chunk_of"]
 
 
@@ -149,9 +151,11 @@ class DimShard(_Once):
 
 @dataclass(frozen=True, slots=True)
 class FlatRange(_Once):
-    """Contiguous ranges of the flattened tensor, which may cut a row: rank r holds ``[bounds[r], bounds[r + 1])``."""
+    """Contiguous ranges of the flattened tensor, which may cut a row: the r-th is ``[bounds[r], bounds[r + 1])``."""
 
     bounds: tuple[int, ...]
+    held: Holders | None = None
+    """Which range each rank holds, where several hold the same one (FSDP1's hybrid strategies); None: r the r-th."""
 
     @classmethod
     def cut(cls, numel: int, chunk: int, world_size: int, start: int = 0) -> FlatRange:
@@ -170,18 +174,36 @@ class FlatRange(_Once):
         return True
 
     def view_of(self, full: Tensor, rank: int) -> Tensor:
-        return full.view(-1)[self.bounds[rank] : self.bounds[rank + 1]]
+        start, end = self.range_on(rank)
+        return full.view(-1)[start:end]
 
     def numel_on(self, shape: torch.Size, rank: int) -> int:
-        return self.bounds[rank + 1] - self.bounds[rank]
+        start, end = self.range_on(rank)
+        return end - start
+
+    def range_on(self, rank: int) -> tuple[int, int]:
+        """Start and end of what ``rank`` holds."""
+        at = rank if self.held is None else self.held.parts[rank]
+        return self.bounds[at], self.bounds[at + 1]
 
     def __repr__(self) -> str:
         """Short for many ranks: ranks compare layouts by this text."""
         shown = self.bounds if len(self.bounds) < 20 else f"{len(self.bounds) - 1} ranks, {hash(self.bounds):x}"
-        return f"FlatRange({shown})"
+        return f"FlatRange({shown})" if self.held is None else f"FlatRange({shown}, held={self.held})"
 
     def home(self, shape: torch.Size) -> int:
-        return min(bisect_right(self.bounds, shape.numel() // 2), len(self.bounds) - 1) - 1
+        at = min(bisect_right(self.bounds, shape.numel() // 2), len(self.bounds) - 1) - 1
+        return at if self.held is None else self.held.of_part[at][0]
+
+    @property
+    def copies(self) -> int:
+        return 1 if self.held is None else len(self.held.parts) // (len(self.bounds) - 1)
+
+    def holders(self, rank: int) -> Sequence[int]:
+        return (rank,) if self.held is None else self.held.alike(rank)
+
+    def is_read(self, holder: int, owner: int) -> bool:
+        return self.held is None or self.held.are_of_one_copy(holder, owner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +234,7 @@ def boxes_on(layout: Layout, shape: torch.Size, rank: int) -> list[Box]:
     A range of the flattened tensor that cuts rows is several blocks; a rank that holds nothing has none.
     """
     if isinstance(layout, FlatRange):
-        return _boxes_of_range(tuple(shape), layout.bounds[rank], layout.bounds[rank + 1])
+        return _boxes_of_range(tuple(shape), *layout.range_on(rank))
     view = layout.view_of(torch.empty(shape, device="meta"), rank)
     if view.numel() == 0:
         return []

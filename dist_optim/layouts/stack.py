@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class Member:
     def part_of(self, local: Tensor, rank: int) -> Tensor:
         """This rank's part of the matrix, out of its part of the stack: on the same storage."""
         if isinstance(self.stack, FlatRange):
-            numel, begin = self.shape[1:].numel(), self.stack.bounds[rank]
+            numel, (begin, _) = self.shape[1:].numel(), self.stack.range_on(rank)
             start, end = ((self.at + more) * numel - begin for more in (0, 1))
             return local.reshape(-1)[max(start, 0) : max(end, 0)]
         if isinstance(self.stack, Elsewhere):
@@ -125,7 +125,7 @@ def layer_of(layout: Layout, shape: torch.Size, at: int) -> Layout:
     """The layout of one matrix of a stack of this shape."""
     if isinstance(layout, FlatRange):
         numel = shape[1:].numel()
-        return FlatRange(tuple(min(max(bound - at * numel, 0), numel) for bound in layout.bounds))
+        return replace(layout, bounds=tuple(min(max(bound - at * numel, 0), numel) for bound in layout.bounds))
     if isinstance(layout, BoxShard) or (isinstance(layout, DimShard) and layout.dim == 0):
         return Layer(layout, shape[0], at)
     return DimShard(layout.dim - 1, layout.world_size) if isinstance(layout, DimShard) else layout

@@ -16,7 +16,7 @@ from dist_optim.exchange.route import is_large
 from dist_optim.exchange.routing import plan_owners, refuse_misfits, runs_on_local_slices
 from dist_optim.layouts.box_shard import BoxShard
 from dist_optim.layouts.detect import PlacedParameter, detect
-from dist_optim.layouts.layout import Layout
+from dist_optim.layouts.layout import FlatRange, Layout
 from dist_optim.layouts.stack import Layer, Member, layer_of
 from dist_optim.planning.model import PlannedModel
 from dist_optim.planning.placement import PRECISIONS, Placement, numels_by_rank
@@ -245,8 +245,8 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
                     written[owner] += size * item.layout.copies * item.shape.numel() - parts[owner]
                     parts[owner] = 0
                     cut = item.layout.stack if isinstance(item.layout, Layer) else item.layout
-                    if isinstance(cut, BoxShard):  # of each part one copy, of the owner's own replica
-                        copy = torch.tensor(cut.copy)
+                    if isinstance(cut, BoxShard | FlatRange) and cut.held is not None:
+                        copy = torch.tensor(cut.held.copy)  # of each part one copy, of the owner's own replica
                         parts *= copy == copy[owner]
                     sent += parts
             held *= 2  # gradients and weights

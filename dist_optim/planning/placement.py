@@ -104,7 +104,8 @@ def numels_by_rank(layout: Layout, shape: torch.Size, ranks: int) -> Tensor:
     if isinstance(layout, Layer):
         return _numels_of_layer(layout, shape, ranks)
     if isinstance(layout, FlatRange):
-        return torch.tensor(layout.bounds).diff()
+        numels = torch.tensor(layout.bounds).diff()
+        return numels if layout.held is None else numels[list(layout.held.parts)]
     if isinstance(layout, BoxShard):
         ((dim, parts),) = layout.cuts
         rows = torch.tensor([chunk_of(shape[dim], parts, at)[1] for at in range(parts)])

@@ -101,8 +101,8 @@ def _owner_lines(held: Holdings) -> list[str]:
     lines = _share_lines(held)
     if held.num_replicas > 1:
         lines.append(
-            f"  the {held.num_replicas} replicas of the shards all step the same: repeated work; with fully_shard on "
-            "a 2-D mesh they share it"
+            f"  the {held.num_replicas} replicas of the shards all step the same: repeated work; with fully_shard, "
+            "or FSDP1, on a 2-D mesh of rising ranks they share it"
         )
     if held.spec.verdict is not None and len(held.plan.buckets) and len(held.plan.buckets[0].owned) > 1:
         lines.append(f"  each tensor by itself: {held.spec.verdict.reason.rstrip('.')}")
