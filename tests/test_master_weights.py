@@ -77,6 +77,12 @@ def test_equals_upstream_on_fp32_copies(two_ranks: RankPool, name: str, dtype: t
     two_ranks.run(equals_upstream_on_copies, name, dtype, placement)
 
 
+@pytest.mark.parametrize("placement", ["hsdp", "fsdp1 hybrid"])
+def test_replicas_of_shards_do_too(four_ranks: RankPool, placement: str) -> None:
+    for name in ("adamw_torch", "adafactor_torch"):
+        four_ranks.run(equals_upstream_on_copies, name, torch.bfloat16, placement)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_in_one_process(name: str) -> None:
     equals_upstream_on_copies(name, torch.bfloat16, "none")

@@ -15,7 +15,7 @@ from test_accelerate_state import prepared_under, train_steps, weights_of
 from torch import nn
 from trainers import ZERO, Job, Outcome, gap_between, train
 
-from dist_optim.errors import CheckpointError
+from dist_optim.errors import CheckpointError, UnsupportedError
 from dist_optim.integrations.transformers.adapters import stored_adapters
 from dist_optim.testing import RankPool, assert_no_problems_on_any_rank
 
@@ -118,3 +118,23 @@ def resumes_without_a_tensor(directory: Path) -> None:
 
 def test_an_adapter_that_is_not_all_there_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(resumes_without_a_tensor, tmp_path)
+
+
+def make_with_adapters_inside() -> nn.Module:
+    torch.manual_seed(0)
+    model = make_llama()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))  # type: ignore[operator]
+    return model
+
+
+def is_not_saved_beside_training(folder: Path) -> None:
+    job = Job("adamw_torch", {**SAVING, "asynchronous_saves": True}, make_model=make_with_adapters_inside)
+    with pytest.raises(UnsupportedError, match="the engine saves what add_adapter made"):
+        train(job, "zero2", folder)
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_what_add_adapter_made_is_not_saved_beside_the_training_under_deepspeed(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(is_not_saved_beside_training, tmp_path)
