@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from door_runs import ByAccelerateEach, ByTrainer, Run
+from door_runs import BesideAccelerate, BesideTraining, ByAccelerateEach, ByTrainer, Run
 from fault_sweep import FAULTS, KINDS, Sweep
 from fresh import own_libraries
 from rich.progress import track
@@ -24,7 +24,12 @@ from two_rank_saves import calls_of, problem_of
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "docs" / "faults.json", ROOT / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- faults: begin (written by make faults) -->", "<!-- faults: end -->"
-TWO_RANKS: dict[str, type[Run]] = {"Trainer": ByTrainer, "accelerate": ByAccelerateEach}
+TWO_RANKS: dict[str, type[Run]] = {
+    "Trainer": ByTrainer,
+    "Trainer, asynchronous_saves": BesideTraining,
+    "accelerate": ByAccelerateEach,
+    "accelerate, asynchronous": BesideAccelerate,
+}
 EVERY = (3, 1)
 """Every third call of rank 0, which writes most, and each of rank 1."""
 
