@@ -69,7 +69,9 @@ def test_files_that_the_disk_cuts_off_are_an_error(sweep: tuple[str, Sweep]) -> 
         assert made.found() == ("refused" if kind == "accelerate, over an existing one" else "before")
 
 
-@pytest.mark.parametrize(("door", "lost", "number"), [("Trainer", 0, 30), ("accelerate", 1, 3)])
+@pytest.mark.parametrize(
+    ("door", "lost", "number"), [("Trainer", 0, 30), ("accelerate", 1, 3), ("Trainer, asynchronous_saves", 0, 40)]
+)
 def test_a_rank_that_is_lost_is_named_and_the_run_resumes(door: str, lost: int, number: int, tmp_path: Path) -> None:
     assert not problem_of(TWO_RANKS[door], tmp_path / "job", lost, number)
 
