@@ -17,12 +17,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from end_to_end import BATCH, LENGTH, PARTS, VOCABULARY, batch
 from fresh import forget
+from launch_files import CONFIGS, launch_environment
 from placements import full_parameters, mesh_of, own_group
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from train_runs import CONFIGS, launch_environment
 from trainers import Blocks, Job, arguments_of, fresh_accelerate
 
 import dist_optim

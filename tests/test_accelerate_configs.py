@@ -11,7 +11,8 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from train_runs import CONFIGS, GALORE, REPOSITORY, SUMMARY_KEYS, FinishedRun, finished_in, launch_environment
+from launch_files import CONFIGS, REPOSITORY, launch_environment
+from train_runs import GALORE, SUMMARY_KEYS, FinishedRun, finished_in
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_optim.integrations.accelerate.placing import refuse_fsdp_settings

@@ -40,7 +40,7 @@ def held_back() -> Iterator[Callable[[], None]]:
     gate, write = threading.Event(), run_state.write_run
 
     def write_later(*args: Any) -> None:
-        assert gate.wait(60)
+        assert gate.wait(PATIENCE_S)
         write(*args)
 
     with mock.patch.object(run_state, "write_run", write_later):

@@ -52,7 +52,7 @@ def said_on_a_terminal(program: str) -> str:
             break
         found += read
     os.close(ours)
-    assert process.wait(60) == 0, found.decode()
+    assert process.wait(PATIENCE_S) == 0, found.decode()
     return found.decode()
 
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from launch_files import REPOSITORY
 from torch.distributed.run import config_from_args, get_args_parser
-from train_runs import REPOSITORY
 
 from train_arguments import read_arguments
 
@@ -148,7 +148,7 @@ class TestKubeflow:
         assert named == {mount["name"] for mount in self.container(job)["volumeMounts"]}
 
     def test_the_environment_is_that_of_the_accelerate_configuration(self, job: dict[str, Any]) -> None:
-        from train_runs import CONFIGS, launch_environment
+        from launch_files import CONFIGS, launch_environment
 
         launched = launch_environment(CONFIGS / "fsdp2.yaml")
         given = {one["name"]: one["value"] for one in self.container(job)["env"] if one["name"] != "OMP_NUM_THREADS"}

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from launch_files import REPOSITORY
 from patience import PATIENCE_S
 from scripts import elastic_loop
-from train_runs import REPOSITORY, environment
+from train_runs import environment
 
 from dist_optim.testing import RankPool, assert_equal
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch_files import REPOSITORY
 from patience import PATIENCE_S
-from train_runs import REPOSITORY, environment
+from train_runs import environment
 
 EXAMPLES = REPOSITORY / "launch" / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from launch_files import REPOSITORY
 from patience import PATIENCE_S
-from train_runs import REPOSITORY, environment
+from train_runs import environment
 
 pytestmark = pytest.mark.timeout(PATIENCE_S + 100)
 

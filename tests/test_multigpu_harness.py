@@ -18,7 +18,7 @@ from test_elastic import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HARNESS = [REPOSITORY / "tests_multigpu" / name for name in ("conftest.py", "rank_agreement.py")]
-SHORT_TIMEOUT_S = 3.0  # for the runs that must reach it
+SHORT_TIMEOUT_S = 6.0  # for the runs that must reach it
 LONG_TIMEOUT_S = 1000.0  # for those that must not: whoever waits for it here is ended after PATIENCE_S, and fails
 HEADER = """
 import os, sys, time
@@ -160,7 +160,9 @@ def test_never_reached():
     assert "left the process group broken" in run.output
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_ends(tmp_path: Path) -> None:
+def test_a_rank_that_starts_late_is_waited_for_and_when_it_hangs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p late\n")
+    (tmp_path / "late.py").write_text(f"{HEADER}\ntime.sleep(rank * {SHORT_TIMEOUT_S + 1})\n")
     run = run_ranks(
         tmp_path,
         """

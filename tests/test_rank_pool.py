@@ -234,7 +234,7 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert parent.stdout is not None
     process_ids = [int(word) for word in parent.stdout.readline().split()]
     parent.kill()
-    parent.wait(60)
+    parent.wait(PATIENCE_S)
     parent.stdout.close()
     assert len(process_ids) == 2
     wait_until(lambda: not any(_is_running(process_id) for process_id in process_ids))

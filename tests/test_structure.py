@@ -107,3 +107,33 @@ def test_an_arrow_back_up_and_a_circle_are_seen(source: str) -> None:
     graph["dist_optim.exchange.plan"] |= imports_of(source, set(graph))
     assert "dist_optim.exchange.plan imports dist_optim.stepping.optimizer" in arrows_back_up(graph, order)
     assert any("dist_optim.exchange.plan" in circle for circle in circles(graph))
+
+
+def scripts_graph() -> tuple[Graph, dict[str, str]]:
+    """Of what stands beside the package: who imports whom, and the folder of each."""
+    files = {
+        ".".join(path.relative_to(ROOT / folder).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in ("launch", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    folders = {name: path.relative_to(ROOT).parts[0] for name, path in files.items()}
+    return {name: imports_of(path.read_text(), set(files)) - {name} for name, path in files.items()}, folders
+
+
+def out_of_reach(script: str) -> set[str]:
+    """What a script imports, or what it imports does, from other folders than its own: Python does not look there."""
+    graph, folders = scripts_graph()
+    folder, _, name = script.removesuffix(".py").partition("/")
+    return {other for other in reachable(graph, name) if folders[other] != folder}
+
+
+def test_what_make_runs_finds_all_that_it_imports() -> None:
+    scripts = re.findall(
+        r"^\t@.*\bpython ((?:tests|benchmarks)/\w+\.py)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    assert len(scripts) > 15
+    assert {script: found for script in scripts if (found := out_of_reach(script))} == {}
+
+
+def test_a_script_that_needs_another_folder_is_seen() -> None:
+    assert "train" in out_of_reach("tests/train_runs.py")

@@ -16,7 +16,8 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from train_runs import CONFIGS, GALORE, REPOSITORY, SUMMARY_KEYS, finished_in, finished_run, foreign_lines, run_in
+from launch_files import CONFIGS, REPOSITORY
+from train_runs import GALORE, SUMMARY_KEYS, finished_in, finished_run, foreign_lines, run_in
 
 from dist_optim.errors import UsageError
 from dist_optim.integrations.transformers.deepspeed_flags import settle_deepspeed

@@ -20,11 +20,11 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from launch_files import REPOSITORY
 from patience import PATIENCE_S, wait_until
 from torch import nn
 from train_runs import (
     GALORE,
-    REPOSITORY,
     SUMMARY_KEYS,
     TWO_RANKS,
     FinishedRun,

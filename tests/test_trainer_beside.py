@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from door_runs import BesideAccelerate, ByAccelerateEach, equal
 from fresh import own_libraries
+from patience import PATIENCE_S
 from test_trainer_resume import BEST_OF_TWO, IN_PIECES, SCHEDULED, SHARDS
 from torch import nn
 from trainers import Job, Outcome, gap_between, train
@@ -53,7 +54,7 @@ class HeldBack(TrainerCallback):
     @contextmanager
     def holding(self) -> Iterator[None]:
         def waiting(self: Any, directory: Path, ranks: Any) -> None:
-            assert gate.wait(60)
+            assert gate.wait(PATIENCE_S)
             write(self, directory, ranks)
 
         gate, write = self.gate, beside_training.DeferredWrites.write
@@ -248,7 +249,7 @@ def test_accelerates_state_loads_when_it_is_sealed_and_no_sooner(tmp_path: Path)
 
         def later(*args: Any) -> None:
             written.set()
-            assert gate.wait(60)
+            assert gate.wait(PATIENCE_S)
             seal(*args)
 
         with mock.patch("dist_optim.integrations.accelerate.state.seal_folder", later):
@@ -256,7 +257,7 @@ def test_accelerates_state_loads_when_it_is_sealed_and_no_sooner(tmp_path: Path)
             before = run.bits()
             run.optimizer.zero_grad()
             run.optimizer.step()
-            assert written.wait(60) and not (folder / MARK).exists()
+            assert written.wait(PATIENCE_S) and not (folder / MARK).exists()
             with pytest.raises(CheckpointError, match="is not known"):
                 folder_seal.check_folder(folder)
             gate.set()

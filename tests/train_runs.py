@@ -22,8 +22,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from launch_files import CONFIGS, REPOSITORY, launch_environment
 from patience import PATIENCE_S
 from trainers import fresh_accelerate
 
@@ -32,8 +31,6 @@ import train_arguments
 import train_data
 from dist_optim.testing import RankPool
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIGS = REPOSITORY / "configs" / "accelerate"
 TWO_RANKS = [*(sys.executable, "-m", "accelerate.commands.launch"), *("--config_file", str(CONFIGS / "ddp_cpu_2.yaml"))]
 ONE_RANK = [sys.executable]
 LOW_RANK = ("--optim_target_modules", "attn", "mlp", "--optim_args", "rank=16,update_proj_gap=2")
@@ -118,16 +115,6 @@ def finished_run(launcher: list[str], output_dir: Path, *flags: str | Path, fold
     done = run_script(launcher, *flags, "--output_dir", output_dir, folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return FinishedRun(output_dir, done.stdout + done.stderr)
-
-
-def launch_environment(config: Path) -> dict[str, str]:
-    """What ``accelerate launch --config_file`` gives to each rank, beyond what this process has."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(config), "script.py"])
-    arguments, defaults, _ = _validate_launch_command(arguments)
-    if not arguments.use_deepspeed:
-        return dict(prepare_multi_gpu_env(arguments).items() - os.environ.items())
-    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    return dict(prepare_deepspeed_cmd_env(arguments)[1].items() - os.environ.items())
 
 
 KEPT = {"is_initialized": dist.is_initialized, "barrier": dist.barrier, "destroy_process_group": mock.Mock()}

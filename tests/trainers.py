@@ -49,6 +49,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 LOW_RANK = {"optim_target_modules": ["attn", "mlp"], "optim_args": "rank=8, update_proj_gap=3"}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "adam_mini": {"optim_args": "num_embeds=33, num_heads=11"},
     "apollo_adamw": LOW_RANK,
     "apollo_mini": {"optim_target_modules": ["attn", "mlp"], "optim_args": {"rank": 1, "update_proj_gap": 3}},
     "galore_adafactor": LOW_RANK,

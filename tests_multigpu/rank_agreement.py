@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_VARIABLE = "DIST_OPTIM_TEST_TIMEOUT_S"
+MEETING_S = 300.0
+"""How long ranks wait for each other at the start: they import for as long as the machine is busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ class Ranks:
 
     Args:
         timeout_s: The process group's timeout; a rank is lost when it has not reported for a little longer than that.
+            Before, the ranks wait for each other to start.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -59,7 +62,10 @@ class Ranks:
     def _connect(self) -> dist.Store:
         if self.world_size == 1:
             return dist.HashStore()
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout_s)))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
+        store.set(f"started-{self.rank}", "")
+        store.wait([f"started-{rank}" for rank in range(self.world_size)], timedelta(seconds=MEETING_S))
+        store.set_timeout(timedelta(seconds=self.timeout_s))
         return store
 
     def join_process_group(self) -> None:
