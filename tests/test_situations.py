@@ -82,6 +82,9 @@ def test_page_is_what_the_results_give_and_has_every_cell(results: dict[str, Row
     assert list(results) == titles(), MEASURE
     assert all(list(row) == list(BY_ENGINE) for row in results.values()), MEASURE
     assert not defects(results)
+    for row in EVERY_ROW:
+        cells = results[row.title].items()
+        assert {engine: one["text"] for engine, one in cells if one["kind"] == NOT_APPLICABLE} == row.not_for, MEASURE
     kinds = [outcome["kind"] for row in results.values() for outcome in row.values()]
     assert kinds.count(RIGHT) > 90 and kinds.count(REFUSED) > 30 and kinds.count(NOT_APPLICABLE) < len(kinds) / 3
 

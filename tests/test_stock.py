@@ -11,6 +11,7 @@ import torch
 from measure_situations import titles
 from patience import PATIENCE_S
 from sessions import HAS_DEEPSPEED
+from situations import NOT_APPLICABLE
 from stock_outcomes import (
     DIES,
     HANGS,
@@ -24,6 +25,7 @@ from stock_outcomes import (
     as_json,
     of_ended,
     of_failure,
+    reason_against,
     stock_outcome,
 )
 from stock_sessions import STOCK, StockTorchSession, StockZeroSession
@@ -90,6 +92,11 @@ def test_every_row_and_engine_is_recorded() -> None:
     recorded = load()
     assert list(recorded) == titles(), MEASURE
     assert all(list(row) == list(BY_ENGINE) for row in recorded.values()), MEASURE
+    every = [(title, engine, cell) for title, row in recorded.items() for engine, cell in row.items()]
+    said = {(title, engine): cell["text"] for title, engine, cell in every if cell["kind"] == NOT_APPLICABLE}
+    assert said == {
+        (title, engine): reason for title, engine, _ in every if (reason := reason_against(title, engine))
+    }, MEASURE
 
 
 def without_ours(folder: Path) -> tuple[str, str, float]:
