@@ -15,7 +15,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from launch_files import REPOSITORY
+from launch_files import CONFIGS, REPOSITORY, launch_environment
 from torch.distributed.run import config_from_args, get_args_parser
 
 from train_arguments import read_arguments
@@ -148,8 +148,6 @@ class TestKubeflow:
         assert named == {mount["name"] for mount in self.container(job)["volumeMounts"]}
 
     def test_the_environment_is_that_of_the_accelerate_configuration(self, job: dict[str, Any]) -> None:
-        from launch_files import CONFIGS, launch_environment
-
         launched = launch_environment(CONFIGS / "fsdp2.yaml")
         given = {one["name"]: one["value"] for one in self.container(job)["env"] if one["name"] != "OMP_NUM_THREADS"}
         assert given

@@ -114,10 +114,9 @@ def _holders(unit: Any, replicas: dist.ProcessGroup, process_group: dist.Process
     if num_shards * num_replicas != len(everybody):
         return None
     at = everybody.index(dist.get_rank())
-    by_chunk = [everybody[chunk::num_shards] for chunk in range(num_shards)]
-    by_copy = [everybody[first : first + num_shards] for first in range(0, len(everybody), num_shards)]
-    stands = dist.get_process_group_ranks(shards), dist.get_process_group_ranks(replicas)
-    if stands != (by_copy[at // num_shards], by_chunk[at % num_shards]):
+    chunk = at % num_shards
+    of_copy, of_chunk = everybody[at - chunk : at - chunk + num_shards], everybody[chunk::num_shards]
+    if (dist.get_process_group_ranks(shards), dist.get_process_group_ranks(replicas)) != (of_copy, of_chunk):
         return None
     return Holders(tuple(rank % num_shards for rank in range(len(everybody))))
 
