@@ -37,9 +37,9 @@ RANKS = (2, 4)
 WIDER = ("galore_adamw", "adafactor", "adamw_torch")
 """Of each kind one: measured on more than two ranks, and through backward. Others are where they are asked for."""
 THROUGH = {"fsdp2": ("galore_adamw", "apollo_adamw", "adafactor", "stable_adamw"), "ddp": WIDER}
-"""Measured through backward."""
+"""Measured through backward, and taken apart."""
 TO_OWNERS = {"reduce_to_owner": True}
-PARTS = ("step", "backward", "small", "share", "scale")
+PARTS = ("step", "backward", "small", "apart", "share", "scale")
 TIMEOUT_S = 1200.0
 
 
@@ -96,6 +96,14 @@ def jobs(asked: argparse.Namespace) -> list[Cell | ShareCell]:
             for name in names
             if asked.only or name in THROUGH[layout]
         ]
+    if "apart" in parts:
+        found += [
+            cell(asked, name, layout, two, is_apart=True)
+            for layout in served
+            for name in names
+            if asked.only or name in THROUGH[layout]
+        ]
+        found += [cell(asked, "adamw_torch", "fsdp2", two, "small", is_apart=True)] if "fsdp2" in served else []
     if "share" in parts:
         found += [
             ShareCell(layout=one, ranks=two, optimizers=names, device=asked.device, options=options)
@@ -108,7 +116,7 @@ def jobs(asked: argparse.Namespace) -> list[Cell | ShareCell]:
 def cell(
     asked: argparse.Namespace, name: str, layout: str, ranks: int, model: str = "matrices", **options: Any
 ) -> Cell:
-    variants = {f"dist_optim {json.dumps(asked.options)}": asked.options} if asked.options else {}
+    variants = {f"{OURS} {json.dumps(asked.options)}": asked.options} if asked.options else {}
     if options.get("is_through_backward"):
         variants[f"{OURS}, reduce_to_owner"] = TO_OWNERS
     return Cell(
@@ -142,7 +150,7 @@ def run(pool: RankPool, job: Cell | ShareCell, found: results.Results) -> bool:
 
 
 def described(job: Cell | ShareCell) -> dict[str, Any]:
-    names = ("optimizer", "layout", "ranks", "model", "is_through_backward", "options")
+    names = ("optimizer", "layout", "ranks", "model", "is_through_backward", "is_apart", "options")
     return {name: getattr(job, name) for name in names if hasattr(job, name)}
 
 

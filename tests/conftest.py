@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from multiprocessing import forkserver
 
+import psutil
 import pytest
 import torch
 
 from dist_optim.proving.cache import VARIABLE
 from dist_optim.testing import RankPool
 
+MOST_THREADS = 50
+"""Of a rank: each process group that a body leaves behind has two, and gloo's wakes up a hundred times a second."""
 BODY_TIMEOUT_S = 300.0  # for a machine that others use too; below pytest's own, so that the ranks' stacks are told
 _pools: dict[int, RankPool] = {}
 
@@ -67,6 +70,15 @@ def _no_rank_is_left_dead() -> Iterator[None]:
             crashes = "".join(f"\nrank {rank}:\n{stacks}" for rank, stacks in pool.crashes.items())
             pool.close()
             pytest.fail(f"This test left dead ranks in the pool of {world_size} (rank: exit code): {dead}{crashes}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups_do_not_pile_up() -> Iterator[None]:
+    """Let ranks with many threads end; the next test that wants such a pool starts it anew."""
+    yield
+    for pool in _pools.values():
+        if any(psutil.Process(number).num_threads() > MOST_THREADS for number in pool.process_ids):
+            pool.close()
 
 
 @pytest.fixture(scope="session")

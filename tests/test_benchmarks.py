@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 import steps
 from dist_optim.testing import RankPool
 from measuring import page, results
+from measuring.apart import COPIED, EACH, SHARE, SLICES
 from measuring.cells import Cell, measure
 from measuring.contenders import ALONE, FLOOR, OURS, Contender
 from measuring.counting import allocations_of, traffic_counted
@@ -131,6 +132,22 @@ def test_a_cell_has_every_contender_and_what_fails_is_a_result(two_ranks: RankPo
     assert rows[ALONE]["distance"] == rows["gather all"]["distance"] == rows[OURS]["distance"] == 0
     assert rows[ALONE]["collectives"] == {} and rows["gather all"]["collectives"] == {"all_gather_into_tensor": 7}
     assert rows[OURS]["sent_bytes"] > 0 and rows[OURS]["waits"] > 0
+
+
+def measure_apart(optimizer: str, layout: str) -> dict[str, dict[str, Any]]:
+    return measure(Cell(optimizer=optimizer, layout=layout, ranks=2, model="tiny", seconds=0.0, is_apart=True))
+
+
+def test_a_step_taken_apart_ends_with_all_that_a_step_does(two_ranks: RankPool) -> None:
+    sharded = two_ranks.run(measure_apart, "adafactor", "fsdp2")[0]
+    assert list(sharded) == [ALONE, SHARE, FLOOR, COPIED, EACH, OURS]
+    replicated = two_ranks.run(measure_apart, "adafactor", "ddp")[0]
+    assert list(replicated) == [ALONE, SHARE, FLOOR, EACH, OURS]
+    assert list(two_ranks.run(measure_apart, "adamw_torch", "fsdp2")[0]) == [ALONE, "DTensors", SLICES, OURS]
+    for rows in (sharded, replicated):
+        assert rows[EACH]["distance"] == rows[OURS]["distance"] == 0
+        assert rows[SHARE]["collectives"] == {} and rows[SHARE]["distance"] is None
+        assert rows[SHARE]["allocated_bytes"] == rows[EACH]["allocated_bytes"]
 
 
 def test_work_of_a_step_does_not_grow_with_ranks() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_optim.integrations.quiet import quieten_libraries
 from dist_optim.ranks.agreement import gather_objects, own_rank
+from measuring.apart import apart
 from measuring.contenders import ALONE, Build, Contender, Problem, alone, contenders_of
 from measuring.counting import Counts, counts_of
 from measuring.models import MODELS
@@ -22,8 +23,10 @@ from measuring.timing import Sample, in_turn
 __all__ = ["Cell", "measure"]
 
 WARM_UP = 1
-FEWEST, MOST = 6, 25
+FEWEST, MOST = 6, 40
 """Steps of each contender."""
+REFRESHES = 5
+"""Of each contender, where some steps refresh a projection: a median of one would be noise."""
 LEAST_S = 1e-5
 """What is left of a step when noise has taken the rest."""
 Row = dict[str, Any]
@@ -42,10 +45,12 @@ class Cell:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_through_backward: bool = False
     """Gradients come from the engine, and what its backward costs more counts."""
+    is_apart: bool = False
+    """What a step consists of, in place of what one would use instead."""
 
     def __str__(self) -> str:
-        through = ", through backward" if self.is_through_backward else ""
-        return f"{self.optimizer}, {self.layout}, {self.ranks} ranks, {self.model}{through}"
+        kind = ", through backward" * self.is_through_backward + ", apart" * self.is_apart
+        return f"{self.optimizer}, {self.layout}, {self.ranks} ranks, {self.model}{kind}"
 
 
 def measure(cell: Cell) -> dict[str, Row]:
@@ -57,7 +62,7 @@ def measure(cell: Cell) -> dict[str, Row]:
     quieten_libraries()
     problem = Problem.of(RECIPES[cell.optimizer], MODELS[cell.model], device)
     ready, rows = made(builders(problem, cell))
-    at_least = max(FEWEST, problem.recipe.refresh_every + 1)
+    at_least = max(FEWEST, REFRESHES * problem.recipe.refresh_every)
     samples = in_turn(ready, device, at_least=at_least, at_most=MOST, seconds=cell.seconds)
     reference = ready[0].weights()
     for one in ready:
@@ -87,6 +92,8 @@ def builders(problem: Problem, cell: Cell) -> dict[str, Build]:
     """How to build each contender, one process first."""
     if cell.is_through_backward:
         return through_backward(problem, cell.layout, cell.variants)
+    if cell.is_apart:
+        return apart(problem, cell.layout)
     if not cell.layout.startswith("zero"):
         return contenders_of(problem, cell.layout, cell.variants)
     from measuring.zero import under_zero

@@ -286,9 +286,16 @@ def giving(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Callabl
     def give() -> None:
         factor = 1 + next(numbers) % 4 / 4
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient * factor
+            parameter.grad = _as_left_by_engine(gradient * factor, parameter)
 
     return give
+
+
+def _as_left_by_engine(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """FSDP2's backward gives it the very object that says how the parameter is placed, and not an equal one."""
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        return DTensor(gradient._local_tensor, parameter._spec, requires_grad=False)
+    return gradient
 
 
 def _gathered(parameters: Sequence[Tensor]) -> list[Tensor]:

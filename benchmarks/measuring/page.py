@@ -39,6 +39,7 @@ def page(results: Results) -> str:
     blocks |= {
         "small": small(results),
         "backward": backward(results),
+        "apart": taken_apart(results),
         "share": share(results),
         "scale": scale_table(results["scale"]),
     }
@@ -71,14 +72,15 @@ def where(about: dict[str, Any]) -> str:
 
 
 def cells(
-    results: Results, layout: str, ranks: int, model: str, *, through_backward: bool = False
+    results: Results, layout: str, ranks: int, model: str, *, through_backward: bool = False, apart: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Optimizer to contenders, in the recipes' order."""
-    wanted = {"layout": layout, "ranks": ranks, "model": model, "is_through_backward": through_backward}
+    wanted = {"layout": layout, "ranks": ranks, "model": model}
+    wanted |= {"is_through_backward": through_backward, "is_apart": apart}
     found = {
         cell["optimizer"]: cell["contenders"]
         for cell in results["cells"].values()
-        if all(cell[key] == value for key, value in wanted.items())
+        if all(cell.get(key, False) == value for key, value in wanted.items())
     }
     return {name: found[name] for name in RECIPES if name in found}
 
@@ -159,6 +161,16 @@ def backward(results: Results) -> str:
         f"{LAYOUTS[layout]}, 2 ranks:\n\n{speeds(chosen)}"
         for layout in LAYOUTS
         if (chosen := cells(results, layout, 2, "matrices", through_backward=True))
+    )
+
+
+def taken_apart(results: Results) -> str:
+    """Large matrices, then small tensors."""
+    return "\n\n".join(
+        f"{LAYOUTS[layout]}, 2 ranks{words}:\n\n{speeds(chosen)}"
+        for model, words in (("matrices", ""), ("small", ", 600 small tensors"))
+        for layout in LAYOUTS
+        if (chosen := cells(results, layout, 2, model, apart=True))
     )
 
 

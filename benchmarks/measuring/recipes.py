@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 __all__ = ["RECIPES", "Recipe", "in_training"]
 
-REFRESH_EVERY = 6
+REFRESH_EVERY = 5
 """Steps from one projection of GaLore's to the next, so that a short run has several."""
 
 

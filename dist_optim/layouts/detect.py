@@ -92,9 +92,10 @@ class PlacedParameter:
 
     def local(self) -> Tensor:
         """This rank's part of the parameter, as a plain tensor on the parameter's own storage."""
-        parameter = self.parameter
+        parameter: Any = self.parameter
         # The data of a DTensor is dispatched.
-        return self._own(local_of(parameter) if isinstance(parameter, DTensor) else parameter.data)
+        local: Tensor = parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
+        return local if self.member is None else self.member.part_of(local, self._rank)
 
     def local_gradient(self) -> Tensor | None:
         """This rank's part of the gradient, as a plain tensor on its storage; None where there is none."""
@@ -129,9 +130,11 @@ class PlacedParameter:
         """Whether it is dense, of the parameter's dtype, and placed like it, as most are: what takes little to see."""
         parameter: Any = self.parameter
         if type(parameter) is DTensor:
-            if not self._is_alike(gradient):
+            if type(gradient) is not DTensor or (
+                gradient._spec is not parameter._spec and not self._is_alike(gradient)
+            ):
                 return False
-            part, own = gradient._local_tensor, parameter._local_tensor  # type: ignore[attr-defined]
+            part, own = gradient._local_tensor, parameter._local_tensor
         else:
             if type(gradient) is not Tensor or not self.layout.is_replicated:
                 return False
