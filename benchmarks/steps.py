@@ -89,21 +89,17 @@ def jobs(asked: argparse.Namespace) -> list[Cell | ShareCell]:
             if not is_whole(asked) or number <= 2 or (name in WIDER and not layout.startswith("zero"))
         ]
     served = [one for one in layouts if not one.startswith("zero")]
-    if "backward" in parts:
-        found += [
-            cell(asked, name, layout, two, is_through_backward=True)
-            for layout in served
-            for name in names
-            if asked.only or name in THROUGH[layout]
-        ]
-    if "apart" in parts:
-        found += [
-            cell(asked, name, layout, two, is_apart=True)
-            for layout in served
-            for name in names
-            if asked.only or name in THROUGH[layout]
-        ]
-        found += [cell(asked, "adamw_torch", "fsdp2", two, "small", is_apart=True)] if "fsdp2" in served else []
+    kinds = {"backward": "is_through_backward", "apart": "is_apart"}
+    found += [
+        cell(asked, name, layout, two, **{kind: True})
+        for part, kind in kinds.items()
+        if part in parts
+        for layout in served
+        for name in names
+        if asked.only or name in THROUGH[layout]
+    ]
+    if "apart" in parts and "fsdp2" in served:
+        found.append(cell(asked, "adamw_torch", "fsdp2", two, "small", is_apart=True))
     if "share" in parts:
         found += [
             ShareCell(layout=one, ranks=two, optimizers=names, device=asked.device, options=options)
