@@ -89,9 +89,9 @@ def jobs(asked: argparse.Namespace) -> list[Cell | ShareCell]:
             if not is_whole(asked) or number <= 2 or (name in WIDER and not layout.startswith("zero"))
         ]
     served = [one for one in layouts if not one.startswith("zero")]
-    kinds = {"backward": "is_through_backward", "apart": "is_apart"}
+    kinds: dict[str, dict[str, Any]] = {"backward": {"is_through_backward": True}, "apart": {"is_apart": True}}
     found += [
-        cell(asked, name, layout, two, **{kind: True})
+        cell(asked, name, layout, two, **kind)
         for part, kind in kinds.items()
         if part in parts
         for layout in served
