@@ -75,7 +75,7 @@ choosing: $(STAMP) ## plan Llamas under every optimizer and strategy; writes the
 	@echo "+ python benchmarks/choosing.py"
 	@python benchmarks/choosing.py
 
-bench: $(STAMP) ## time and count steps beside the alternatives, about 12 minutes; writes docs/performance.{json,md}
+bench: $(STAMP) ## time and count steps beside the alternatives, about 20 minutes; writes docs/performance.{json,md}
 	@echo "+ python benchmarks/steps.py"
 	@python benchmarks/steps.py
 
