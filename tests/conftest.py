@@ -19,7 +19,7 @@ from dist_optim.proving.cache import VARIABLE
 from dist_optim.testing import RankPool
 
 MOST_THREADS = 50
-"""Of a rank: each process group that a body leaves behind has two, and gloo's wakes up a hundred times a second."""
+"""Of a rank: each process group that a body leaves behind has three, and gloo's wakes up a hundred times a second."""
 BODY_TIMEOUT_S = 300.0  # for a machine that others use too; below pytest's own, so that the ranks' stacks are told
 _pools: dict[int, RankPool] = {}
 

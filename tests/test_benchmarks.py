@@ -14,9 +14,9 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 import steps
 from dist_optim.testing import RankPool
 from measuring import page, results
-from measuring.apart import COPIED, EACH, SHARE, SLICES
+from measuring.apart import COPIED, EACH, SLICES
 from measuring.cells import Cell, measure
-from measuring.contenders import ALONE, FLOOR, OURS, Contender
+from measuring.contenders import ALONE, FLOOR, OURS, SHARE, Contender
 from measuring.counting import allocations_of, traffic_counted
 from measuring.share import STOCK, ShareCell
 from measuring.timing import Sample, in_turn

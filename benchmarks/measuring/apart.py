@@ -19,6 +19,7 @@ from measuring.contenders import (
     ALONE,
     FLOOR,
     OURS,
+    SHARE,
     Build,
     Contender,
     Problem,
@@ -30,12 +31,11 @@ from measuring.contenders import (
     on_dtensors,
     ours,
     owners_of,
+    share,
 )
 
-__all__ = ["COPIED", "EACH", "SHARE", "SLICES", "apart"]
+__all__ = ["COPIED", "EACH", "SLICES", "apart"]
 
-SHARE = "share"
-"""Upstream on this rank's share of the tensors, while the others step theirs."""
 SLICES = "slices"
 """Upstream on this rank's part of every tensor, of what it can step so."""
 COPIED = "and own parts copied"
@@ -50,7 +50,7 @@ def apart(problem: Problem, layout: str) -> dict[str, Build]:
     if not has_floor(problem.recipe, layout):
         builders |= {"DTensors": lambda: on_dtensors(problem), SLICES: lambda: _slices(problem)}
     else:
-        builders |= {SHARE: lambda: _share(problem), FLOOR: lambda: floor(problem, layout)}
+        builders |= {SHARE: lambda: share(problem), FLOOR: lambda: floor(problem, layout)}
         if layout == "fsdp2":
             builders |= {COPIED: lambda: _copied(problem), EACH: lambda: _each_from_parts(problem)}
         else:
@@ -61,11 +61,6 @@ def apart(problem: Problem, layout: str) -> dict[str, Build]:
 def _slices(problem: Problem) -> Contender:
     held = _held(problem)
     return Contender(name=SLICES, prepare=_gives(problem, held), step=problem.recipe.upstream_optimizer(held).step)
-
-
-def _share(problem: Problem) -> Contender:
-    owned = _Owned(problem)
-    return Contender(name=SHARE, prepare=owned.gives(problem), step=owned.optimizer.step)
 
 
 def _copied(problem: Problem) -> Contender:
@@ -90,8 +85,8 @@ def _each_from_parts(problem: Problem) -> Contender:
                 mail.receive(_part(owned.gradients[at], peer), peer, at, "gradient")
                 mail.receive(_part(whole, peer), peer, at, "weight")
         for at, part in enumerate(held):
-            if owned.owners[at] != own_rank() and part.grad is not None:
-                mail.send(part.grad, owned.owners[at], at, "gradient")
+            if owned.owners[at] != own_rank():
+                mail.send(_gradient_of(part), owned.owners[at], at, "gradient")
                 mail.send(part.data, owned.owners[at], at, "weight")
         owned.take_in(held)
         mail.wait()
@@ -152,8 +147,9 @@ class _Owned:
     def take_in(self, held: list[nn.Parameter]) -> None:
         """Copy what this rank holds of the tensors that it owns into them, gradients too."""
         wholes = [*self.gradients.values(), *(whole for _, whole in self.numbered())]
-        parts = [one.data if one.grad is None else one.grad for one in (held[at] for at in self.mine)]
-        copy([_part(one, own_rank()) for one in wholes], [*parts, *(held[at].data for at in self.mine)])
+        mine = [held[at] for at in self.mine]
+        parts = [*map(_gradient_of, mine), *(one.data for one in mine)]
+        copy([_part(one, own_rank()) for one in wholes], parts)
 
     def give_back(self, held: list[nn.Parameter]) -> None:
         """Copy what this rank holds of the tensors that it owns out of them."""
@@ -191,6 +187,11 @@ def _held(problem: Problem) -> list[nn.Parameter]:
 def _gives(problem: Problem, held: list[nn.Parameter]) -> Callable[[], None]:
     """Gives them their gradients."""
     return giving(held, [_part(one, own_rank()) for one in problem.gradients])
+
+
+def _gradient_of(part: nn.Parameter) -> Tensor:
+    assert part.grad is not None  # ``prepare`` has given it one
+    return part.grad
 
 
 def _part(whole: Tensor, rank: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "ALONE",
     "FLOOR",
     "OURS",
+    "SHARE",
     "Build",
     "Contender",
     "Problem",
@@ -40,12 +41,14 @@ __all__ = [
     "contenders_of",
     "has_floor",
     "owners_of",
+    "share",
 ]
 
 ALONE = "one process"
 OURS = "dist_optim"
+SHARE = "share"
 FLOOR = "share and messages"
-"""Not a way to step: a bound on what steps whole tensors."""
+"""Not ways to step: bounds on what steps whole tensors."""
 MakeModel = Callable[[], nn.Module]
 
 
@@ -199,25 +202,29 @@ def on_dtensors(problem: Problem) -> Contender:
     )
 
 
-def floor(problem: Problem, layout: str) -> Contender:
-    """What nobody who steps whole tensors on one rank each can do without, and no copy of anything besides.
-
-    Upstream on this rank's share of the tensors, and the messages bare, in buffers that are there: under FSDP2 parts of
-    gradients and weights to owners and of weights back, under DDP weights from owners.
-    """
+def share(problem: Problem) -> Contender:
+    """Upstream on this rank's share of the tensors, while the others step theirs."""
     parameters = list(problem.model().parameters())
     dealt = zip(owners_of(parameters), parameters, problem.gradients, strict=True)
     mine = [(one, gradient) for owner, one, gradient in dealt if owner == own_rank()]
-    optimizer = problem.recipe.upstream_optimizer([one for one, _ in mine])
-    send = bare_messages(sum(one.numel() for one in parameters), layout, problem.device)
+    owned, gradients = [one for one, _ in mine], [gradient for _, gradient in mine]
+    return Contender(name=SHARE, prepare=giving(owned, gradients), step=problem.recipe.upstream_optimizer(owned).step)
+
+
+def floor(problem: Problem, layout: str) -> Contender:
+    """What nobody who steps whole tensors on one rank each can do without, and no copy of anything besides.
+
+    This rank's share, and the messages bare, in buffers that are there: under FSDP2 parts of gradients and weights to
+    owners and of weights back, under DDP weights from owners.
+    """
+    bare = share(problem)
+    send = bare_messages(sum(one.numel() for one in problem.gradients), layout, problem.device)
 
     def step() -> None:
-        optimizer.step()
+        bare.step()
         send()
 
-    return Contender(
-        name=FLOOR, prepare=giving([one for one, _ in mine], [gradient for _, gradient in mine]), step=step
-    )
+    return replace(bare, name=FLOOR, step=step)
 
 
 def owners_of(parameters: Sequence[Tensor]) -> list[int]:

@@ -75,12 +75,12 @@ def cells(
     results: Results, layout: str, ranks: int, model: str, *, through_backward: bool = False, apart: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Optimizer to contenders, in the recipes' order."""
-    wanted = {"layout": layout, "ranks": ranks, "model": model}
-    wanted |= {"is_through_backward": through_backward, "is_apart": apart}
+    kind = {"is_through_backward": through_backward, "is_apart": apart}
+    wanted = {"layout": layout, "ranks": ranks, "model": model, **kind}
     found = {
         cell["optimizer"]: cell["contenders"]
         for cell in results["cells"].values()
-        if all(cell.get(key, False) == value for key, value in wanted.items())
+        if all(cell[key] == value for key, value in wanted.items())
     }
     return {name: found[name] for name in RECIPES if name in found}
 
