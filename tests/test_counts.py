@@ -240,8 +240,8 @@ def calls_for_each_parameter(placement: str) -> float:
     return (own_calls(placement, 30) - own_calls(placement, 10)) / 40
 
 
-@pytest.mark.parametrize("placement", ["none", "fsdp2"])
-def test_a_step_makes_few_calls_for_each_parameter(two_ranks: RankPool, placement: str) -> None:
+@pytest.mark.parametrize(("placement", "most"), [("none", 1), ("fsdp2", 4)])
+def test_a_step_makes_few_calls_for_each_parameter(two_ranks: RankPool, placement: str, most: int) -> None:
     """Upstream's foreach makes none: what a wrapper costs on many small tensors are these."""
     calls = two_ranks.run(calls_for_each_parameter, placement)
-    assert max(calls) <= 4 and min(calls) > 0, calls
+    assert max(calls) <= most and min(calls) > 0, calls

@@ -136,7 +136,7 @@ class PlacedParameter:
                 return False
             part, own = gradient._local_tensor, parameter._local_tensor
         else:
-            if type(gradient) is not Tensor or not self.layout.is_replicated:
+            if type(gradient) is not Tensor or type(self.layout) is not Replicated:
                 return False
             part, own = gradient, parameter
         return part.dtype is own.dtype and part.layout is torch.strided

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from dist_optim.errors import DistOptimError, WrongModeError
 from dist_optim.stepping.at_owner import forget_weights, weights_changed
-from dist_optim.stepping.gradients import GradientSamples, assert_gradients_reduced, odd_gradient, unfrozen
+from dist_optim.stepping.gradients import (
+    GradientSamples,
+    are_plain,
+    assert_gradients_reduced,
+    odd_gradient,
+    plain_dtype,
+    unfrozen,
+)
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.nonfinite import first_nonfinite, log_skip, nonfinite_error
 from dist_optim.stepping.presence import StepAgreement, hyperparameters_of
@@ -39,6 +46,8 @@ class BeforeStep:
         self._values: list[tuple[str, object]] = []
         self._names = [one.fqn for one in holdings.placed]
         self._parameters = [one.parameter for one in holdings.placed]
+        self._plain_dtype = plain_dtype(holdings.placed)
+        self._frozen = {index: one for index, one in enumerate(holdings.placed) if not one.is_trained}
 
     def read_hyperparameters(self) -> None:
         """Take the groups' values for this step: what ranks compare, and what ``changed_value`` is about."""
@@ -57,7 +66,9 @@ class BeforeStep:
         """
         placed = self._held.placed
         gradients = [parameter.grad for parameter in self._parameters]
-        problem = problem or odd_gradient(placed, gradients) or unfrozen(placed, gradients)
+        if problem is None and not (self._plain_dtype and are_plain(gradients, self._plain_dtype)):
+            problem = odd_gradient(placed, gradients)
+        problem = problem or unfrozen(self._frozen, gradients)
         self._nonfinite = first_nonfinite(placed) if self._on_nonfinite and problem is None else None
         if self._nonfinite is not None and self._on_nonfinite == "raise":
             problem = nonfinite_error(self._held.spec.name, self._nonfinite, self._progress.num_steps)
@@ -109,6 +120,8 @@ class BeforeStep:
         Raises:
             RanksDisagreeError: On all ranks: gradients of a replicated parameter are not equal.
         """
+        if len(self._met) == len(self._names):
+            return
         new = [index for index, is_present in enumerate(present) if is_present and index not in self._met]
         if not new:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,8 @@ def why_edited(built: Sequence[Sequence[PlacedParameter]], groups: Sequence[Any]
         built: The parameters of each group when the optimizer was built.
         groups: As the user has them now, whatever they are.
     """
+    if len(groups) == len(built) and all(map(_is_as_built, built, groups)):
+        return None
     before = [[id(one) for one in parameters_of(group)] for group in built]
     now = [_ids_of(group) for group in groups]
     if now == before:
@@ -50,6 +53,14 @@ def why_edited(built: Sequence[Sequence[PlacedParameter]], groups: Sequence[Any]
     return ParameterError(
         f"The parameters of optimizer.param_groups[{at}] were edited after building: {', '.join(changes)}. {REMEDY}"
     )
+
+
+def _is_as_built(built: Sequence[PlacedParameter], group: Any) -> bool:
+    """Whether the group lists the very parameters, one for each: as most do, and quickly told."""
+    listed = group.get("params") if isinstance(group, Mapping) else None
+    if not isinstance(listed, list) or len(listed) != len(built):
+        return False
+    return all(map(is_, map(attrgetter("parameter"), built), listed))
 
 
 def _ids_of(group: Any) -> list[int]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
+from dist_optim.layouts.layout import Replicated
 from dist_optim.ranks.agreement import assert_equal_where_named, assert_ranks_equal, num_ranks, own_rank
 from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.stepping.at_owner import AtOwner
 
-__all__ = ["GradientSamples", "assert_gradients_reduced", "odd_gradient", "unfrozen"]
+__all__ = ["GradientSamples", "are_plain", "assert_gradients_reduced", "odd_gradient", "plain_dtype", "unfrozen"]
 
 NUM_SAMPLED = 4
 """Tensors a step. Gradients that were not reduced differ almost everywhere."""
@@ -136,6 +138,20 @@ def odd_gradient(placed: Sequence[PlacedParameter], gradients: Sequence[Tensor |
     return None
 
 
+def plain_dtype(placed: Sequence[PlacedParameter]) -> torch.dtype | None:
+    """The dtype of parameters that are all whole, plain tensors, and of one; else None."""
+    dtypes = {one.dtype for one in placed}
+    is_plain = all(type(one.layout) is Replicated and not isinstance(one.parameter, DTensor) for one in placed)
+    return dtypes.pop() if is_plain and len(dtypes) == 1 else None
+
+
+def are_plain(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether all that are there are dense, plain tensors of this dtype: told sooner than one by one."""
+    there = [one for one in gradients if one is not None]
+    dtypes, layouts = {one.dtype for one in there}, {one.layout for one in there}
+    return set(map(type, there)) <= {Tensor} and dtypes <= {dtype} and layouts <= {torch.strided}
+
+
 def _why_odd(one: PlacedParameter, gradient: Tensor) -> str:
     if gradient.is_sparse:
         return "is sparse, and only dense ones are stepped by. Set sparse=False in the embedding."
@@ -155,10 +171,10 @@ def _why_odd(one: PlacedParameter, gradient: Tensor) -> str:
     return ""
 
 
-def unfrozen(placed: Sequence[PlacedParameter], gradients: Sequence[Tensor | None]) -> ParameterError | None:
-    """The first parameter with a gradient that was frozen at building and listed nowhere; None without any. Local."""
-    for one, gradient in zip(placed, gradients, strict=True):
-        if gradient is not None and not one.is_trained:
+def unfrozen(frozen: Mapping[int, PlacedParameter], gradients: Sequence[Tensor | None]) -> ParameterError | None:
+    """The first parameter with a gradient of those that nobody trains, by index; None without any. Local."""
+    for index, one in frozen.items():
+        if gradients[index] is not None:
             return ParameterError(
                 f"Parameter {one.fqn!r} has a gradient, but was frozen (requires_grad=False) when the optimizer was "
                 "built, and no group named it, so that nobody steps it. Let it be trainable when the model is wrapped "

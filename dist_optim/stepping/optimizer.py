@@ -17,7 +17,6 @@ from dist_optim.errors import DistOptimError, UnsupportedError
 from dist_optim.exchange.norms import norm_as_clipping
 from dist_optim.exchange.plan import Plan
 from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.at_work import at_work
 from dist_optim.ranks.background import look_together
 from dist_optim.specs.driver import ParamGroup
@@ -263,8 +262,8 @@ class DistributedOptimizer(TorchContract):
     def local_gradients(self, present: Sequence[bool]) -> dict[int, Tensor]:
         """This rank's part of every gradient that is to be stepped by; zeros where only other ranks have one."""
         gradients = {}
-        for index, one in enumerate(self.holdings.placed):
-            if present[index] and one.is_trained and type(one.layout) is not Elsewhere:
+        for index, one in self.training_step.trained_here:
+            if present[index]:
                 gradient = one.local_gradient()
                 gradients[index] = torch.zeros_like(one.local()) if gradient is None else gradient
         return gradients

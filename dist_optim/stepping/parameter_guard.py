@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter, local_of, reshard_units, sharded_modules
@@ -47,7 +49,10 @@ class ParameterGuard:
         self._placed = list(placed)
         self._ids = {id(one.parameter) for one in self._placed}
         self._as_built = [_look_of(one.parameter) for one in self._placed]
-        self._memory = _memory_of(self._placed)
+        parameters = [one.parameter for one in self._placed]
+        self._plain = [one for one in parameters if not isinstance(one, DTensor)]
+        self._cut = [one for one in parameters if isinstance(one, DTensor)]
+        self._memory = self._memory_now()
         self._freezing = GatheredFreezing(model)
         self._fsdp1 = [weakref.ref(unit) for unit in sharded_modules(model) if not isinstance(unit, FSDPModule)]
         self._modules = [weakref.ref(one) for one in model.modules()]
@@ -78,7 +83,7 @@ class ParameterGuard:
         model = self._model()
         if model is None:
             return None
-        memory = _memory_of(self._placed)
+        memory = self._memory_now()
         is_as_built = memory == self._memory or [_look_of(one.parameter) for one in self._placed] == self._as_built
         if is_as_built:
             self._memory = memory
@@ -103,6 +108,11 @@ class ParameterGuard:
                 )
         return None
 
+    def _memory_now(self) -> tuple[list[int], list[torch.Size], list[torch.dtype]]:
+        """Of each part here: while all of it stays, so do the parameter's shape and device, which are slower to ask."""
+        parts = [*self._plain, *[local_of(one) for one in self._cut]]
+        return [part.data_ptr() for part in parts], [part.shape for part in parts], [part.dtype for part in parts]
+
     def _refuse_join(self) -> None:
         for reference in self._joinable:
             module = reference()
@@ -117,13 +127,9 @@ class ParameterGuard:
 def _members_of(modules: Iterable[weakref.ref[nn.Module]]) -> list[int]:
     """The ids of all parameters and children, module by module: told in a fraction of the time of walking them."""
     there = [one for reference in modules if (one := reference()) is not None]
-    return [id(member) for one in there for held in (one._parameters, one._modules) for member in held.values()]
-
-
-def _memory_of(placed: Iterable[PlacedParameter]) -> tuple[list[int], list[torch.Size], list[torch.dtype]]:
-    """Of each part here: while all of it stays, so do the parameter's shape and device, which are slower to ask for."""
-    parts = [local_of(one.parameter) for one in placed]
-    return [part.data_ptr() for part in parts], [part.shape for part in parts], [part.dtype for part in parts]
+    parameters = [one._parameters.values() for one in there]
+    children = [one._modules.values() for one in there if one._modules]
+    return list(map(id, chain.from_iterable([*parameters, *children])))
 
 
 Look = tuple[torch.Size, torch.dtype, torch.device]

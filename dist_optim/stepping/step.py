@@ -20,6 +20,7 @@ from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
 from dist_optim.exchange.rooms import Room, Rooms, as_if_alone
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
+from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping import half_steps
 from dist_optim.stepping.at_owner import bring, there_and_parts
@@ -73,10 +74,17 @@ class TrainingStep:
         self._before = BeforeStep(holdings, progress, agreement, on_nonfinite)
         self._rounds = {bucket.index: bucket for bucket in holdings.plan.buckets}
         self._round_of = {item.index: bucket.index for bucket in holdings.plan.buckets for item in bucket.items}
+        self.trained_here = [
+            (index, one)
+            for index, one in enumerate(holdings.placed)
+            if one.is_trained and type(one.layout) is not Elsewhere
+        ]
+        """What has a part on this rank, by index."""
         self._memory = Rooms()
         self._holds_all = num_ranks(self._group) == 1 and all(
             one.layout.is_replicated and one.local().shape == one.shape for one in holdings.placed
         )
+        self._is_one_instance = self._holds_all and len(self._rounds) == 1 and holdings.local_instance is None
         self._parts: dict[tuple[int, tuple[int, ...]], tuple[Bucket, Route]] = {}
         self._norm_round_of: dict[int, int] | None = None
         self.present: Sequence[bool] = ()
@@ -167,6 +175,9 @@ class TrainingStep:
                 self._held.spec.driver.take_total_norm(instance.optimizer, self._total)
         if self._held.division.keeps_tensors:
             self.detached.update(gradients, self._stepped, self._agree_after, closure)
+            return
+        if self._is_one_instance and not self._is_one_by_one:
+            self._update_in_place(self._held.owner_instances[0], gradients)
             return
         num_rounds = 0 if self._is_one_by_one else len(self._held.plan.buckets)
         ready: dict[int, list[int]] = {number: [] for number in range(num_rounds)}

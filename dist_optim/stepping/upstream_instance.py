@@ -202,8 +202,10 @@ class UpstreamInstance:
         Raises:
             UnprovenCodeError: It is about to run code of the class that was not seen when it was proven.
         """
+        is_models = self.of_model.issuperset(self.shadows)
         self.show(parameters)
-        self.give(gradients)
+        if not is_models:
+            self.give(gradients)
         for index, ghost in self.ghosts.items():
             if self._ghosts[index] == "with gradients":
                 ghost.grad = torch.zeros_like(ghost) if present[index] and ghost.requires_grad else None
@@ -216,7 +218,8 @@ class UpstreamInstance:
                 else:
                     self.returned = self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
-            self.take_gradients(self.shadows)
+            if not is_models:
+                self.take_gradients(self.shadows)
         return self._outgoing_of(parameters)
 
     def _outgoing_of(self, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
