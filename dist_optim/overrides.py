@@ -33,6 +33,8 @@ class Override:
     """A method, a function, or an attribute that the class assigns or annotates, or that the function assigns."""
     parameters: tuple[str, ...] | None = None
     """Names in order, without ``self``, where ours takes or passes them; None where being there is enough."""
+    in_older: str = ""
+    """``module:name`` of what is read in place of it, where the installed version has that one still."""
 
 
 VERSIONS = {
@@ -218,7 +220,13 @@ TABLE: dict[str, tuple[Override, ...]] = {
             "placements",
             "to_local",
         ),
-        *_rows("torch", "torch.distributed.device_mesh:DeviceMesh", _get_root_mesh=()),
+        Override(
+            "torch",
+            "torch.distributed.device_mesh:DeviceMesh",
+            "_get_root_mesh",
+            (),
+            "torch.distributed.device_mesh:_mesh_resources.get_root_mesh",
+        ),
     ),
     "FSDP2, to owners": (
         *_rows("torch", f"{_FSDP2}_api:ReduceScatter", "__call__", "allocate"),
@@ -323,11 +331,19 @@ def _difference(row: Override) -> str:
     except (AttributeError, ImportError) as error:
         return f"{row.owner.replace(':', '.')} is missing ({error})"
     if not _has(owner, row.attribute):
-        return f"{name} is missing"
+        return "" if row.in_older and _is_there(row.in_older) else f"{name} is missing"
     if row.parameters is None:
         return ""
     found = tuple(one for one in inspect.signature(getattr(owner, row.attribute)).parameters if one != "self")
     return "" if found == row.parameters else f"{name} takes {_listed(found)}, not {_listed(row.parameters)}"
+
+
+def _is_there(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
 
 
 def _listed(parameters: tuple[str, ...]) -> str:

@@ -48,6 +48,16 @@ def test_control_with_two_workers_it_dies() -> None:
     assert ends[-1] in (-signal.SIGSEGV, -signal.SIGABRT)
 
 
+def test_what_a_newer_torch_gives_besides_goes_into_the_options() -> None:
+    """torch 2.14 gives ``enable_reconfigure``; here a value stands for it that options of all versions have."""
+    done = run(
+        ONE_WORKER + "import torch.distributed as dist\nfrom datetime import timedelta\n"
+        "group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timeout=timedelta(seconds=9), group_name='besides')\n"
+        "print(group.options.group_name, group.options._timeout.seconds, group.options._threads)"
+    )
+    assert done.stdout.split() == ["besides", "9", "1"], done.stderr[-3000:]
+
+
 def num_workers_of_groups() -> list[int]:
     groups = [dist.group.WORLD, own_group(), *two_by_half("cpu").get_all_groups()]
     backends: list[Any] = [group._get_backend(torch.device("cpu")) for group in groups if group is not None]

@@ -21,7 +21,8 @@ from dist_optim.overrides import TABLE, VERSIONS, Override, check, differences
 PACKAGE = ROOT / "dist_optim"
 READERS = ("integrations", "layouts", "inside_backward", "planning")
 """The rooms that touch engines. What `optimizers/` reads of an upstream package is measured with that package."""
-NAMES = {row.attribute for rows in TABLE.values() for row in rows}
+ROWS = [row for rows in TABLE.values() for row in rows]
+NAMES = {row.attribute for row in ROWS} | {name for row in ROWS for name in row.in_older.rpartition(":")[2].split(".")}
 TRAINER = {row.attribute for row in TABLE["transformers"] if row.owner.endswith(":Trainer")}
 
 
@@ -101,6 +102,8 @@ def test_what_a_version_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Override("transformers", owner, "model_wrapped"),
         Override("transformers", owner, "_prepare_for_training"),
         Override("transformers", owner, "_clip_grad_norm", ("model",)),
+        Override("transformers", owner, "_new_home", (), f"{__name__}:_Lacking._clip_grad_norm"),
+        Override("transformers", owner, "_new_name", (), f"{__name__}:_Lacking._old_name"),
         Override("transformers", f"{__name__}:_Gone", "anything"),
         Override("transformers", f"{__name__}:_Gone", "something"),
     )
@@ -113,6 +116,7 @@ def test_what_a_version_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "_Lacking._prepare_for_training is missing" in message
     assert "_Lacking._clip_grad_norm takes (model, max_norm), not (model)" in message
     assert message.count("_Gone is missing (module") == 1 and "model_wrapped" not in message
+    assert "_new_name is missing" in message and "_new_home" not in message
     assert f"pip install 'transformers>={VERSIONS['transformers'][0]}," in message
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -225,10 +227,19 @@ def _frames(parts: Iterable[_Part]) -> list[Tensor]:
     """The meshes that parameters lie on, and those that they were taken from, as arrays of ranks; each once."""
     frames: list[Tensor] = []
     for mesh in {id(part.mesh): part.mesh for part in parts}.values():
-        for one in (mesh, mesh._get_root_mesh()):
+        for one in (mesh, _root_of(mesh)):
             if not any(torch.equal(one.mesh, known) for known in frames):
                 frames.append(one.mesh)
     return frames
+
+
+def _root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that it was taken from; itself, where it is a whole one."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    resources: Any = device_mesh._mesh_resources  # until torch 2.9
+    root: DeviceMesh = resources.get_root_mesh(mesh)
+    return root
 
 
 class _Tables:

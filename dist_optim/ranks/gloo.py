@@ -36,10 +36,19 @@ def use_one_worker_each() -> None:
 
     @wraps(create)
     def create_with_one_worker(
-        group: Any, store: dist.Store, rank: int, size: int, options: Any = None, *, timeout: timedelta | None = None
+        group: Any,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        options: Any = None,
+        *,
+        timeout: timedelta | None = None,
+        **others: Any,
     ) -> None:
-        if not isinstance(options, group_class._Options):  # torch itself gives a time-out alone
+        if not isinstance(options, group_class._Options):  # torch itself gives a time-out, and from 2.14 on a switch
             options = _options(group_class, options if timeout is None else timeout)
+        for name, value in others.items():
+            setattr(options, name, value)
         options._threads = 1
         create(group, store, rank, size, options)
 
