@@ -36,7 +36,8 @@ CHOSEN = {
         "test_accelerate_state.py::test_a_resumed_run_equals_the_uninterrupted_one[galore_adamw-fsdp2]",
     ),
     "DeepSpeed": (
-        *(f"test_zero.py::test_equals_one_process[galore_adamw-{stage}]" for stage in range(4)),
+        *(f"test_zero.py::test_equals_one_process[galore_adamw-{stage}]" for stage in (1, 3)),
+        *(f"test_zero.py::test_resumes_through_the_engine[galore_adamw-{stage}]" for stage in (0, 2)),
         *(f"test_zero.py::test_resumes_through_the_engine[schedule_free_adamw-{stage}]" for stage in range(4)),
     ),
     "checkpoints": (

@@ -85,7 +85,10 @@ def run(python: Path, part: str) -> dict[str, Any]:
         subprocess.run([str(python), "-m", "pytest", *options, *tests], cwd=ROOT, env=given, timeout=LIMIT_S)
         if not report.exists():
             return {"passed": 0, "skipped": {}, "failed": ["pytest did not come to its end"]}
-        return read_report(ElementTree.parse(report).getroot())
+        outcome = read_report(ElementTree.parse(report).getroot())
+        if not any(outcome.values()):
+            return {**outcome, "failed": ["pytest found no test, or not all of them"]}
+        return outcome
 
 
 def read_report(report: ElementTree.Element) -> dict[str, Any]:
