@@ -66,7 +66,7 @@ class Row:
         held = bounds if self.lowest == ("all",) else {name: bounds[name] for name in self.lowest}
         others = (ROOT / "constraints.txt").read_text().splitlines() if self.pinned else []
         kept = [line for line in others if not line.startswith("#") and line.split("==")[0] not in held]
-        return "\n".join([*(f"{name}=={version}" for name, version in held.items()), *kept]) + "\n"
+        return "".join(f"{line}\n" for line in [*(f"{name}=={version}" for name, version in held.items()), *kept])
 
 
 ROWS = (
