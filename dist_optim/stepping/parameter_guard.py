@@ -125,7 +125,7 @@ class ParameterGuard:
 
 
 def _members_of(modules: Iterable[weakref.ref[nn.Module]]) -> list[int]:
-    """The ids of all parameters and children, module by module: told in a fraction of the time of walking them."""
+    """The ids of all parameters, then of all children: told in a fraction of the time of walking them."""
     there = [one for reference in modules if (one := reference()) is not None]
     parameters = [one._parameters.values() for one in there]
     children = [one._modules.values() for one in there if one._modules]

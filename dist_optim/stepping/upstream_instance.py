@@ -202,9 +202,9 @@ class UpstreamInstance:
         Raises:
             UnprovenCodeError: It is about to run code of the class that was not seen when it was proven.
         """
-        is_models = self.of_model.issuperset(self.shadows)
+        sees_model = self.of_model.issuperset(self.shadows)
         self.show(parameters)
-        if not is_models:
+        if not sees_model:
             self.give(gradients)
         for index, ghost in self.ghosts.items():
             if self._ghosts[index] == "with gradients":
@@ -218,7 +218,7 @@ class UpstreamInstance:
                 else:
                     self.returned = self.optimizer.step(closure)
         finally:  # a gradient of a step that failed must not be there in a later one, where its tensor has none
-            if not is_models:
+            if not sees_model:
                 self.take_gradients(self.shadows)
         return self._outgoing_of(parameters)
 
