@@ -21,7 +21,8 @@ CHOSEN = {
         f"test_parity.py::test_second_life_equals_the_uninterrupted_run[{case} float32]"
         for case in (
             *("adafactor", "adamw_bnb_8bit", "adamw_torch", "apollo_adamw random", "flash_adamw"),
-            *("galore_adamw std", "grokadamw", "lomo", "schedule_free_adamw", "stable_adamw"),
+            *("adamw_torch_4bit", "adamw_torch_8bit", "galore_adamw std", "grokadamw", "lomo"),
+            *("schedule_free_adamw", "stable_adamw"),
         )
     ),
     "Trainer": (

@@ -18,6 +18,8 @@ from compat import AS_PINNED, CHOSEN, ROOT, ROWS, Row, lower_bounds, project
 from packaging.requirements import Requirement
 from patience import PATIENCE_S
 
+import dist_optim
+
 MEASURE = "run `make compat` and commit what it writes"
 SERVED = ("3.10", "3.11", "3.12", "3.13")
 
@@ -74,6 +76,13 @@ def test_chosen_tests_exist() -> None:
     """With their parameters: pytest runs none of what it is given where it does not find all of it."""
     done = collected(*(test for tests in CHOSEN.values() for test in tests))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_an_optimizer_of_each_package_that_has_a_lowest_version_is_among_them() -> None:
+    names = {re.split(r"[\[ ]", test)[1] for test in CHOSEN["optimizers"]}
+    covered = {dist_optim.get_spec(name).package for name in names}
+    packages = {dist_optim.get_spec(name).package for name in dist_optim.names()} & lower_bounds().keys()
+    assert len(packages) > 6 and packages <= covered
 
 
 def test_control_a_case_that_is_gone_is_seen() -> None:

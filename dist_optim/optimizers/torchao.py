@@ -6,6 +6,7 @@ it must be given whole tensors: a shard may fall below the limit, or be cut insi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,9 @@ class TorchAODriver(UpstreamDriver):
     def _quantized(self, parameter: Tensor, parts: Mapping[str, Any]) -> Tensor:
         shape = {"shape": parameter.shape} if self.is_packed else {}  # packed codes are flat and cannot tell it
         upstream: Any = self.state_class()
-        quantized: Tensor = upstream(**parts, **shape, dtype=parameter.dtype)
+        # Before torchao 0.17 it takes no dtype, and appears as one of the default dtype.
+        takes_dtype = "dtype" in inspect.signature(upstream.__new__).parameters
+        quantized: Tensor = upstream(**parts, **shape, **({"dtype": parameter.dtype} if takes_dtype else {}))
         return quantized
 
 
