@@ -78,7 +78,7 @@ class GrokAdamWDriver(UpstreamDriver):
             )
         # grokadamw 0.1.2 enters torch.cuda.amp.autocast for every parameter: deprecated, and disabled without CUDA.
         warnings.filterwarnings("ignore", r"`torch\.cuda\.amp\.autocast", FutureWarning, r"grokadamw\b")
-        warnings.filterwarnings("ignore", "CUDA is not available", UserWarning, r"torch\.cuda\.amp\.autocast_mode")
+        warnings.filterwarnings("ignore", ".*CUDA is not available", UserWarning, r"torch\.(cuda\.)?amp\.autocast_mode")
         # Upstream reads the losses from its groups, where the user puts them, but takes them as no argument.
         losses = {key: arguments[key] for key in self.signals}
         taken = {key: value for key, value in arguments.items() if key not in self.signals}
