@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 import steps
 from dist_optim.testing import RankPool
 from measuring import page, results
-from measuring.apart import COPIED, EACH, SLICES
+from measuring.apart import AGREED, COPIED, EACH, SLICES
 from measuring.cells import Cell, measure
 from measuring.contenders import ALONE, FLOOR, OURS, SHARE, Contender
 from measuring.counting import allocations_of, traffic_counted
@@ -143,7 +143,7 @@ def test_a_step_taken_apart_ends_with_all_that_a_step_does(two_ranks: RankPool) 
     assert list(sharded) == [ALONE, SHARE, FLOOR, COPIED, EACH, OURS]
     replicated = two_ranks.run(measure_apart, "adafactor", "ddp")[0]
     assert list(replicated) == [ALONE, SHARE, FLOOR, EACH, OURS]
-    assert list(two_ranks.run(measure_apart, "adamw_torch", "fsdp2")[0]) == [ALONE, "DTensors", SLICES, OURS]
+    assert list(two_ranks.run(measure_apart, "adamw_torch", "fsdp2")[0]) == [ALONE, "DTensors", SLICES, AGREED, OURS]
     for rows in (sharded, replicated):
         assert rows[EACH]["distance"] == rows[OURS]["distance"] == 0
         assert rows[SHARE]["collectives"] == {} and rows[SHARE]["distance"] is None

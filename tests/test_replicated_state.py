@@ -73,7 +73,7 @@ def what_travels() -> tuple[dict[str, int], int, str]:
 def test_nothing_travels_and_every_rank_has_all_state(two_ranks: RankPool) -> None:
     numel = sum(one.numel() for one in net().parameters())
     for counted, state_bytes, audit in two_ranks.run(what_travels):
-        assert counted == {"all_reduce": AGREEMENTS}
+        assert counted == {"all_to_all_single": AGREEMENTS}
         assert state_bytes >= 2 * 4 * numel
         assert "stepped by every rank alike, state and all: 4 of 4 tensors" in audit
 

@@ -7,6 +7,7 @@ also needs what its rank holds of a tensor in one piece with what came, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_optim.exchange.copies import copy
-from dist_optim.ranks.agreement import num_ranks, own_rank
+from dist_optim.ranks.agreement import agree_on_bits, host_group, num_ranks, own_rank
 from measuring.contenders import (
     ALONE,
     FLOOR,
@@ -34,10 +35,12 @@ from measuring.contenders import (
     share,
 )
 
-__all__ = ["COPIED", "EACH", "SLICES", "apart"]
+__all__ = ["AGREED", "COPIED", "EACH", "SLICES", "apart"]
 
 SLICES = "slices"
 """Upstream on this rank's part of every tensor, of what it can step so."""
+AGREED = "and two agreements"
+"""What ranks tell each other before a step and after it."""
 COPIED = "and own parts copied"
 """Gradients and weights into whole tensors, and weights back."""
 EACH = "and a message each"
@@ -49,6 +52,7 @@ def apart(problem: Problem, layout: str) -> dict[str, Build]:
     builders: dict[str, Build] = {ALONE: lambda: alone(problem)}
     if not has_floor(problem.recipe, layout):
         builders |= {"DTensors": lambda: on_dtensors(problem), SLICES: lambda: _slices(problem)}
+        builders[AGREED] = lambda: _agreed(problem)
     else:
         builders |= {SHARE: lambda: share(problem), FLOOR: lambda: floor(problem, layout)}
         if layout == "fsdp2":
@@ -61,6 +65,18 @@ def apart(problem: Problem, layout: str) -> dict[str, Build]:
 def _slices(problem: Problem) -> Contender:
     held = _held(problem)
     return Contender(name=SLICES, prepare=_gives(problem, held), step=problem.recipe.upstream_optimizer(held).step)
+
+
+def _agreed(problem: Problem) -> Contender:
+    slices, group = _slices(problem), host_group()
+    told = [True] * len(problem.gradients)
+
+    def step() -> None:
+        agree_on_bits(told, told, group)
+        slices.step()
+        agree_on_bits([False], [False], group)
+
+    return replace(slices, name=AGREED, step=step)
 
 
 def _copied(problem: Problem) -> Contender:

@@ -257,7 +257,7 @@ def ours(problem: Problem, layout: str, name: str, options: dict[str, Any]) -> C
         name=name,
         prepare=giving(parameters, cut),
         step=optimizer.step,
-        weights=lambda: _gathered(parameters),
+        weights=lambda: _gathered(list(model.parameters())),  # the model has to live: an optimizer looks at it
     )
 
 

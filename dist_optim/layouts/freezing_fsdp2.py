@@ -38,8 +38,10 @@ class GatheredFreezing:
         modules = [one for one in model.modules() if isinstance(one, FSDPModule)]
         units: list[tuple[Any, Any]] = [(module, unit) for module in modules for unit in param_groups_of(module)]
         self._units = [(weakref.ref(module), weakref.ref(unit)) for module, unit in units]
-        self._params = [weakref.ref(one) for _, unit in units for one in unit.fsdp_params]
-        self._known: list[tuple[bool, bool] | None] = [None] * len(self._params)
+        self._known: weakref.WeakKeyDictionary[Any, tuple[bool, bool]] = weakref.WeakKeyDictionary()
+        """Of shard and gathered tensor, by FSDP2's record of both."""
+        self._shown: list[bool] = []
+        """What gathered tensors said when shards said the same."""
         self.carry_over()
 
     def gathered(self) -> list[nn.Module]:
@@ -50,21 +52,19 @@ class GatheredFreezing:
 
     def carry_over(self) -> None:
         """Give shards the ``requires_grad`` that was set on their gathered tensors since the last call."""
-        for at, reference in enumerate(self._params):
-            one: Any = reference()
-            if one is None:
-                continue
-            shard, gathered = one.sharded_param, getattr(one, "_unsharded_param", None)
-            of_shard = shard.requires_grad
-            now = of_shard, of_shard if gathered is None else gathered.requires_grad
-            known = self._known[at]
-            if now == known:
-                continue
-            before = known or now
+        there = [one for _, reference in self._units if (unit := reference()) is not None for one in unit.fsdp_params]
+        # Before its first gather a unit shows nothing.
+        shown = [getattr(one, "_unsharded_param", one.sharded_param).requires_grad for one in there]
+        if shown == self._shown:  # no gathered tensor was changed: what is set on a shard stays there
+            return
+        for one, of_gathered in zip(there, shown, strict=True):
+            now = one.sharded_param.requires_grad, of_gathered
+            before = self._known.get(one, now)
             if now[0] == before[0] and now[1] != before[1]:  # else it was set on the shard, or came from there
-                shard.requires_grad_(now[1])
+                one.sharded_param.requires_grad_(now[1])
                 now = now[1], now[1]
-            self._known[at] = now
+            self._known[one] = now
+        self._shown = shown if shown == [one.sharded_param.requires_grad for one in there] else []
 
 
 def param_groups_of(module: FSDPModule) -> list[Any]:

@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dist_optim.errors import RanksDisagreeError
 from dist_optim.overrides import check
@@ -155,7 +154,7 @@ def described(value: Any) -> str:
 
 def _are_equal(number: int, process_group: ProcessGroup | None) -> bool:
     """Whether every rank gave the same number, which is not negative."""
-    both = torch.tensor([number, -number], dtype=torch.int64)
+    both = torch.tensor([number, -number], dtype=torch.int64, device="cpu")
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=host_group(process_group))
     largest, minus_smallest = both.tolist()
     return bool(largest == -minus_smallest)
@@ -167,7 +166,9 @@ def agree_on_bits(
     process_group: ProcessGroup | None = None,
     wait: Callable[[dist.Work], object] = lambda work: work.wait(),
 ) -> tuple[list[bool], list[bool]]:
-    """Which entries any rank has, and which some rank lacks: one small all-reduce.
+    """Which entries any rank has, and which some rank lacks: one small message from each rank to each other one.
+
+    gloo's all-reduce goes round a ring, twice, each message after the one before: more of them, and slower ones.
 
     Args:
         has: This rank's entries, in the same order on every rank.
@@ -178,10 +179,18 @@ def agree_on_bits(
     Returns:
         ``(any_has, any_lacks)``, each as long as ``has``.
     """
-    bits: Tensor = torch.tensor([has, lacks], dtype=torch.uint8)
-    wait(dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=process_group, async_op=True))
-    any_has, any_lacks = bits.bool().tolist()
-    return any_has, any_lacks
+    num_bits, ranks = len(has) + len(lacks), num_ranks(process_group)
+    mine = int(bytes((*has, *lacks)).translate(_AS_DIGITS), 2).to_bytes(-(-num_bits // 8), "big")
+    sent = torch.frombuffer(bytearray(mine * ranks), dtype=torch.uint8)
+    heard = sent.clone()
+    wait(dist.all_to_all_single(heard, sent, group=process_group, async_op=True))
+    each = heard.view(ranks, -1, 1) & _BITS_OF_BYTE
+    some: list[bool] = each.amax(0).view(-1)[-num_bits:].bool().tolist()
+    return some[: len(has)], some[len(has) :]
+
+
+_AS_DIGITS = bytes.maketrans(b"\0\1", b"01")
+_BITS_OF_BYTE = torch.tensor([1 << bit for bit in reversed(range(8))], dtype=torch.uint8, device="cpu")
 
 
 _made_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[str, tuple[int, ...]], ProcessGroup]] = (

@@ -6,16 +6,10 @@ from collections.abc import Sequence
 
 from dist_optim.errors import DistOptimError, WrongModeError
 from dist_optim.stepping.at_owner import forget_weights, weights_changed
-from dist_optim.stepping.gradients import (
-    GradientSamples,
-    are_plain,
-    assert_gradients_reduced,
-    odd_gradient,
-    plain_dtype,
-    unfrozen,
-)
+from dist_optim.stepping.gradients import GradientSamples, assert_gradients_reduced, odd_gradient, unfrozen
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.nonfinite import first_nonfinite, log_skip, nonfinite_error
+from dist_optim.stepping.parts_here import PartsHere
 from dist_optim.stepping.presence import StepAgreement, hyperparameters_of
 
 __all__ = ["BeforeStep"]
@@ -28,13 +22,20 @@ class BeforeStep:
         holdings: What is stepped.
         progress: Counts steps that are left out.
         agreement: Of all ranks.
+        here: What this rank stores of it.
         on_nonfinite: What is done where a stored gradient is infinite or NaN: "raise", "skip", or None for nothing.
     """
 
     def __init__(
-        self, holdings: Holdings, progress: Progress, agreement: StepAgreement, on_nonfinite: str | None
+        self,
+        holdings: Holdings,
+        progress: Progress,
+        agreement: StepAgreement,
+        here: PartsHere,
+        on_nonfinite: str | None,
     ) -> None:
         self._held = holdings
+        self._here = here
         self._progress = progress
         self._agreement = agreement
         self._on_nonfinite = on_nonfinite
@@ -45,8 +46,6 @@ class BeforeStep:
         self._samples = GradientSamples(holdings.placed, holdings.process_group, holdings.all_ranks)
         self._values: list[tuple[str, object]] = []
         self._names = [one.fqn for one in holdings.placed]
-        self._parameters = [one.parameter for one in holdings.placed]
-        self._plain_dtype = plain_dtype(holdings.placed)
         self._frozen = {index: one for index, one in enumerate(holdings.placed) if not one.is_trained}
 
     def read_hyperparameters(self) -> None:
@@ -65,14 +64,15 @@ class BeforeStep:
             DistOptimError: On all ranks; see ``TrainingStep.begin``.
         """
         placed = self._held.placed
-        gradients = [parameter.grad for parameter in self._parameters]
-        if problem is None and not (self._plain_dtype and are_plain(gradients, self._plain_dtype)):
+        gradients = self._here.all_gradients()
+        has = [gradient is not None for gradient in gradients]
+        if problem is None and not self._here.are_usual(gradients, has):
             problem = odd_gradient(placed, gradients)
         problem = problem or unfrozen(self._frozen, gradients)
         self._nonfinite = first_nonfinite(placed) if self._on_nonfinite and problem is None else None
         if self._nonfinite is not None and self._on_nonfinite == "raise":
             problem = nonfinite_error(self._held.spec.name, self._nonfinite, self._progress.num_steps)
-        return self._agree([gradient is not None for gradient in gradients], problem, call)
+        return self._agree(has, problem, call)
 
     def agree_without_gradients(self, problem: DistOptimError | None, call: str) -> list[bool]:
         """On all else, where gradients are still to come. Collective."""
@@ -84,7 +84,7 @@ class BeforeStep:
         *present, is_changed = self._agreement.before(
             [*self._names[: len(has)], "weights"],
             [*has, is_changed],
-            [not is_there and one.local().numel() > 0 for one, is_there in zip(placed, has, strict=True)] + [False],
+            [*self._here.lacking(has), False],
             self._values,
             self._samples.take(self._progress.num_steps) if has else (),
             problem,

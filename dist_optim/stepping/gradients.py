@@ -10,16 +10,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dist_optim.errors import ParameterError, UnsupportedError
 from dist_optim.layouts.detect import PlacedParameter
-from dist_optim.layouts.layout import Replicated
 from dist_optim.ranks.agreement import assert_equal_where_named, assert_ranks_equal, num_ranks, own_rank
 from dist_optim.ranks.fingerprints import fingerprint
 from dist_optim.stepping.at_owner import AtOwner
 
-__all__ = ["GradientSamples", "are_plain", "assert_gradients_reduced", "odd_gradient", "plain_dtype", "unfrozen"]
+__all__ = ["GradientSamples", "assert_gradients_reduced", "odd_gradient", "unfrozen"]
 
 NUM_SAMPLED = 4
 """Tensors a step. Gradients that were not reduced differ almost everywhere."""
@@ -136,20 +134,6 @@ def odd_gradient(placed: Sequence[PlacedParameter], gradients: Sequence[Tensor |
         if gradient is not None and not one.takes(gradient) and (reason := _why_odd(one, gradient)):
             return UnsupportedError(f"The gradient of {one.fqn!r} {reason} No parameter was changed.")
     return None
-
-
-def plain_dtype(placed: Sequence[PlacedParameter]) -> torch.dtype | None:
-    """The dtype of parameters that are all whole, plain tensors, and of one; else None."""
-    dtypes = {one.dtype for one in placed}
-    is_plain = all(type(one.layout) is Replicated and not isinstance(one.parameter, DTensor) for one in placed)
-    return dtypes.pop() if is_plain and len(dtypes) == 1 else None
-
-
-def are_plain(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
-    """Whether all that are there are dense, plain tensors of this dtype: told sooner than one by one."""
-    there = [one for one in gradients if one is not None]
-    dtypes, layouts = {one.dtype for one in there}, {one.layout for one in there}
-    return set(map(type, there)) <= {Tensor} and dtypes <= {dtype} and layouts <= {torch.strided}
 
 
 def _why_odd(one: PlacedParameter, gradient: Tensor) -> str:

@@ -261,12 +261,7 @@ class DistributedOptimizer(TorchContract):
 
     def local_gradients(self, present: Sequence[bool]) -> dict[int, Tensor]:
         """This rank's part of every gradient that is to be stepped by; zeros where only other ranks have one."""
-        gradients = {}
-        for index, one in self.training_step.trained_here:
-            if present[index]:
-                gradient = one.local_gradient()
-                gradients[index] = torch.zeros_like(one.local()) if gradient is None else gradient
-        return gradients
+        return self.training_step.here.gradients(present)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:

@@ -10,19 +10,21 @@ import gc
 import weakref
 from collections.abc import Iterable
 from itertools import chain
+from operator import attrgetter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dist_optim.errors import ParameterError, UnsupportedError
-from dist_optim.layouts.detect import PlacedParameter, local_of, reshard_units, sharded_modules
+from dist_optim.layouts.detect import PlacedParameter, reshard_units, sharded_modules
 from dist_optim.layouts.freezing_fsdp2 import GatheredFreezing
 
 __all__ = ["NO_JOIN", "ParameterGuard"]
 
+_LOCAL, _SHAPE, _DTYPE = attrgetter("_local_tensor"), attrgetter("shape"), attrgetter("dtype")
 REMEDY = (
     "Build the optimizer last, on the model as it will be trained: wrap, shard and move the model first, then "
     "dist_optim.build_optimizer(model, ...); with accelerate, give the plain model to "
@@ -55,8 +57,7 @@ class ParameterGuard:
         self._memory = self._memory_now()
         self._freezing = GatheredFreezing(model)
         self._fsdp1 = [weakref.ref(unit) for unit in sharded_modules(model) if not isinstance(unit, FSDPModule)]
-        self._modules = [weakref.ref(one) for one in model.modules()]
-        self._members = _members_of(self._modules)
+        self._note_members(model)
         self._left_join: object = None
         self._joinable = [weakref.ref(module) for module in model.modules() if isinstance(module, Joinable)]
 
@@ -87,12 +88,11 @@ class ParameterGuard:
         is_as_built = memory == self._memory or [_look_of(one.parameter) for one in self._placed] == self._as_built
         if is_as_built:
             self._memory = memory
-            if _members_of(self._modules) == self._members:
+            if self._members_now() == self._members:
                 return None
         current = {id(parameter) for parameter in model.parameters()}
         if is_as_built and current.issuperset(self._ids):
-            self._modules = [weakref.ref(one) for one in model.modules()]
-            self._members = _members_of(self._modules)
+            self._note_members(model)
             return None
         for one, as_built in zip(self._placed, self._as_built, strict=True):
             if id(one.parameter) not in current:
@@ -110,8 +110,20 @@ class ParameterGuard:
 
     def _memory_now(self) -> tuple[list[int], list[torch.Size], list[torch.dtype]]:
         """Of each part here: while all of it stays, so do the parameter's shape and device, which are slower to ask."""
-        parts = [*self._plain, *[local_of(one) for one in self._cut]]
-        return [part.data_ptr() for part in parts], [part.shape for part in parts], [part.dtype for part in parts]
+        parts = [*self._plain, *map(_LOCAL, self._cut)]
+        return list(map(Tensor.data_ptr, parts)), list(map(_SHAPE, parts)), list(map(_DTYPE, parts))
+
+    def _note_members(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._holders = [weakref.ref(one) for one in modules if one._parameters]
+        self._parents = [weakref.ref(one) for one in modules if one._modules]
+        self._members = self._members_now()
+
+    def _members_now(self) -> list[int]:
+        """The ids of all parameters, then of all children: told in a fraction of the time of walking them."""
+        parameters = [one._parameters.values() for reference in self._holders if (one := reference()) is not None]
+        children = [one._modules.values() for reference in self._parents if (one := reference()) is not None]
+        return list(map(id, chain.from_iterable([*parameters, *children])))
 
     def _refuse_join(self) -> None:
         for reference in self._joinable:
@@ -122,14 +134,6 @@ class ParameterGuard:
             if any(type(one) is Join and module in one._joinables for one in gc.get_objects()):
                 raise UnsupportedError(f"step() was called inside Join. {NO_JOIN} No parameter was changed.")
             self._left_join = config  # torch leaves it as it was inside: who evaluates so goes on training after it
-
-
-def _members_of(modules: Iterable[weakref.ref[nn.Module]]) -> list[int]:
-    """The ids of all parameters, then of all children: told in a fraction of the time of walking them."""
-    there = [one for reference in modules if (one := reference()) is not None]
-    parameters = [one._parameters.values() for one in there]
-    children = [one._modules.values() for one in there if one._modules]
-    return list(map(id, chain.from_iterable([*parameters, *children])))
 
 
 Look = tuple[torch.Size, torch.dtype, torch.device]

@@ -1,4 +1,4 @@
-"""What all ranks that train the model agree on around a step: one small all-reduce before it, and one after it.
+"""What all ranks that train the model agree on around a step: a few bytes to each other before it, and after it.
 
 Before: which parameters have a gradient, that hyperparameters are equal, that gradients of replicas are (a sample), and
 that no rank has found something that forbids the step. After: that no rank failed in it. Both go over the host, so that

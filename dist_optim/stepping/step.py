@@ -20,7 +20,6 @@ from dist_optim.exchange.plan import Bucket, Item, Route, make_plan
 from dist_optim.exchange.rooms import Room, Rooms, as_if_alone
 from dist_optim.exchange.tasks import Task, run_tasks
 from dist_optim.exchange.transfer import gather_to_owner, scatter_from_owner
-from dist_optim.layouts.layout import Elsewhere
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping import half_steps
 from dist_optim.stepping.at_owner import bring, there_and_parts
@@ -29,6 +28,7 @@ from dist_optim.stepping.bystander import Bystander
 from dist_optim.stepping.detached import Act, DetachedStep
 from dist_optim.stepping.holdings import Holdings, Progress
 from dist_optim.stepping.own_methods import one_result
+from dist_optim.stepping.parts_here import PartsHere
 from dist_optim.stepping.presence import StepAgreement
 from dist_optim.stepping.sentinel import compare_ranks
 from dist_optim.stepping.sharing import OwnersWord
@@ -71,20 +71,16 @@ class TrainingStep:
         self._on_nonfinite = on_nonfinite
         self._bucket_bytes = bucket_bytes
         self._group = holdings.process_group
-        self._before = BeforeStep(holdings, progress, agreement, on_nonfinite)
+        self.here = PartsHere(holdings.placed)
+        self._before = BeforeStep(holdings, progress, agreement, self.here, on_nonfinite)
         self._rounds = {bucket.index: bucket for bucket in holdings.plan.buckets}
         self._round_of = {item.index: bucket.index for bucket in holdings.plan.buckets for item in bucket.items}
-        self.trained_here = [
-            (index, one)
-            for index, one in enumerate(holdings.placed)
-            if one.is_trained and type(one.layout) is not Elsewhere
-        ]
-        """What has a part on this rank, by index."""
         self._memory = Rooms()
         self._holds_all = num_ranks(self._group) == 1 and all(
             one.layout.is_replicated and one.local().shape == one.shape for one in holdings.placed
         )
-        self._is_one_instance = self._holds_all and len(self._rounds) == 1 and holdings.local_instance is None
+        in_place = holdings.instances if len(self._rounds) <= self._holds_all else []
+        self._only = in_place[0] if len(in_place) == 1 else None  # it steps everything where it lies
         self._parts: dict[tuple[int, tuple[int, ...]], tuple[Bucket, Route]] = {}
         self._norm_round_of: dict[int, int] | None = None
         self.present: Sequence[bool] = ()
@@ -176,8 +172,8 @@ class TrainingStep:
         if self._held.division.keeps_tensors:
             self.detached.update(gradients, self._stepped, self._agree_after, closure)
             return
-        if self._is_one_instance and not self._is_one_by_one:
-            self._update_in_place(self._held.owner_instances[0], gradients)
+        if self._only is not None and not self._is_one_by_one:
+            self._update_in_place(self._only, gradients)
             return
         num_rounds = 0 if self._is_one_by_one else len(self._held.plan.buckets)
         ready: dict[int, list[int]] = {number: [] for number in range(num_rounds)}
@@ -200,7 +196,7 @@ class TrainingStep:
 
     def _update_in_place(self, instance: UpstreamInstance, gradients: Mapping[int, Tensor]) -> None:
         """Upstream on what the model has here: this rank's slices, or all of it in one process."""
-        parameters = {index: self._held.placed[index].local() for index in gradients if index not in instance.of_model}
+        parameters = self.here.parameters([index for index in gradients if index not in instance.of_model])
         updated = self._stepped(instance, parameters, gradients)
         write_back(updated, parameters)
         if self._is_one_by_one:
@@ -211,7 +207,7 @@ class TrainingStep:
     def _update_task(self, number: int, indices: Sequence[int], gradients: Mapping[int, Tensor]) -> Task[None]:
         bucket, route = self._part_of(number, indices)
         instance = self._held.owner_instances[number]
-        parameters = {index: self._held.placed[index].local() for index in indices}
+        parameters = self.here.parameters(indices)
         room = Room(self._rooms)
         full_gradients, full = yield from bring(
             lambda some: self._part_of(number, some), gradients, parameters, self._group, room
@@ -325,7 +321,7 @@ class TrainingStep:
             self.publish_groups()
             return
         if local is not None:
-            local.show({index: self._held.placed[index].local() for index in local.shadows})
+            local.show(self.here.parameters(local.shadows))
             act(local, {index: one for index, one in gradients.items() if index in local.shadows})
         run_tasks(self._view_task(number, act, gradients) for number in range(len(self._held.plan.buckets)))
         self.publish_groups()
@@ -333,7 +329,7 @@ class TrainingStep:
     def _view_task(self, number: int, act: Act, gradients: Mapping[int, Tensor]) -> Task[None]:
         bucket, instance = self._held.plan.buckets[number], self._held.owner_instances[number]
         _, route = self._part_of(number, [item.index for item in bucket.items])
-        parameters = {item.index: self._held.placed[item.index].local() for item in bucket.items}
+        parameters = self.here.parameters([item.index for item in bucket.items])
         (full,) = yield from gather_to_owner(bucket, [parameters], route, self._group)
         full_gradients, parts = there_and_parts({at: one for at, one in gradients.items() if at in parameters})
         if parts:

@@ -224,11 +224,18 @@ class UpstreamInstance:
 
     def _outgoing_of(self, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """These tensors as the model is to have them: the very same where upstream has left them in place."""
+        if self._is_on(parameters):
+            return dict(parameters)
         shadows = self.shadows
         return {
             index: tensor if shadows[index].data_ptr() == tensor.data_ptr() else self._outgoing(index)
             for index, tensor in parameters.items()
         }
+
+    def _is_on(self, parameters: Mapping[int, Tensor]) -> bool:
+        """Whether upstream's parameters are on the very memory of these tensors, all of them."""
+        shadows = [self.shadows[index] for index in parameters]
+        return list(map(Tensor.data_ptr, shadows)) == list(map(Tensor.data_ptr, parameters.values()))
 
     def outgoing(self, indices: Collection[int] | None = None) -> dict[int, Tensor]:
         """These tensors, or all that are stepped here, as the model is to have them."""
@@ -339,6 +346,8 @@ class UpstreamInstance:
 
     def show(self, parameters: Mapping[int, Tensor]) -> None:
         """Let upstream's parameters be these tensors: on their storage, or copied where upstream keeps its own."""
+        if self._is_on(parameters) and not self._own_storage:
+            return  # as the last step left them
         for index, tensor in parameters.items():
             if index in self.of_model:
                 continue
