@@ -116,7 +116,7 @@ def _takes_parameters(optimizer_class: type[Optimizer]) -> bool:
     """Whether it is content with a list of parameters, whatever its argument is called."""
     build: Any = optimizer_class
     try:
-        build([nn.Parameter(torch.zeros(2, 2))])
+        build([nn.Parameter(torch.zeros(2, 2, device="cpu"))])
     except Exception:
         return False
     return True

@@ -152,7 +152,7 @@ def _memory_order(pieces: Pieces) -> list[int]:
 
     An SVD leaves its factors column by column, and a product of matrices rounds by how they lie in memory.
     """
-    (tensor, *others) = pieces.blocks.values() or [torch.empty(0)]
+    (tensor, *others) = pieces.blocks.values() or [torch.empty(0, device="cpu")]
     if others or tensor.shape != pieces.shape or tensor.is_contiguous():
         return []
     return list(memory_order(tensor))

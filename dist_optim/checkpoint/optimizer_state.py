@@ -272,13 +272,15 @@ def _allocate(
             is_part = is_local and is_cut(whole, placed)
             shape = shape_of_part(whole, placed) if is_part else whole
             order = None if is_part else record["memory_orders"].get(name)
-            values[key] = torch.empty_permuted(shape, order or list(range(len(shape))), dtype=stored[name].dtype)
+            values[key] = torch.empty_permuted(
+                shape, order or list(range(len(shape))), dtype=stored[name].dtype, device="cpu"
+            )
             pieces[name] = Pieces.of(values[key], placed, whole) if is_part else Pieces.whole(values[key])
         if values:
             state[placed.fqn] = values
     for name in stored:
         if name.startswith("groups/"):
-            pieces[name] = Pieces.whole(torch.empty(stored[name].shape, dtype=stored[name].dtype))
+            pieces[name] = Pieces.whole(torch.empty(stored[name].shape, dtype=stored[name].dtype, device="cpu"))
     weights = {
         name: Pieces.of(one.local(), one)
         for one in view.training_weights()
@@ -286,7 +288,11 @@ def _allocate(
     }
     extras: dict[str, Any] = {}
     if record.get("extras") and any(one.extras for part in view.parts for one in part.holdings.instances):
-        rooms = {name: torch.empty(one.shape, dtype=one.dtype) for name, one in stored.items() if name[:7] == "extras/"}
+        rooms = {
+            name: torch.empty(one.shape, dtype=one.dtype, device="cpu")
+            for name, one in stored.items()
+            if name[:7] == "extras/"
+        }
         pieces |= {name: Pieces.whole(room) for name, room in rooms.items()}
         extras = {name[7:]: room for name, room in rooms.items()} | {STRUCTURE: record["extras"]}
     return Incoming(tensors, record, state, pieces, weights, extras, changed)

@@ -36,7 +36,7 @@ class Rooms:
         if free:
             smallest = min(free, key=Tensor.numel)
             free[:] = [one for one in free if one is not smallest]
-        return torch.empty(numel, dtype=dtype)
+        return torch.empty(numel, dtype=dtype, device="cpu")
 
     def give_back(self, block: Tensor) -> None:
         """Let later rounds have it."""

@@ -147,7 +147,7 @@ class BucketReduction:
         if len(self._filled[number]) == len(bucket):
             marks.fill_(1)  # on the device: a copy from the host would wait for it
         else:
-            own = torch.tensor([float(index in self._filled[number]) for index in bucket])
+            own = torch.tensor([float(index in self._filled[number]) for index in bucket], device="cpu")
             marks.copy_(own, non_blocking=True)  # CUDA takes a copy of such memory before it returns
         flat.div_(self._world_size)
         self._in_flight = (number, flat, dist.all_reduce(flat, group=self._group, async_op=True))

@@ -76,7 +76,7 @@ def _saved(config: Any, batch: int, length: int, dtype: torch.dtype) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = build_from(config, dtype=dtype).train()
         own |= {one.untyped_storage()._cdata for one in (*module.parameters(), *module.buffers())}
-        tokens = torch.zeros((batch, length), dtype=torch.int64)
+        tokens = torch.zeros((batch, length), dtype=torch.int64, device="cpu")
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = module(input_ids=tokens, labels=tokens, use_cache=False).loss
         del loss

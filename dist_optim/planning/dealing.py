@@ -124,8 +124,8 @@ class Loads:
     @classmethod
     def of(cls, ranks: int, *, is_together: bool) -> Loads:
         """Nothing yet, on so many ranks."""
-        state, masters, scratch, whole = (torch.zeros(ranks, dtype=torch.int64) for _ in range(4))
-        numels, refresh = (torch.zeros(ranks, dtype=torch.float64) for _ in range(2))
+        state, masters, scratch, whole = (torch.zeros(ranks, dtype=torch.int64, device="cpu") for _ in range(4))
+        numels, refresh = (torch.zeros(ranks, dtype=torch.float64, device="cpu") for _ in range(2))
         return cls(state, masters, scratch, whole, numels, refresh, is_together)
 
     @property
@@ -210,7 +210,7 @@ def _add_call(
         loads.numels[owner] += numel
         refresh = spec.driver.refresh_cost(one.shape, values)
         loads.refresh[owner] += seconds_of(refresh + numel, numel, machine) if refresh else 0.0
-    busy = torch.zeros(ranks, dtype=torch.float64)
+    busy = torch.zeros(ranks, dtype=torch.float64, device="cpu")
     for index, (number, one) in slices.items():
         numels = numels_by_rank(one.layout, one.shape, ranks)
         state, scratch = rehearsal.slices(number, one, numels)
@@ -228,11 +228,11 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
     loads.num_rounds += len(plan.buckets)
     if ranks == 1:
         return
-    there, sent, back, written = (torch.zeros(ranks, dtype=torch.int64) for _ in range(4))
-    before = torch.zeros(ranks, dtype=torch.int64)
+    there, sent, back, written = (torch.zeros(ranks, dtype=torch.int64, device="cpu") for _ in range(4))
+    before = torch.zeros(ranks, dtype=torch.int64, device="cpu")
     for bucket in plan.buckets:
         size = bucket.dtype.itemsize
-        held = torch.tensor([size * sum(item.shape.numel() for item in items) for items in bucket.owned])
+        held = torch.tensor([size * sum(item.shape.numel() for item in items) for items in bucket.owned], device="cpu")
         if bucket.is_replicated:
             back += bucket.nbytes - held
             loads.whole = loads.whole.clamp(min=_room_of_small(bucket))  # large ones travel in place
@@ -246,7 +246,9 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
                     parts[owner] = 0
                     cut = item.layout.stack if isinstance(item.layout, Layer) else item.layout
                     if isinstance(cut, BoxShard | FlatRange) and cut.held is not None:
-                        copy = torch.tensor(cut.held.copy)  # of each part one copy, of the owner's own replica
+                        copy = torch.tensor(
+                            cut.held.copy, device="cpu"
+                        )  # of each part one copy, of the owner's own replica
                         parts *= copy == copy[owner]
                     sent += parts
             held *= 2  # gradients and weights

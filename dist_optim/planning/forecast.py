@@ -235,10 +235,10 @@ def _memory(placement: Placement, loads: Loads, activations: int) -> dict[str, T
         "gradients": placement.gradients,
         "masters": placement.masters + loads.masters,
         "optimizer state": loads.state,
-        "engine buffers": torch.full((ranks,), placement.buffers),
+        "engine buffers": torch.full((ranks,), placement.buffers, device="cpu"),
         "whole tensors": loads.whole,
         "scratch": loads.scratch,
-        "activations": torch.full((ranks,), activations),
+        "activations": torch.full((ranks,), activations, device="cpu"),
     }
 
 

@@ -104,24 +104,24 @@ def numels_by_rank(layout: Layout, shape: torch.Size, ranks: int) -> Tensor:
     if isinstance(layout, Layer):
         return _numels_of_layer(layout, shape, ranks)
     if isinstance(layout, FlatRange):
-        numels = torch.tensor(layout.bounds).diff()
+        numels = torch.tensor(layout.bounds, device="cpu").diff()
         return numels if layout.held is None else numels[list(layout.held.parts)]
     if isinstance(layout, BoxShard):
         ((dim, parts),) = layout.cuts
-        rows = torch.tensor([chunk_of(shape[dim], parts, at)[1] for at in range(parts)])
+        rows = torch.tensor([chunk_of(shape[dim], parts, at)[1] for at in range(parts)], device="cpu")
         return rows[[at for (at,) in layout.chunks]] * (shape.numel() // max(1, shape[dim]))
     if isinstance(layout, DimShard) and shape[layout.dim]:
         size = shape[layout.dim]
         per_rank = -(-size // ranks)
-        rows = (size - torch.arange(ranks) * per_rank).clamp(0, per_rank)
+        rows = (size - torch.arange(ranks, device="cpu") * per_rank).clamp(0, per_rank)
         return rows * (shape.numel() // size)
-    return torch.full((ranks,), layout.numel_on(shape, 0))
+    return torch.full((ranks,), layout.numel_on(shape, 0), device="cpu")
 
 
 @functools.cache
 def _numels_of_layer(layout: Layer, shape: torch.Size, ranks: int) -> Tensor:
     """Layers of a model are alike; nobody writes to what is handed out."""
-    return torch.tensor([layout.numel_on(shape, rank) for rank in range(ranks)])
+    return torch.tensor([layout.numel_on(shape, rank) for rank in range(ranks)], device="cpu")
 
 
 def touched(layouts: Mapping[str, Layout], shapes: Mapping[str, torch.Size], ranks: int) -> tuple[Tensor, Tensor]:
@@ -157,4 +157,4 @@ def away(nbytes: int, ranks: int) -> int:
 
 def on_all(ranks: int, nbytes: int) -> Tensor:
     """The same bytes on every rank."""
-    return torch.full((ranks,), nbytes, dtype=torch.int64)
+    return torch.full((ranks,), nbytes, dtype=torch.int64, device="cpu")

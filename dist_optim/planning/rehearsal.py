@@ -90,7 +90,9 @@ class Rehearsal:
             counts = numels.tolist()
             found = {count: self._of(group, one, torch.Size([count])) for count in set(counts) - {0}}
             state = [found[count].state if count else 0 for count in counts]
-            return torch.tensor(state), torch.tensor([found[count].scratch if count else 0 for count in counts])
+            return torch.tensor(state, device="cpu"), torch.tensor(
+                [found[count].scratch if count else 0 for count in counts], device="cpu"
+            )
         low, high = (self._of(group, one, torch.Size([count])) for count in LINE)
 
         def along(first: int, second: int) -> Tensor:
@@ -148,8 +150,10 @@ class Rehearsal:
 
     def _step(self, instance: UpstreamInstance, twins: Sequence[int], shape: torch.Size, watch: _Watch) -> int:
         if self._spec.driver.needs_total_norm(self._arguments):
-            self._spec.driver.take_total_norm(instance.optimizer, torch.ones(()))
-        parameters, gradients = ({index: torch.zeros(shape, dtype=self._dtype) for index in twins} for _ in range(2))
+            self._spec.driver.take_total_norm(instance.optimizer, torch.ones((), device="cpu"))
+        parameters, gradients = (
+            {index: torch.zeros(shape, dtype=self._dtype, device="cpu") for index in twins} for _ in range(2)
+        )
         watch.begin()
         instance.step(parameters, gradients, [True] * (len(self._groups) + len(twins) - 1))
         found = watch.end()
@@ -162,7 +166,7 @@ class Rehearsal:
         for number, each in enumerate(self._groups):
             model = one if number == group else each["params"][0]
             own = shape if number == group else model.shape
-            bare = torch.zeros((), dtype=self._dtype).expand(own)
+            bare = torch.zeros((), dtype=self._dtype, device="cpu").expand(own)
             place = (own, Replicated(), None, number, model.is_trained)
             twins = range(count if number == group else 1)
             made.append({**each, "params": [PlacedParameter(model.fqn, nn.Parameter(bare), *place) for _ in twins]})

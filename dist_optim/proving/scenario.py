@@ -106,8 +106,8 @@ class Scenario:
         if (index, stream) not in self._streams:
             generator = torch.Generator().manual_seed(1000 * stream + index)
             shape = self.placed[index].shape
-            direction = torch.randn(shape, generator=generator)
-            noise = torch.randn((len(self.steps), *shape), generator=generator)
+            direction = torch.randn(shape, generator=generator, device="cpu")
+            noise = torch.randn((len(self.steps), *shape), generator=generator, device="cpu")
             self._streams[index, stream] = direction + 0.4 * noise
         return self._streams[index, stream]
 
@@ -205,5 +205,5 @@ def _shape(placed: PlacedParameter, longest: int) -> torch.Size:
 def _tiny(
     placed: PlacedParameter, shape: torch.Size, dtype: torch.dtype, generator: torch.Generator
 ) -> PlacedParameter:
-    value = torch.randn(shape, generator=generator).to(placed.device, dtype)
+    value = torch.randn(shape, generator=generator, device="cpu").to(placed.device, dtype)
     return PlacedParameter(placed.fqn, nn.Parameter(value), shape, Replicated(), None)

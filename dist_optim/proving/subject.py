@@ -184,7 +184,7 @@ class Subject:
                 note()
             for index, gradient in gradients.items():
                 self.parameters[index].grad = gradient.clone()
-            return torch.tensor(2.0 + 0.5 * (at % 3) - at / len(self.scenario.steps), requires_grad=False)
+            return torch.tensor(2.0 + 0.5 * (at % 3) - at / len(self.scenario.steps), requires_grad=False, device="cpu")
 
         return closure
 

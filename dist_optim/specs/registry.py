@@ -358,7 +358,7 @@ def spec_of_factory(factory: Callable[..., Optimizer]) -> OptimizerSpec:
     """
     name = getattr(factory, "__name__", type(factory).__name__).strip("<>")
     try:
-        made = factory([nn.Parameter(torch.zeros(2, 2))])
+        made = factory([nn.Parameter(torch.zeros(2, 2, device="cpu"))])
     except Exception as error:
         raise HyperparameterError(
             f"{name} was given as a function that builds an optimizer, and fails on a list of parameters with "

@@ -24,7 +24,7 @@ LEAST_ADDRESS = 1 << 16
 @functools.cache
 def _of_torch() -> frozenset[str]:
     """Attributes of every optimizer; found out when first asked, since making one imports much of torch."""
-    own = vars(Optimizer([nn.Parameter(torch.empty(0))], {}))
+    own = vars(Optimizer([nn.Parameter(torch.empty(0, device="cpu"))], {}))
     return frozenset(own) | {"_opt_called", "_warned_capturable_if_run"}
 
 

@@ -42,7 +42,7 @@ def instances_aside(held: Holdings) -> list[UpstreamInstance]:
 def _step(instance: UpstreamInstance, driver: UpstreamDriver, num_parameters: int, needs_total_norm: bool) -> None:
     parameters = {index: torch.ones_like(one) for index, one in instance.shadows.items()}
     parameters = {index: one.detach().contiguous() for index, one in parameters.items()}
-    gradients = {index: torch.randn(one.shape).to(one) for index, one in parameters.items()}
+    gradients = {index: torch.randn(one.shape, device="cpu").to(one) for index, one in parameters.items()}
     if needs_total_norm:
-        driver.take_total_norm(instance.optimizer, torch.ones(()))
+        driver.take_total_norm(instance.optimizer, torch.ones((), device="cpu"))
     instance.step(parameters, gradients, [True] * num_parameters)

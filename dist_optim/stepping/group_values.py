@@ -109,7 +109,8 @@ def _push_changes(outer: ParamGroup, inner: ParamGroup, shown: ParamGroup) -> No
 
 def _write(target: Tensor, value: Any) -> None:
     """A device is not waited for where the value goes to it; where it comes from one, the host has to have it."""
-    target.copy_(torch.as_tensor(value), non_blocking=target.device.type != "cpu")
+    source = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    target.copy_(source, non_blocking=target.device.type != "cpu")
 
 
 def _is_same(shown: Any, value: Any) -> bool:

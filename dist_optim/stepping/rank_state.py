@@ -124,7 +124,7 @@ def marked(groups: Sequence[dict[str, Any]], num_steps: int, mode: str) -> None:
     tensor alone.
     """
     for group in groups[:1]:
-        group[_PROGRESS] = torch.tensor([num_steps, _MODES.index(mode)])
+        group[_PROGRESS] = torch.tensor([num_steps, _MODES.index(mode)], device="cpu")
 
 
 def restored(group: Mapping[str, Any]) -> dict[str, Any]:

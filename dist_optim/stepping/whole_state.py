@@ -153,7 +153,7 @@ def _whole(value: Any, what: _Held, placed: PlacedParameter, source: int, held: 
         in_order = value.detach().permute(what.order)
         data = in_order.cpu().contiguous()
     else:
-        data = torch.empty([what.shape[dim] for dim in what.order], dtype=what.dtype)
+        data = torch.empty([what.shape[dim] for dim in what.order], dtype=what.dtype, device="cpu")
     if data.numel():
         dist.broadcast(_as_bytes(data), group=group, group_src=source)
     back = sorted(range(len(what.order)), key=what.order.__getitem__)
@@ -165,12 +165,12 @@ def _joined(value: Any, what: _Held, placed: PlacedParameter, held: Holdings) ->
     count, dtype = num_ranks(held.process_group), what.dtype
     shape = what.whole
     sizes = [placed.layout.numel_on(shape, rank) for rank in range(count)]
-    mine = torch.zeros(max(sizes), dtype=dtype)
+    mine = torch.zeros(max(sizes), dtype=dtype, device="cpu")
     if isinstance(value, Tensor):
         mine[: value.numel()] = value.detach().reshape(-1).cpu()
-    everyones = torch.empty(count * max(sizes), dtype=dtype)
+    everyones = torch.empty(count * max(sizes), dtype=dtype, device="cpu")
     gather_single(_as_bytes(everyones), _as_bytes(mine), group=host_group(held.process_group))
-    whole = torch.empty(shape, dtype=dtype)
+    whole = torch.empty(shape, dtype=dtype, device="cpu")
     for rank, (part, size) in enumerate(zip(everyones.split(max(sizes)), sizes, strict=True)):
         view = placed.layout.view_of(whole, rank)
         view.copy_(part[:size].view(view.shape))

@@ -192,7 +192,11 @@ class _Shadow:
         masters = division.has_masters
         start = {name: one.float() if masters and is_half(one.dtype) else one for name, one in values.items()}
         # What an engine has not divided, frozen tensors that is, only keeps its position.
-        apart = {one.fqn: torch.zeros(one.shape, dtype=one.dtype) for one in held.placed if one.fqn not in start}
+        apart = {
+            one.fqn: torch.zeros(one.shape, dtype=one.dtype, device="cpu")
+            for one in held.placed
+            if one.fqn not in start
+        }
         self.reference = Reference(held.spec, division.groups, division.arguments, {**start, **apart})
         is_two_way = [held.spec.is_undescribed_in(group) for group in division.groups]
         self._values = GroupValues(self.reference.optimizer, is_two_way)

@@ -233,7 +233,7 @@ def _tensors(
         raise UsageError("Neither weights nor a model say what shapes the parameters have. Give --model, or --config.")
     shapes = dict(known.named_parameters())
     _assert_listed(named, shapes)
-    return {name: torch.zeros(shapes[name].shape, dtype=shapes[name].dtype) for name in named}
+    return {name: torch.zeros(shapes[name].shape, dtype=shapes[name].dtype, device="cpu") for name in named}
 
 
 def _held_by(model: nn.Module) -> dict[str, Tensor]:

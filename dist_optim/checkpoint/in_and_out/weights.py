@@ -83,7 +83,10 @@ class LogicalWeights:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """These tensors, in this order."""
         for batch in _batches(names, self.stored):
-            rooms = {name: torch.empty(self.stored[name].shape, dtype=self.stored[name].dtype) for name in batch}
+            rooms = {
+                name: torch.empty(self.stored[name].shape, dtype=self.stored[name].dtype, device="cpu")
+                for name in batch
+            }
             pieces = {self._inside[name]: Pieces.whole(room) for name, room in rooms.items()}
             read_pieces(self._directory, pieces, None)
             yield from rooms.items()

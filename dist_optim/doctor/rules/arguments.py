@@ -132,7 +132,7 @@ def _find_immovable(subject: Subject) -> Iterator[Finding]:
     options = _options(subject)
 
     def build(**more: Any) -> None:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device="cpu"))], lr=rate)
         build_scheduler(optimizer, recipe.name, **{**options, **more})
 
     if reason := refusal_of(build):

@@ -35,7 +35,7 @@ def stored_adapters(checkpoint: str | Path, model: Any) -> StoredWeights | None:
         folder = Path(checkpoint) if adapter == "default" else Path(checkpoint) / adapter
         path = next((folder / name for name in FILES if (folder / name).is_file()), None)
         if path is not None:
-            empty = {name: torch.empty(0) for name, _ in model.named_parameters()}
+            empty = {name: torch.empty(0, device="cpu") for name, _ in model.named_parameters()}
             owners = {id(one): name for name, one in empty.items()}
             stored = get_peft_model_state_dict(model, empty, adapter_name=adapter, save_embedding_layers=False)
             files[path] = {name: owners[id(one)] for name, one in stored.items() if id(one) in owners}

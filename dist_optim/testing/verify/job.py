@@ -100,7 +100,7 @@ def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
     """Whole gradients of one step, by name: the same on every rank; each value fits into bfloat16."""
     generator = torch.Generator("cpu").manual_seed(1000 + step)
     drawn = {
-        name: torch.randn(one.shape, generator=generator) * 0.1 * GROWTH**step
+        name: torch.randn(one.shape, generator=generator, device="cpu") * 0.1 * GROWTH**step
         for name, one in model.named_parameters()
         if one.requires_grad
     }
