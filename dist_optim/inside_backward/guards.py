@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dist_optim.errors import UnsupportedError
 from dist_optim.inside_backward.ddp import why_not_this_ddp
@@ -21,11 +23,12 @@ from dist_optim.ranks.agreement import num_ranks
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.optimizer import InsideBackward
 
-__all__ = ["MARK", "NOT_UNDER_FSDP1", "guard_clipping", "marked_by", "why_not_fused"]
+__all__ = ["NOT_UNDER_FSDP1", "guard_clipping", "mark", "marked_by", "unmark", "why_not_fused"]
 
 NOT_UNDER_FSDP1 = "FSDP1 reduces one flat gradient for a whole unit. Use fsdp_version: 2 (fully_shard)."
-MARK = "_dist_optim_fused"
-"""Attribute of a parameter that is updated inside backward: a weak reference to what does it."""
+_GUARDED = "_dist_optim_guarded"
+_updated_by = WeakTensorKeyDictionary()
+"""By parameter that is updated inside backward, a weak reference to what does it: no attribute, which pickle takes."""
 
 
 def why_not_fused(
@@ -72,8 +75,18 @@ def why_not_fused(
 
 def marked_by(parameter: Tensor) -> InsideBackward | None:
     """What updates this parameter inside backward, if anything does."""
-    found: InsideBackward | None = getattr(parameter, MARK, lambda: None)()
+    found: InsideBackward | None = _updated_by.get(parameter, lambda: None)()
     return found
+
+
+def mark(parameter: Tensor, by: InsideBackward) -> None:
+    """Note that this parameter is updated inside backward from now on."""
+    _updated_by[parameter] = weakref.ref(by)
+
+
+def unmark(parameter: Tensor) -> None:
+    """Note that it is not any longer."""
+    _updated_by.pop(parameter, None)
 
 
 def guard_clipping() -> None:
@@ -84,9 +97,9 @@ def guard_clipping() -> None:
     """
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         original = getattr(torch.nn.utils, name)
-        if not hasattr(original, MARK):
+        if not hasattr(original, _GUARDED):
             guarded = _guarded(original)
-            setattr(guarded, MARK, True)
+            setattr(guarded, _GUARDED, True)
             setattr(torch.nn.utils, name, guarded)
 
 

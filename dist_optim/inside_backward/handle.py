@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_optim.errors import DistOptimError, StepFailedError, UnsupportedError, WrongModeError
 from dist_optim.inside_backward.ddp import BucketReduction, retire_reducer
-from dist_optim.inside_backward.guards import MARK, guard_clipping, marked_by
+from dist_optim.inside_backward.guards import guard_clipping, mark, marked_by, unmark
 from dist_optim.layouts.detect import PlacedParameter
 from dist_optim.ranks.agreement import num_ranks
 from dist_optim.stepping.optimizer import DEFAULT_BUCKET_BYTES, DistributedOptimizer
@@ -147,7 +147,7 @@ class FusedBackward:
                 f"{self._placed[index].fqn!r} is already updated inside backward by another optimizer. Call "
                 "optimizer.inside_backward.remove() of that one first."
             )
-        setattr(parameter, MARK, own)
+        mark(parameter, self)
 
         def on_gradient(ready: Tensor) -> None:
             fused = own()
@@ -161,7 +161,7 @@ class FusedBackward:
 
         def remove() -> None:
             handle.remove()
-            delattr(parameter, MARK)
+            unmark(parameter)
 
         return remove
 

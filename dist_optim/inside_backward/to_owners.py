@@ -24,8 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_optim.errors import UnsupportedError
 from dist_optim.exchange.rooms import Room, Rooms
 from dist_optim.inside_backward.messages import mean_of, send
-from dist_optim.inside_backward.to_owners_ddp import MARK as BUCKETS
-from dist_optim.inside_backward.to_owners_ddp import send_buckets_to_owners
+from dist_optim.inside_backward.to_owners_ddp import hook_of, send_buckets_to_owners
 from dist_optim.layouts.freezing_fsdp2 import units_of
 from dist_optim.overrides import check
 from dist_optim.ranks.agreement import num_ranks, own_rank
@@ -88,7 +87,7 @@ def stop_sending(model: nn.Module) -> None:
     for unit in units_of(model):
         if (earlier := vars(unit).get(MARK)) is not None:
             earlier.remove()
-    if (hook := getattr(model, BUCKETS, None)) is not None:
+    if (hook := hook_of(model)) is not None:
         hook.stop()
 
 

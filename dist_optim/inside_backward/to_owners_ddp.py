@@ -22,10 +22,7 @@ from dist_optim.ranks.agreement import num_ranks, own_rank
 from dist_optim.stepping.at_owner import AtOwner, Whole
 from dist_optim.stepping.optimizer import DistributedOptimizer
 
-__all__ = ["BucketsToOwners", "send_buckets_to_owners"]
-
-MARK = "_dist_optim_buckets"
-"""Attribute of a DistributedDataParallel wrapper, which keeps its hook for good: what the hook does."""
+__all__ = ["BucketsToOwners", "hook_of", "send_buckets_to_owners"]
 
 
 def send_buckets_to_owners(
@@ -36,7 +33,7 @@ def send_buckets_to_owners(
     Returns:
         Why it cannot; empty where it can.
     """
-    hook = getattr(ddp, MARK, None)
+    hook = hook_of(ddp)
     if hook is None:
         if dist.get_process_group_ranks(ddp.process_group) != dist.get_process_group_ranks(
             optimizer.holdings.process_group or dist.group.WORLD
@@ -47,20 +44,26 @@ def send_buckets_to_owners(
         if getattr(ddp, "mixed_precision", None) is not None:
             return "DistributedDataParallel casts gradients itself (mixed_precision)"
         hook = BucketsToOwners()
-        setattr(ddp, MARK, hook)
+        _hooks[ddp] = hook
         ddp.register_comm_hook(hook, _call)
     hook.serve(optimizer, wholes)
     return ""
 
 
 class BucketsToOwners:
-    """The hook: it serves the last optimizer that asked for it, and all-reduces once that is gone."""
+    """The hook: it serves the last optimizer that asked for it, and all-reduces once that is gone.
+
+    A copy of a wrapper, or a pickled one, has no hook in its reducer: what it lists there serves nobody.
+    """
 
     def __init__(self) -> None:
         self._optimizer: weakref.ref[DistributedOptimizer] | None = None
         self._wholes: Mapping[int, Whole] = {}
         self._rooms: dict[tuple[int, str], Tensor] = {}
         self._sent: list[tuple[nn.Parameter, Whole]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BucketsToOwners, ()
 
     def serve(self, optimizer: DistributedOptimizer, wholes: Mapping[int, Whole]) -> None:
         """Send to this optimizer's owners from now on."""
@@ -123,6 +126,15 @@ class BucketsToOwners:
             if parameter.grad is not None:
                 whole.gradient = parameter.grad if whole.is_mine else None
                 parameter.grad = AtOwner(whole, parameter)
+
+
+_hooks: weakref.WeakKeyDictionary[DistributedDataParallel, BucketsToOwners] = weakref.WeakKeyDictionary()
+"""A wrapper keeps its hook for good."""
+
+
+def hook_of(model: nn.Module) -> BucketsToOwners | None:
+    """The hook of a DistributedDataParallel wrapper that sends gradients to owners, or has done so."""
+    return _hooks.get(model)  # type: ignore[call-overload]
 
 
 def _call(hook: Any, bucket: Any) -> Any:

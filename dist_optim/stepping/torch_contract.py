@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from dist_optim.errors import UnsupportedError
@@ -18,6 +19,8 @@ from dist_optim.stepping.state_view import StateView
 
 __all__ = ["TorchContract"]
 
+_NEVER_COMPILED = ("step", "backward", "clip_grad_norm_", "zero_grad", "train", "eval")
+
 
 class TorchContract(Optimizer):
     """The part of ``DistributedOptimizer`` that is torch's contract."""
@@ -27,6 +30,10 @@ class TorchContract(Optimizer):
     progress: Progress
     _is_built = False
     _view: StateView | None = None
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        _leave_out_of_graphs(type(self))
 
     def meet(self, call: str) -> None:
         """Wait for all ranks to make this call, of which each has to: see ``ranks.meeting``. Collective.
@@ -133,3 +140,19 @@ class TorchContract(Optimizer):
                 own.set_value(name, value)
                 return
         super().__setattr__(name, value)
+
+
+_left_out: set[type] = set()
+
+
+def _leave_out_of_graphs(kind: type[TorchContract]) -> None:
+    """Let ``torch.compile`` break its graph where it meets these methods: what they do is no graph, and bits count.
+
+    Once an optimizer is there, as torch has imported its compiler for it by then.
+    """
+    why = "dist_optim's steps are not compiled: call this outside of the compiled function, or without fullgraph=True."
+    if kind in _left_out:
+        return
+    _left_out.add(kind)
+    for name in _NEVER_COMPILED:
+        setattr(kind, name, torch.compiler.disable(getattr(kind, name), reason=why))
