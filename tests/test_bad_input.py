@@ -272,14 +272,14 @@ def test_mistakes_are_refused_on_all_ranks_by_the_same_words(ranks: tuple[int, .
         assert kind == error.__name__ and re.search(message, text, flags=re.DOTALL), f"{case}: {kind}: {text}"
 
 
-def written_on_one_rank(name: str, is_fused: bool) -> str:
+def written_on_one_rank(name: str, is_fused: bool, key: str, value: Any) -> str:
     model = net()
     optimizer = dist_optim.build_optimizer(
         nn.parallel.DistributedDataParallel(model), name, lr=0.1, fused_backward=is_fused, print_audit=False
     )
     before = full_parameters(model)
     if dist.get_rank() == 1:
-        optimizer.param_groups[0]["lr"] = math.nan
+        optimizer.param_groups[0][key] = value
     with pytest.raises(HyperparameterError) as caught:
         loss: Tensor = optimizer.inside_backward and model(torch.ones(2, 4)).square().mean()  # type: ignore[assignment]
         loss.backward() if is_fused else step(model, optimizer)
@@ -288,11 +288,59 @@ def written_on_one_rank(name: str, is_fused: bool) -> str:
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["stored", "fused"])
-def test_a_rate_that_is_no_number_on_one_rank_is_noticed_on_all_before_anything_changes(
-    is_fused: bool, two_ranks: RankPool
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", math.nan, "param_groups[0]['lr'] = nan (float) is not allowed"),
+        ("maximize", True, "param_groups[0]['maximize'] = True, where upstream has False."),
+    ],
+    ids=["no number", "not handed on"],
+)
+def test_a_wrong_value_on_one_rank_is_noticed_on_all_before_anything_changes(
+    key: str, value: Any, message: str, is_fused: bool, two_ranks: RankPool
 ) -> None:
-    for text in two_ranks.run(written_on_one_rank, "sgd", is_fused):
-        assert "param_groups[0]['lr'] = nan (float) is not allowed" in text
+    for text in two_ranks.run(written_on_one_rank, "sgd", is_fused, key, value):
+        assert message in text
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_torch", "sgd", "schedule_free_adamw", "adafactor", "galore_adamw", "grokadamw", "prodigy", "muon"]
+)
+def test_every_value_of_a_group_is_stepped_by_or_refused(name: str) -> None:
+    """A stock optimizer reads what is written into its groups: what dist_optim hands to upstream, or says that not."""
+    model = net()
+    options: dict[str, Any] = {"rank": 2, "target_modules": "all-linear"} if name == "galore_adamw" else {}
+    optimizer = dist_optim.build_optimizer(model, name, lr=1e-2, print_audit=False, **options)
+    optimizer.train()
+    step(model, optimizer)
+    before = full_parameters(model)
+    for group in optimizer.param_groups:
+        for key in group.keys() - optimizer.holdings.pushed_keys - {"params", "param_names", "optim"}:
+            was = group[key]
+            group[key] = "another"
+            with pytest.raises(HyperparameterError, match=re.escape(f"[{key!r}] = 'another'")):
+                step(model, optimizer)
+            group[key] = was
+    assert_equal(full_parameters(model), before)
+    step(model, optimizer)
+
+
+def maximize_under_zero() -> str:
+    import zero
+
+    run = zero.ZeroRun("sgd", {"lr": 1e-3}, 2)
+    engine = zero.engine_of(run)
+    zero.train_engine(engine, run, range(1))
+    engine.optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(HyperparameterError) as caught:
+        zero.train_engine(engine, run, range(1, 2))
+    return str(caught.value)
+
+
+def test_a_value_that_is_not_handed_on_is_refused_under_deepspeed(two_ranks: RankPool) -> None:
+    pytest.importorskip("deepspeed")
+    for text in two_ranks.run(maximize_under_zero):
+        assert "param_groups[0]['maximize'] = True, where upstream has False." in text
 
 
 def build_where_ranks_differ(what: str) -> str:

@@ -92,15 +92,23 @@ def unmark(parameter: Tensor) -> None:
 def guard_clipping() -> None:
     """Let torch's clipping functions raise for parameters that are updated inside backward. Once in a process.
 
-    They would find no gradients, return a norm of zero, and leave the user with unclipped training. Trainers call them
-    as ``torch.nn.utils.clip_grad_norm_``, and so meet the guard; for all other parameters nothing changes.
+    They would find no gradients, return a norm of zero, and leave the user with unclipped training. The guard stands
+    inside torch's own functions, so that who has imported them before meets it too; for all other parameters nothing
+    changes.
     """
-    for name in ("clip_grad_norm_", "clip_grad_value_"):
-        original = getattr(torch.nn.utils, name)
-        if not hasattr(original, _GUARDED):
-            guarded = _guarded(original)
-            setattr(guarded, _GUARDED, True)
+    for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"):
+        outer: Any = getattr(torch.nn.utils, name)
+        cells = dict(zip(outer.__code__.co_freevars, outer.__closure__ or (), strict=True))
+        inside = cells.get("func")  # torch wraps what clips to be free of autograd
+        original = outer if inside is None else inside.cell_contents
+        if hasattr(original, _GUARDED):
+            continue
+        guarded = _guarded(original)
+        setattr(guarded, _GUARDED, True)
+        if inside is None:
             setattr(torch.nn.utils, name, guarded)
+        else:
+            inside.cell_contents = guarded
 
 
 def _guarded(clip: Callable[..., Any]) -> Callable[..., Any]:

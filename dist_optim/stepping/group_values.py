@@ -6,7 +6,7 @@ class wrote itself is the truth.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,20 @@ class GroupValues:
                     _write(inner[key], outer[key])  # kept as a tensor where upstream wants one
                 else:
                     inner[key] = outer[key]
+
+    def why_unheard(self, groups: Iterable[tuple[int, ParamGroup]], keys: Collection[str]) -> str:
+        """Which value of the user's groups is another than upstream's, and is not handed to it; empty where none is.
+
+        Args:
+            groups: The user's, with the number that each has here.
+            keys: What is handed to upstream, where somebody described the class.
+        """
+        for number, outer in groups:
+            inner = self._optimizer.param_groups[number]
+            for key in () if self.is_two_way[number] else inner.keys() - keys - set(_OF_TENSORS):
+                if not _is_same(inner[key], outer.get(key, inner[key])):
+                    return f"param_groups[{number}][{key!r}] = {outer[key]!r}, where upstream has {inner[key]!r}"
+        return ""
 
     def published(self) -> list[dict[str, Any]]:
         """Upstream's groups as they are now, without parameters; from now on they count as what the user was shown."""

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from dist_optim.errors import DistOptimError, UnsupportedError
+from dist_optim.errors import DistOptimError, HyperparameterError, UnsupportedError
 from dist_optim.exchange.norms import norm_as_clipping
 from dist_optim.exchange.plan import Plan
 from dist_optim.layouts.detect import PlacedParameter
@@ -233,7 +233,24 @@ class DistributedOptimizer(TorchContract):
         if self.param_groups is not self.holdings.groups:
             self.holdings.groups[:] = self.param_groups
             self.param_groups = self.holdings.groups
-        return self.spec.problem_in(self.param_groups)
+        return self.problem_in_groups(dict(enumerate(self.param_groups)))
+
+    def problem_in_groups(self, groups: Mapping[int, ParamGroup]) -> HyperparameterError | None:
+        """What is wrong with the values in param groups, or is not handed on to upstream. Local, before updates.
+
+        Args:
+            groups: As the user has them now, by the numbers that they have here.
+        """
+        if problem := self.spec.problem_in(list(groups.values()), list(groups)):
+            return problem
+        keys = self.holdings.pushed_keys
+        unheard = self.holdings.instances[0].group_values.why_unheard(groups.items(), keys)
+        if not unheard:
+            return None
+        return HyperparameterError(
+            f"{self.spec.name}: {unheard}. After building these may be changed: {', '.join(sorted(keys))}. Put back "
+            "what was there, or build the optimizer anew."
+        )
 
     def step_part(self, present: Sequence[bool]) -> None:
         """The step of an engine that has agreed on it, over all parts of the model, by itself. Collective.

@@ -313,7 +313,7 @@ class ZeroOptimizer(Optimizer):
             hyperparameters_of(self._outer, held.pushed_keys),
             self._sampled(),
             problem=self._parts[0].training_step.wrong_mode()
-            or self.spec.problem_in(self._outer, [outer[GROUP_NUMBER] for outer in self._outer])
+            or self._parts[0].problem_in_groups({outer[GROUP_NUMBER]: outer for outer in self._outer})
             or self._unfrozen(),
         )
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
