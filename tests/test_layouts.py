@@ -205,3 +205,21 @@ def test_replicas_of_nothing_sharded_are_refused(two_ranks: RankPool) -> None:
     (first, said), (second, _) = two_ranks.run(hybrid_of_lone_shards)
     assert first != second
     assert "one rank in each shard group" in said and "DistributedDataParallel" in said
+
+
+def build_in_another_order(dim: int) -> str:
+    """Of parameters that were not contiguous when they were wrapped; of 1 x 1 filters, which only look so."""
+    model = nn.Sequential(nn.Conv2d(4, 8, dim), nn.Flatten(), nn.Linear(8, 4)).to(memory_format=torch.channels_last)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    try:
+        dist_optim.build_optimizer(wrapped, "adafactor", lr=1e-2, print_audit=False)
+    except UnsupportedLayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_what_fsdp1_flattens_in_another_order_than_rows_is_refused(two_ranks: RankPool) -> None:
+    """Whole tensors were gathered in that order before: Adafactor's rows and columns were others."""
+    for text in two_ranks.run(build_in_another_order, 2):
+        assert "was not contiguous when FSDP1 wrapped it" in text and "torch.contiguous_format" in text
+    assert two_ranks.run(build_in_another_order, 1) == ["", ""]

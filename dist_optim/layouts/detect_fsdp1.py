@@ -52,7 +52,8 @@ def places_by_parameter(
         shares_replicas: Whether the replicas of shards share the work: where together they are these ranks.
 
     Raises:
-        UnsupportedLayoutError: A unit was wrapped with ``use_orig_params=False``, or in replicas of nothing sharded.
+        UnsupportedLayoutError: A unit was wrapped with ``use_orig_params=False``, in replicas of nothing sharded, or
+            with a parameter that is not contiguous. Of the last, perhaps on this rank alone.
         RuntimeError: FSDP1's own record of this rank's ranges contradicts the arithmetic here.
     """
     places: dict[int, FlatPlace] = {}
@@ -68,6 +69,7 @@ def places_by_parameter(
         replicas = getattr(unit, "_inter_node_pg", None)
         if replicas is not None:
             _refuse_lone_shards(unit, replicas)
+        _refuse_other_orders(unit._handle)
         held = _holders(unit, replicas, process_group) if shares_replicas and replicas is not None else None
         places.update(_places_of_unit(unit._handle, held, process_group))
     return places
@@ -98,6 +100,22 @@ def _refuse_lone_shards(unit: Any, replicas: dist.ProcessGroup) -> None:
             f"{torch.__version__} then shards nothing and reduces no gradient between the replicas, which train apart. "
             "Use FULL_SHARD or DistributedDataParallel, or give FSDP1 a device_mesh of two dims."
         )
+
+
+def _refuse_other_orders(handle: Any) -> None:
+    """FSDP1 flattens a parameter in the order of its memory: ranges of one that is permuted there hold other elements
+    than ranges of its rows. Each rank knows of those that it has a part of.
+    """
+    if not handle.uses_sharded_strategy:
+        return
+    parts = handle.shard_metadata()
+    for name, shape, stride in zip(parts.param_names, parts.param_shapes, parts.param_strides, strict=True):
+        if not torch.empty_strided(shape, stride, device="meta").is_contiguous():
+            raise UnsupportedLayoutError(
+                f"{name!r} was not contiguous when FSDP1 wrapped it (strides {tuple(stride)}: channels_last, or a "
+                "transposed view), and is sharded in the order of its memory. Before wrapping, on all ranks: "
+                "model.to(memory_format=torch.contiguous_format), or parameter.data = parameter.data.contiguous()."
+            )
 
 
 def _holders(unit: Any, replicas: dist.ProcessGroup, process_group: dist.ProcessGroup | None) -> Holders | None:

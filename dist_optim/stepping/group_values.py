@@ -63,6 +63,8 @@ class GroupValues:
     def why_unheard(self, groups: Iterable[tuple[int, ParamGroup]], keys: Collection[str]) -> str:
         """Which value of the user's groups is another than upstream's, and is not handed to it; empty where none is.
 
+        Tensors are not looked at: they may be on an accelerator, which would be waited for.
+
         Args:
             groups: The user's, with the number that each has here.
             keys: What is handed to upstream, where somebody described the class.
@@ -70,8 +72,9 @@ class GroupValues:
         for number, outer in groups:
             inner = self._optimizer.param_groups[number]
             for key in () if self.is_two_way[number] else inner.keys() - keys - set(_OF_TENSORS):
-                if not _is_same(inner[key], outer.get(key, inner[key])):
-                    return f"param_groups[{number}][{key!r}] = {outer[key]!r}, where upstream has {inner[key]!r}"
+                own, given = inner[key], outer.get(key, inner[key])
+                if not (_is_same(own, given) or isinstance(own, Tensor) or isinstance(given, Tensor)):
+                    return f"param_groups[{number}][{key!r}] = {given!r}, where upstream has {own!r}"
         return ""
 
     def published(self) -> list[dict[str, Any]]:
