@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dist_optim.specs.driver import ParamGroup
 
-__all__ = ["GroupValues", "counters_in"]
+__all__ = ["GroupValues", "counters_in", "is_same"]
 
 _OF_TENSORS = ("params", "param_names")
 
@@ -73,7 +73,7 @@ class GroupValues:
             inner = self._optimizer.param_groups[number]
             for key in () if self.is_two_way[number] else inner.keys() - keys - set(_OF_TENSORS):
                 own, given = inner[key], outer.get(key, inner[key])
-                if not (_is_same(own, given) or isinstance(own, Tensor) or isinstance(given, Tensor)):
+                if not (is_same(own, given) or isinstance(own, Tensor) or isinstance(given, Tensor)):
                     return f"param_groups[{number}][{key!r}] = {given!r}, where upstream has {own!r}"
         return ""
 
@@ -120,7 +120,7 @@ def _push_changes(outer: ParamGroup, inner: ParamGroup, shown: ParamGroup) -> No
         if isinstance(inner.get(key), Tensor):
             if inner[key] is not value:
                 _write(inner[key], value)
-        elif key != "params" and not (key in shown and _is_same(shown[key], value)):
+        elif key != "params" and not (key in shown and is_same(shown[key], value)):
             shown[key] = inner[key] = value
 
 
@@ -130,7 +130,7 @@ def _write(target: Tensor, value: Any) -> None:
     target.copy_(source, non_blocking=target.device.type != "cpu")
 
 
-def _is_same(shown: Any, value: Any) -> bool:
+def is_same(shown: Any, value: Any) -> bool:
     """Whether a value of a group is still what the user was shown; a tensor that is not the same one is pushed."""
     if shown is value:
         return True

@@ -171,7 +171,8 @@ class DistributedOptimizer(TorchContract):
 
         Raises:
             WrongModeError: ``eval()`` was called, and ``train()`` not since. Nothing was changed.
-            HyperparameterError: A param group holds a value that is not allowed. Nothing was changed.
+            HyperparameterError: A param group holds a value that is not allowed, or another than it had, where nothing
+                hands it to upstream (``maximize`` of torch's). Nothing was changed.
             RanksDisagreeError: A gradient is there on some ranks and missing on others, a hyperparameter differs, or
                 gradients of replicated parameters are not equal. Nothing was changed.
             ParameterError: A parameter that was frozen when the optimizer was built has a gradient, or the model trains

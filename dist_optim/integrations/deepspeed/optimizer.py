@@ -47,11 +47,13 @@ from dist_optim.layouts.detect_zero import (
 )
 from dist_optim.ranks.agreement import host_group
 from dist_optim.ranks.together import together
+from dist_optim.specs.composed import OPTIM
 from dist_optim.specs.driver import ParamGroup
 from dist_optim.specs.registry import OptimizerSpec, Trait
 from dist_optim.stepping.audit import route_audit
 from dist_optim.stepping.division import Division, divide, needs_all_gradients, starting_values
 from dist_optim.stepping.gradients import GradientSamples
+from dist_optim.stepping.group_values import is_same
 from dist_optim.stepping.growing import REMEDY
 from dist_optim.stepping.optimizer import DistributedOptimizer
 from dist_optim.stepping.presence import PartOfAgreement, StepAgreement, hyperparameters_of
@@ -124,6 +126,7 @@ class ZeroOptimizer(Optimizer):
         super().__init__(outer, {})
         # The list that holds every group: DeepSpeed shows one group at a time through ``param_groups``.
         self._outer = list(self.param_groups)
+        self._as_built = [{key: group[key] for key in group if key != "params"} for group in self._outer]
         for placed in self._trainable():
             placed.parameter.register_post_accumulate_grad_hook(_marking(weakref.ref(self), placed.fqn))
 
@@ -313,7 +316,7 @@ class ZeroOptimizer(Optimizer):
             hyperparameters_of(self._outer, held.pushed_keys),
             self._sampled(),
             problem=self._parts[0].training_step.wrong_mode()
-            or self._parts[0].problem_in_groups({outer[GROUP_NUMBER]: outer for outer in self._outer})
+            or self._parts[0].problem_in_groups(self._written())
             or self._unfrozen(),
         )
         self._present = {name for name, is_present in zip(names, present, strict=True) if is_present}
@@ -324,6 +327,19 @@ class ZeroOptimizer(Optimizer):
                 'in the norm that it clips by. Set "gradient_clipping": 0.0, use ZeRO-2, or freeze the parameter.'
             )
         self._had_gradient |= self._present
+
+    def _written(self) -> dict[int, ParamGroup]:
+        """DeepSpeed's groups, without what has the value of the build: some of it upstream has replaced by another."""
+        kept = self._parts[0].holdings.pushed_keys | {OPTIM}
+        every = zip(self._outer, self._as_built, strict=True)
+        return {
+            outer[GROUP_NUMBER]: {
+                key: value
+                for key, value in outer.items()
+                if key in kept or key not in built or not is_same(built[key], value)
+            }
+            for outer, built in every
+        }
 
     def _unfrozen(self) -> ParameterError | None:
         every = (placed for group in self._groups for placed in group["params"])
