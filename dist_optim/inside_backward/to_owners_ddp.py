@@ -134,7 +134,7 @@ _hooks: weakref.WeakKeyDictionary[DistributedDataParallel, BucketsToOwners] = we
 
 def hook_of(model: nn.Module) -> BucketsToOwners | None:
     """The hook of a DistributedDataParallel wrapper that sends gradients to owners, or has done so."""
-    return _hooks.get(model)  # type: ignore[call-overload]
+    return _hooks.get(model) if isinstance(model, DistributedDataParallel) else None
 
 
 def _call(hook: Any, bucket: Any) -> Any:
