@@ -20,18 +20,9 @@ from dist_optim.testing import RankPool
 
 PACKAGE = Path(dist_optim.__file__).parent
 FACTORIES = {
-    "arange",
-    "empty",
-    "empty_permuted",
-    "empty_strided",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "ones",
-    "rand",
+    *("arange", "asarray", "as_tensor", "empty", "empty_permuted", "empty_strided", "eye", "full", "linspace"),
+    *("logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
 }
-FACTORIES |= {"asarray", "as_tensor", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}
 
 
 class Signs(Optimizer):

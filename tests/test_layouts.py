@@ -208,8 +208,11 @@ def test_replicas_of_nothing_sharded_are_refused(two_ranks: RankPool) -> None:
 
 
 def build_in_another_order(dim: int) -> str:
-    """Of parameters that were not contiguous when they were wrapped; of 1 x 1 filters, which only look so."""
-    model = nn.Sequential(nn.Conv2d(4, 8, dim), nn.Flatten(), nn.Linear(8, 4))
+    """Of parameters that were not contiguous when they were wrapped; of 1 x 1 filters, which only look so.
+
+    The first rank alone has a part of the filters.
+    """
+    model = nn.Sequential(nn.Conv2d(4, 2, dim), nn.Flatten(), nn.Linear(8, 64))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     try:

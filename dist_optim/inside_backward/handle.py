@@ -206,7 +206,7 @@ class FusedBackward:
     def _values(self) -> DistOptimError | None:
         """What is wrong with the values in the param groups: no update may be made by them."""
         optimizer = self._optimizer()
-        return None if optimizer is None else optimizer.problem_in_groups(dict(enumerate(optimizer.param_groups)))
+        return None if optimizer is None else optimizer.problem_in_groups()
 
     def _deliver(self, gradients: Mapping[int, Tensor]) -> None:
         if self._is_measuring:

@@ -246,9 +246,8 @@ def _add_rounds(loads: Loads, plan: Plan) -> None:
                     parts[owner] = 0
                     cut = item.layout.stack if isinstance(item.layout, Layer) else item.layout
                     if isinstance(cut, BoxShard | FlatRange) and cut.held is not None:
-                        copy = torch.tensor(
-                            cut.held.copy, device="cpu"
-                        )  # of each part one copy, of the owner's own replica
+                        copy = torch.tensor(cut.held.copy, device="cpu")
+                        # Of each part one copy, of the owner's own replica.
                         parts *= copy == copy[owner]
                     sent += parts
             held *= 2  # gradients and weights

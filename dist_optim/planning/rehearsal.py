@@ -90,9 +90,8 @@ class Rehearsal:
             counts = numels.tolist()
             found = {count: self._of(group, one, torch.Size([count])) for count in set(counts) - {0}}
             state = [found[count].state if count else 0 for count in counts]
-            return torch.tensor(state, device="cpu"), torch.tensor(
-                [found[count].scratch if count else 0 for count in counts], device="cpu"
-            )
+            scratch = [found[count].scratch if count else 0 for count in counts]
+            return torch.tensor(state, device="cpu"), torch.tensor(scratch, device="cpu")
         low, high = (self._of(group, one, torch.Size([count])) for count in LINE)
 
         def along(first: int, second: int) -> Tensor:

@@ -139,8 +139,8 @@ def _told(func: Any, args: Sequence[Any]) -> str:
         f"{func._schema.name.split('::')[1]} was called on the gradient of {name!r}, and no rank has its part of it: "
         "with reduce_to_owner=True it lies whole at its owner. Clip by optimizer.clip_grad_norm_(max_norm), on all "
         "ranks; scale it in place by a number; accumulate under DDP inside no_sync(), but for the last backward pass, "
-        "and clear gradients by zero_grad(), not by zero_grad(set_to_none=False); "
-        "or build with reduce_to_owner=False to read gradients."
+        "and clear gradients by zero_grad(), not by zero_grad(set_to_none=False); or build with reduce_to_owner=False "
+        "to read gradients."
     )
 
 

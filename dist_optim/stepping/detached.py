@@ -21,6 +21,7 @@ from dist_optim.specs.once import Once
 from dist_optim.stepping.at_owner import there_and_parts
 from dist_optim.stepping.closures import Evaluations
 from dist_optim.stepping.holdings import Holdings
+from dist_optim.stepping.parts_here import PartsHere
 from dist_optim.stepping.sharing import OwnersWord
 from dist_optim.stepping.upstream_instance import UpstreamInstance
 
@@ -58,14 +59,20 @@ class DetachedStep:
 
     Args:
         held: What is stepped.
+        here: What this rank stores of it.
         word: What a sole owner says after it.
         part_of: The part of a round that travels, and its route.
     """
 
     def __init__(
-        self, held: Holdings, word: OwnersWord, part_of: Callable[[int, Sequence[int]], tuple[Bucket, Route]]
+        self,
+        held: Holdings,
+        here: PartsHere,
+        word: OwnersWord,
+        part_of: Callable[[int, Sequence[int]], tuple[Bucket, Route]],
     ) -> None:
         self._held = held
+        self._here = here
         self._word = word
         self._part_of = part_of
 
@@ -82,7 +89,7 @@ class DetachedStep:
         rounds = self._gathered(gradients, self._indices_shown(gradients))
         self._word.note_generators()
         if local is not None:
-            slices = {index: held.placed[index].local() for index in held.local_indices if index in gradients}
+            slices = self._here.parameters([index for index in held.local_indices if index in gradients])
             updated = step_one(local, slices, {index: gradients[index] for index in slices}, _own(closure))
         if isinstance(closure, Evaluations):
             updates = self._evaluating(closure, rounds, step_one)
@@ -114,7 +121,7 @@ class DetachedStep:
             scatter_from_owner(
                 bucket,
                 shadows,
-                {item.index: held.placed[item.index].local() for item in bucket.items},
+                self._here.parameters([item.index for item in bucket.items]),
                 route,
                 held.process_group,
             )
@@ -133,7 +140,7 @@ class DetachedStep:
         held, local = self._held, self._held.local_instance
         rounds = self._gathered(gradients, held.plan.owners)
         if local is not None:
-            slices = {index: held.placed[index].local() for index in local.shadows}
+            slices = self._here.parameters(local.shadows)
             local.show(slices)
             act(local, {index: one for index, one in gradients.items() if index in local.shadows})
             write_back(local.outgoing(), slices)
@@ -154,7 +161,7 @@ class DetachedStep:
 
         def gather(number: int, indices: Sequence[int]) -> Task[None]:
             group, (bucket, route) = self._held.process_group, self._part_of(number, indices)
-            local = {index: self._held.placed[index].local() for index in indices}
+            local = self._here.parameters(indices)
             (full,) = yield from gather_to_owner(bucket, [local], route, group)
             full_gradients, parts = there_and_parts({at: gradients[at] for at in indices if at in gradients})
             if parts:

@@ -234,14 +234,15 @@ class DistributedOptimizer(TorchContract):
         if self.param_groups is not self.holdings.groups:
             self.holdings.groups[:] = self.param_groups
             self.param_groups = self.holdings.groups
-        return self.problem_in_groups(dict(enumerate(self.param_groups)))
+        return self.problem_in_groups()
 
-    def problem_in_groups(self, groups: Mapping[int, ParamGroup]) -> HyperparameterError | None:
+    def problem_in_groups(self, groups: Mapping[int, ParamGroup] | None = None) -> HyperparameterError | None:
         """What is wrong with the values in param groups, or is not handed on to upstream. Local, before updates.
 
         Args:
-            groups: As the user has them now, by the numbers that they have here.
+            groups: As an engine's user has them now, by the numbers that they have here; its own when None.
         """
+        groups = dict(enumerate(self.param_groups)) if groups is None else groups
         if problem := self.spec.problem_in(list(groups.values()), list(groups)):
             return problem
         keys = self.holdings.pushed_keys

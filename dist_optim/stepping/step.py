@@ -89,7 +89,7 @@ class TrainingStep:
         self._total: Tensor | None = None
         self._is_one_by_one = False
         self._word = OwnersWord(holdings)
-        self.detached = DetachedStep(holdings, self._word, self._part_of)
+        self.detached = DetachedStep(holdings, self.here, self._word, self._part_of)
 
     def over(self, holdings: Holdings) -> TrainingStep:
         """The same, of what is stepped from now on."""

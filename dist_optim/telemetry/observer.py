@@ -154,9 +154,8 @@ class Observer:
         found = self._optimizer.clipping() if self.steps_in_engine else None
         if found is not None:
             norm, bound = found
-            self._clipped.append(
-                ((norm if isinstance(norm, Tensor) else torch.as_tensor(norm, device="cpu")) > bound).float()
-            )
+            measured = norm if isinstance(norm, Tensor) else torch.tensor(norm, device="cpu")
+            self._clipped.append((measured > bound).float())
 
     def close(self) -> None:
         """Leave the optimizer as it was before ``watch_clipping``."""

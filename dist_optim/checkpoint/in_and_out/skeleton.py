@@ -151,8 +151,4 @@ def _constructor_values(
 
 def room(shape: torch.Size, dtype: torch.dtype, *, is_written: bool) -> Tensor:
     """A tensor of this shape, all zeros: on one element of storage unless it will be written to."""
-    return (
-        torch.zeros(shape, dtype=dtype, device="cpu")
-        if is_written
-        else torch.zeros((), dtype=dtype, device="cpu").expand(shape)
-    )
+    return torch.zeros(shape if is_written else (), dtype=dtype, device="cpu").expand(shape)
